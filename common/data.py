@@ -1,0 +1,290 @@
+"""Datasets: where they come from, how rows become transitions, and what they contain.
+
+Layout of a file (OGBench's): `observations (rows, d)`, `actions (rows, a)`, `terminals (rows,)`, trajectories one after
+the other. `terminals` marks the last row of a trajectory, which has no next state and is no transition; it never stops
+a bootstrap. `masks` does: 0 where the task is solved, so that the reward-to-go of the solved state is its reward alone.
+A file may bring its own `rewards` and `masks`; otherwise OGBench's `relabel_dataset` computes both from `qpos`.
+
+A transition of horizon `h` starts at row `i` and ends at row `i + h` of the same trajectory.
+"""
+
+import socket
+import urllib.request
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from common.collect import collect, is_collectable
+from common.envs import check_env, collected_path, data_dir, import_ogbench, parse_env, validation_path
+from common.errors import UserError
+from common.metrics import sha256
+
+# --- Files -------------------------------------------------------------------------------------------------------
+
+
+def find_files(env: str, dataset: Path | None, *, episodes: int) -> tuple[Path, str]:
+    """The training file and its source: `file` (the user's), `ogbench` (published) or `collected`.
+
+    In this order: `--dataset`, OGBench's cache, data collected before, a download into OGBench's cache, collection.
+
+    Raises:
+        UserError: none of them is possible.
+    """
+    if dataset is not None:
+        if not dataset.is_file():
+            raise UserError(f"there is no dataset file at {dataset}: check the path given to --dataset.")
+        return dataset, "file"
+    name = parse_env(env)
+    check_env(name)
+    official, collected = data_dir() / f"{name.dataset}.npz", collected_path(name.dataset, episodes)
+    if official.is_file() and validation_path(official).is_file():
+        return official, "ogbench"
+    if collected.is_file():
+        return collected, "collected"
+    if download(name.dataset):
+        return official, "ogbench"
+    if not is_collectable(name.dataset):
+        raise UserError(
+            f"{name.dataset} is not in {data_dir()}, OGBench's host does not answer, and it has no scripted behaviour "
+            f"to collect it with: put {name.dataset}.npz and {name.dataset}-val.npz there, or pass --dataset FILE."
+        )
+    banner = "!" * 100
+    print(
+        f"{banner}\nOGBench's host does not answer, so {name.dataset} is COLLECTED HERE with OGBench's scripted oracles: "
+        f"{episodes} episodes.\nIt is not the published file. Results made with it say so.\n{banner}",
+        flush=True,
+    )
+    collect(name.dataset, collected, episodes=episodes)
+    return collected, "collected"
+
+
+def download(dataset: str, *, timeout: float = 10.0) -> bool:
+    """Downloads a dataset with OGBench's own function into its cache; False if the host cannot be reached."""
+    from ogbench import utils
+
+    url = f"{utils.DATASET_URL}/{dataset}.npz"
+    previous = socket.getdefaulttimeout()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout):
+            pass
+        socket.setdefaulttimeout(60.0)  # OGBench's function sets none and would wait for ever.
+        utils.download_datasets([dataset], str(data_dir()))
+    except OSError as error:
+        print(f"no download of {dataset}: {error}", flush=True)
+        return False
+    finally:
+        socket.setdefaulttimeout(previous)
+    return True
+
+
+# --- Trajectories ------------------------------------------------------------------------------------------------
+
+
+class Trajectories(NamedTuple):
+    """Rows of a file. `rewards` and `masks` have one line per task; they are None for behaviour cloning."""
+
+    observations: Float[np.ndarray, "rows observation"]
+    actions: Float[np.ndarray, "rows action"]
+    terminals: Bool[np.ndarray, " rows"]
+    rewards: Float[np.ndarray, "tasks rows"] | None = None
+    masks: Float[np.ndarray, "tasks rows"] | None = None
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an `.npz` file, checked.
+
+    Raises:
+        UserError: not an `.npz` file, an array is missing, or of a wrong kind, shape or content.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is not a readable .npz file without objects ({error}): make it with numpy.savez.") from None
+    for key, ndim in {"observations": 2, "actions": 2, "terminals": 1, "rewards": 1, "masks": 1}.items():
+        if key not in arrays:
+            if key in ("rewards", "masks"):
+                continue
+            raise UserError(f"{path} has no array {key!r}: it needs observations, actions and terminals.")
+        array = arrays[key]
+        if array.ndim != ndim or array.dtype.kind not in "biuf":
+            raise UserError(f"{key} in {path} must be a {ndim}-D array of numbers, not {array.dtype} {array.shape}.")
+        if len(array) != len(arrays["observations"]):
+            raise UserError(
+                f"{key} in {path} has {len(array)} rows, observations has {len(arrays['observations'])}: "
+                f"they must be equal."
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            row = int(np.argwhere(~np.isfinite(array))[0][0])
+            raise UserError(f"{key} in {path} is not finite at row {row}: remove or repair that row.")
+    if len(arrays["terminals"]) == 0 or not arrays["terminals"][-1]:
+        raise UserError(f"terminals in {path} must be true at the last row of each trajectory, so also at the last row.")
+    if np.abs(arrays["actions"]).max() > 1.001:
+        raise UserError(f"actions in {path} leave [-1, 1]: scale them to that range.")
+    if "masks" in arrays and not np.isin(arrays["masks"], (0, 1)).all():
+        raise UserError(f"masks in {path} must be 0 (the bootstrap stops) or 1 everywhere.")
+    return arrays
+
+
+def load_trajectories(
+    path: Path, *, env: str, tasks: Sequence[int] = (), reward: str = "default"
+) -> Trajectories:
+    """Reads a file; with `tasks`, also the rewards and masks of those tasks.
+
+    Args:
+        tasks: OGBench's single tasks, relabelled from `qpos`; `(0,)` stands for the file's own rewards and masks.
+        reward: `default`, OGBench's; `sparse`, QC's variant of it: -1 until the task is solved, then 0.
+
+    Raises:
+        UserError: a malformed file, or one without what the rewards are to be computed from.
+    """
+    arrays = read_arrays(path)
+    trajectories = Trajectories(
+        observations=arrays["observations"].astype(np.float32, copy=False),
+        actions=np.clip(arrays["actions"].astype(np.float32, copy=False), -1.0, 1.0),
+        terminals=arrays["terminals"].astype(bool),
+    )
+    if not tasks:
+        return trajectories
+    if tuple(tasks) == (0,):
+        labels = [(arrays["rewards"], arrays.get("masks", np.ones(len(arrays["rewards"]))))]
+    else:
+        labels = [relabel(parse_env(env).gym_id(task), arrays, path) for task in tasks]
+    rewards = np.stack([r for r, _ in labels]).astype(np.float32)
+    masks = np.stack([m for _, m in labels]).astype(np.float32)
+    if reward == "sparse":
+        rewards = -(rewards != 0).astype(np.float32)
+    return trajectories._replace(rewards=rewards, masks=masks)
+
+
+def relabel(gym_id: str, arrays: dict[str, np.ndarray], path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards and masks of every row for a single-task environment, by OGBench's own `relabel_dataset`."""
+    import_ogbench()
+    import gymnasium
+    from ogbench.relabel_utils import relabel_dataset
+
+    if gym_id not in gymnasium.registry:
+        raise UserError(f"{path} has no rewards, and {gym_id!r} is no OGBench environment to compute them with.")
+    if "qpos" not in arrays:
+        raise UserError(f"{path} has neither rewards nor qpos to compute OGBench's rewards from: add an array rewards.")
+    env = gymnasium.make(gym_id)
+    labels = {key: arrays[key] for key in ("qpos", "button_states") if key in arrays}
+    try:
+        relabel_dataset(gym_id, env, labels)
+    except (IndexError, ValueError) as error:
+        raise UserError(f"{path} does not hold states of {gym_id} ({error}): pass the data of that environment.") from None
+    finally:
+        env.close()
+    return labels["rewards"], labels["masks"]
+
+
+def last_rows(terminals: Bool[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
+    """For each row the last row of its trajectory."""
+    ends = np.flatnonzero(terminals)
+    return ends[np.searchsorted(ends, np.arange(len(terminals)))]
+
+
+def transition_starts(terminals: Bool[np.ndarray, " rows"], horizon: int, *, extra: int = 0) -> Int[np.ndarray, " n"]:
+    """Rows `i` whose trajectory also has row `i + horizon + extra`: the starts of all transitions of a horizon.
+
+    Raises:
+        UserError: no trajectory is that long.
+    """
+    rows = np.arange(len(terminals))
+    starts = rows[rows + horizon + extra <= last_rows(terminals)].astype(np.int32)
+    if len(starts) == 0:
+        raise UserError(f"no trajectory is longer than {horizon + extra} rows: use a shorter --horizon or longer data.")
+    return starts
+
+
+def chunk_rewards(
+    rewards: Float[np.ndarray, "tasks rows"],
+    masks: Float[np.ndarray, "tasks rows"],
+    starts: Int[np.ndarray, " n"],
+    *,
+    horizon: int,
+    discount: float,
+) -> tuple[Float[np.ndarray, "tasks n"], Float[np.ndarray, "tasks n"]]:
+    """Reward and bootstrap factor of each transition: `Z(x, a) = reward + bootstrap * Z(x', a')`.
+
+    `reward_i = sum_{k<h} discount^k (prod_{j<k} masks_{i+j}) rewards_{i+k}`, `bootstrap_i = discount^h prod_{k<h} masks_{i+k}`.
+    With horizon 1: the row's reward, and discount * mask. A chunk in which the task is solved stops there, as the
+    environment does; QC (arXiv 2507.07969) counts the later rewards of such a chunk.
+    """
+    reward = np.zeros((len(rewards), len(starts)), np.float32)
+    bootstrap = np.ones_like(reward)
+    for k in range(horizon):
+        reward += bootstrap * rewards[:, starts + k]
+        bootstrap *= np.float32(discount) * masks[:, starts + k]
+    return reward, bootstrap
+
+
+def monte_carlo_returns(
+    rewards: Float[np.ndarray, " rows"],
+    masks: Float[np.ndarray, " rows"],
+    terminals: Bool[np.ndarray, " rows"],
+    *,
+    discount: float,
+) -> tuple[Float[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
+    """Discounted reward-to-go of each row as far as its trajectory goes, and the weight of what is missing.
+
+    `G_i = rewards_i + discount * masks_i * G_{i+1}` up to the last transition. An episode that was cut by its time
+    limit has no complete return: what it lacks is `tail_i * Z(last state)`, `tail_i = prod discount * masks`. A return
+    is complete where `tail_i = 0` (the task was solved on the way) and complete up to a tolerance where it is small.
+    """
+    ends = np.flatnonzero(terminals)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    returns, tails = np.zeros(len(rewards)), np.ones(len(rewards))
+    for back in range(1, int((ends - starts).max(initial=0)) + 1):
+        rows = ends[ends - starts >= back] - back
+        factor = discount * masks[rows]
+        returns[rows] = rewards[rows] + factor * returns[rows + 1]
+        tails[rows] = factor * tails[rows + 1]
+    return returns, tails
+
+
+def return_bounds(rewards: Float[np.ndarray, "tasks rows"], discount: float) -> Float[np.ndarray, "tasks 2"]:
+    """Lowest and highest discounted return that rewards within the data's range can give, for episodes of any length.
+
+    A sum of one to infinitely many terms: a positive lowest reward is bounded by a single one, and so on.
+    """
+    low, high = rewards.min(axis=1), rewards.max(axis=1)
+    horizon = 1.0 / (1.0 - discount)
+    return np.stack([np.minimum(low, low * horizon), np.maximum(high, high * horizon)], axis=1)
+
+
+# --- What a file contains ----------------------------------------------------------------------------------------
+
+
+def describe(path: Path, source: str) -> dict[str, Any]:
+    """Provenance of a file, for headers, configurations and result tables."""
+    return {"name": path.name, "source": source, "sha256": sha256(path)}
+
+
+def print_summary(trajectories: Trajectories, info: dict[str, Any], *, tasks: Sequence[int], discount: float) -> None:
+    """Prints transitions, episodes, and per task return bounds and success; warns where a task is never solved."""
+    terminals = trajectories.terminals
+    episodes, transitions = int(terminals.sum()), int((~terminals).sum())
+    print(f"data: {info['name']} (source: {info['source']}, sha256 {info['sha256'][:12]})")
+    print(
+        f"  {transitions:,} transitions in {episodes:,} episodes, "
+        f"observations {trajectories.observations.shape[1]}-D, actions {trajectories.actions.shape[1]}-D"
+    )
+    if trajectories.rewards is None:
+        return
+    episode_of = np.searchsorted(np.flatnonzero(terminals), np.arange(len(terminals)))
+    bounds = return_bounds(trajectories.rewards, discount)
+    for i, task in enumerate(tasks):
+        solved = trajectories.masks[i] == 0
+        ever = len(np.unique(episode_of[solved]))
+        label = f"task {task}" if task else "own rewards"
+        print(
+            f"  {label}: returns within [{bounds[i, 0]:.4g}, {bounds[i, 1]:.4g}] at discount {discount}; "
+            f"solved in {solved.mean():.2%} of the rows, in {ever:,} of {episodes:,} episodes"
+        )
+        if ever == 0:
+            print(f"  WARNING: {label} is never solved in this data: its rewards cannot tell actions apart.")

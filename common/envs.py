@@ -1,0 +1,98 @@
+"""Names: what `--env` means, which Gymnasium environment and which files belong to it."""
+
+import dataclasses
+import os
+import re
+import sys
+from pathlib import Path
+
+from common.errors import UserError
+
+KINDS = "play|noisy|navigate|stitch|explore"
+DEFAULT_TASKS = {"cube": 2, "scene": 2, "puzzle": 4, "antsoccer": 4}  # every maze: 1
+NUM_TASKS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvName:
+    """What a user's `--env` names."""
+
+    short: str
+    """`cube-double-play`: the name of the run."""
+    dataset: str
+    """`cube-double-play-v0`: OGBench's name of the data."""
+    prefix: str
+    """`cube-double`: the environment without the kind of data."""
+    default_task: int
+
+    def gym_id(self, task: int) -> str:
+        """Gymnasium's id of a single-task environment, such as `cube-double-singletask-task2-v0`."""
+        return f"{self.prefix}-singletask-task{task}-v0"
+
+
+def parse_env(env: str) -> EnvName:
+    """Understands `cube-double-play`, `cube-double-play-v0` and `cube-double-play-singletask[-task2]-v0`.
+
+    Raises:
+        UserError: the name has no kind of data in it, or a task out of range.
+    """
+    pattern = rf"(?P<prefix>[a-z0-9-]+?)-(?P<kind>{KINDS})(-singletask)?(-task(?P<task>\d+))?(-v0)?"
+    match = re.fullmatch(pattern, env)
+    if match is None:
+        raise UserError(
+            f"unknown environment {env!r}: name an OGBench dataset, such as cube-double-play or "
+            f"cube-double-play-singletask-task2-v0 (one of {KINDS.replace('|', ', ')} belongs to the name)."
+        )
+    prefix, kind = match["prefix"], match["kind"]
+    task = int(match["task"]) if match["task"] else DEFAULT_TASKS.get(prefix.split("-")[0], 1)
+    if not 1 <= task <= NUM_TASKS:
+        raise UserError(f"task {task} of {env!r} does not exist: OGBench has tasks 1 to {NUM_TASKS}.")
+    return EnvName(f"{prefix}-{kind}", f"{prefix}-{kind}-v0", prefix, task)
+
+
+def run_name(env: str, dataset: Path | None) -> str:
+    """The name of a run: the environment's short name, or, with a dataset of one's own, `env` as it is."""
+    if dataset is None:
+        return parse_env(env).short
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", env):
+        raise UserError(f"--env {env!r} cannot name a run: use letters, digits, '-', '_' and '.'.")
+    return env
+
+
+def import_ogbench() -> None:
+    """Imports `ogbench`, which registers its environments with Gymnasium, without looking for a display."""
+    if "mujoco" not in sys.modules:
+        os.environ.setdefault("MUJOCO_GL", "disable")
+    import gymnasium
+    import ogbench  # noqa: F401
+
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's own boxes make it warn about precision.
+
+
+def check_env(name: EnvName) -> None:
+    """Raises `UserError` unless the installed `ogbench` has the single-task environment."""
+    import_ogbench()
+    import gymnasium
+
+    if name.gym_id(1) not in gymnasium.registry:
+        known = sorted({i.partition("-singletask")[0] for i in gymnasium.registry if "-singletask-task1-" in i})
+        known = [i for i in known if not i.startswith("visual-")]
+        raise UserError(
+            f"unknown environment {name.short!r}: the installed ogbench has {', '.join(known)}, "
+            f"each followed by a kind of data such as -play or -navigate."
+        )
+
+
+def data_dir() -> Path:
+    """OGBench's cache, `~/.ogbench/data`."""
+    return Path("~/.ogbench/data").expanduser()
+
+
+def collected_path(dataset: str, episodes: int, seed: int = 0) -> Path:
+    """Where collected data stands: in a folder of its own, so that nobody takes it for OGBench's published file."""
+    return data_dir() / "collected" / f"{dataset}-ep{episodes}-seed{seed}.npz"
+
+
+def validation_path(train: Path) -> Path:
+    """OGBench's convention: `NAME-val.npz` beside `NAME.npz`."""
+    return train.with_name(f"{train.stem}-val.npz")

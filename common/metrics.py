@@ -1,0 +1,123 @@
+"""What a run leaves behind as plain files: `config.json` and `metrics.csv` (and, with `--track`, a W&B run)."""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("jax", "jaxlib", "equinox", "optax", "diffrax", "ogbench", "gymnasium", "mujoco", "numpy", "scipy")
+FIELDS = ("stage", "env", "task", "seed", "step", "metric", "value")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on; those not installed are left out."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_revision() -> str:
+    """The commit of this code, with `-dirty` where files differ from it; `unknown` outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """`value` with paths as strings and non-finite floats as JSON can hold them, recursively."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return str(value)
+    return value
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` under a temporary name and renames it, so that no reader sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(plain(content), indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+class Metrics:
+    """Appends rows `stage, env, task, seed, step, metric, value` to a CSV file: long format, one number a row.
+
+    `task` is empty where a number belongs to no task. Numbers are written in full precision, and no wall-clock times
+    are, so equal runs leave equal files.
+    """
+
+    def __init__(self, path: Path, *, stage: str, env: str, resume_step: int | None = None, track: Any = None):
+        """Starts a new file, or, with `resume_step`, keeps the rows of the steps up to it."""
+        self.path, self.stage, self.env, self.track = path, stage, env, track
+        kept = []
+        if resume_step is not None and path.exists():
+            with open(path, newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= resume_step]
+        write_csv(path, FIELDS, kept)
+
+    def log(
+        self,
+        step: int,
+        replicas: Sequence[tuple[int | str, int]],
+        values: Mapping[str, Iterable[float]],
+    ) -> None:
+        """Logs metrics after `step` gradient steps: `values` maps a name to one number per (task, seed) replica."""
+        with open(self.path, "a", newline="") as file:
+            writer = csv.writer(file)
+            for metric, numbers in values.items():
+                for (task, seed), value in zip(replicas, numbers, strict=True):
+                    writer.writerow([self.stage, self.env, task, seed, step, metric, repr(float(value))])
+                    if self.track is not None:
+                        self.track.log({f"{self.stage}/task{task}/seed{seed}/{metric}": float(value)}, step=step)
+
+
+def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes dictionaries as a CSV file, under a temporary name and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def start_tracking(project: str, name: str, config: Mapping[str, Any]) -> Any:
+    """A Weights & Biases run; the package is imported here and nowhere else.
+
+    Raises:
+        UserError: `wandb` is not installed.
+    """
+    from common.errors import UserError
+
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--track needs Weights & Biases: install it with `pip install wandb`.") from None
+    return wandb.init(project=project, name=name, config=plain(config))

@@ -1,0 +1,196 @@
+"""Networks of all stages: plain functions of one example, to be `vmap`ped by the caller.
+
+Numerics follow the FQL code base, the lineage of EVOR's paper, not Equinox's defaults: Glorot-uniform kernels, zero
+biases, tanh-approximate GELU, LayerNorm *after* the activation with eps 1e-6 in critics and none in policies, the raw
+time `t` appended to the input.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from common.flow import integrate
+
+
+class Linear(eqx.Module):
+    """`x @ weight + bias`, Glorot-uniform weight, zero bias."""
+
+    weight: Float[Array, "inputs outputs"]
+    bias: Float[Array, " outputs"]
+
+    def __init__(self, inputs: int, outputs: int, *, key: PRNGKeyArray):
+        self.weight = jax.nn.initializers.glorot_uniform()(key, (inputs, outputs))
+        self.bias = jnp.zeros(outputs)
+
+    def __call__(self, x: Float[Array, " inputs"]) -> Float[Array, " outputs"]:
+        return x @ self.weight + self.bias
+
+
+class LayerNorm(eqx.Module):
+    """`(x - mean) / sqrt(variance + 1e-6) * scale + bias` over the last axis."""
+
+    scale: Float[Array, " width"]
+    bias: Float[Array, " width"]
+
+    def __init__(self, width: int):
+        self.scale, self.bias = jnp.ones(width), jnp.zeros(width)
+
+    def __call__(self, x: Float[Array, " width"]) -> Float[Array, " width"]:
+        mean = jnp.mean(x)
+        # E[x^2] - E[x]^2, as flax computes it: one pass over x.
+        variance = jnp.maximum(jnp.mean(x * x) - mean * mean, 0.0)
+        return (x - mean) * jax.lax.rsqrt(variance + 1e-6) * self.scale + self.bias
+
+
+class MLP(eqx.Module):
+    """Hidden layers `norm(gelu(linear(x)))`, then a linear output; `norm` is LayerNorm or nothing."""
+
+    hidden: tuple[Linear, ...]
+    norms: tuple[LayerNorm, ...]
+    output: Linear
+
+    def __init__(
+        self, inputs: int, outputs: int, *, width: int, depth: int, layer_norm: bool, key: PRNGKeyArray
+    ):
+        hidden_key, output_key = jax.random.split(key)
+        sizes = [inputs] + [width] * depth
+        keys = jax.random.split(hidden_key, depth)
+        self.hidden = tuple(Linear(i, o, key=k) for i, o, k in zip(sizes[:-1], sizes[1:], keys, strict=True))
+        self.norms = tuple(LayerNorm(width) for _ in range(depth)) if layer_norm else ()
+        self.output = Linear(sizes[-1], outputs, key=output_key)
+
+    def from_first(self, preactivation: Float[Array, " width"]) -> Float[Array, " outputs"]:
+        """The rest of the network, given what the first linear layer puts out."""
+        x = preactivation
+        for i in range(len(self.hidden)):
+            x = jax.nn.gelu(x if i == 0 else self.hidden[i](x))
+            if self.norms:
+                x = self.norms[i](x)
+        return self.output(x)
+
+    def __call__(self, x: Float[Array, " inputs"]) -> Float[Array, " outputs"]:
+        return self.from_first(self.hidden[0](x))
+
+
+class FlowPolicy(eqx.Module):
+    """Velocity field `v(a_t, t | x)` over (chunks of) actions.
+
+    `features` holds the part of the first layer that depends on the observation alone, so that an ODE solve computes
+    it once; the function is the same as an MLP on the concatenation `[x, a_t, t]`.
+    """
+
+    mlp: MLP
+    observation_dim: int = eqx.field(static=True)
+    action_dim: int = eqx.field(static=True)
+
+    def __init__(
+        self, observation_dim: int, action_dim: int, *, width: int = 512, depth: int = 4, key: PRNGKeyArray
+    ):
+        self.observation_dim, self.action_dim = observation_dim, action_dim
+        inputs = observation_dim + action_dim + 1
+        self.mlp = MLP(inputs, action_dim, width=width, depth=depth, layer_norm=False, key=key)
+
+    def features(self, observation: Float[Array, " observation"]) -> Float[Array, " width"]:
+        first = self.mlp.hidden[0]
+        return observation @ first.weight[: self.observation_dim] + first.bias
+
+    def velocity(
+        self, features: Float[Array, " width"], action: Float[Array, " action"], t: Float[Array, ""]
+    ) -> Float[Array, " action"]:
+        weight = self.mlp.hidden[0].weight[self.observation_dim :]
+        return self.mlp.from_first(features + jnp.append(action, t) @ weight)
+
+    def sample(
+        self, observation: Float[Array, " observation"], noise: Float[Array, "num action"], *, flow_steps: int
+    ) -> Float[Array, "num action"]:
+        """Actions `psi_1(noise | x)`, by `flow_steps` Euler steps, clipped to [-1, 1]."""
+        features = self.features(observation)
+        velocity = jax.vmap(self.velocity, (None, 0, None))
+        actions = integrate(lambda a, t: velocity(features, a, t), noise, num_steps=flow_steps)
+        return jnp.clip(actions, -1.0, 1.0)
+
+
+class FlowCritic(eqx.Module):
+    """Velocity field `s(z_t, t | x, a)` of the reward-to-go law, in the model's units.
+
+    kind `mlp`: one MLP on `[x, a, z_t, t]`, the paper's. kind `trunk`: an MLP computes features of `(x, a)` and a
+    small head maps `(features, z_t, t)` to the velocity, so that many draws of the return cost little more than one.
+    In both, `features` is computed once per `(x, a)` and `velocity` once per step and draw.
+    """
+
+    trunk: MLP | None
+    head: MLP
+    inputs: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        *,
+        kind: str = "mlp",
+        width: int = 512,
+        depth: int = 4,
+        key: PRNGKeyArray,
+    ):
+        trunk_key, head_key = jax.random.split(key)
+        inputs = observation_dim + action_dim
+        if kind == "mlp":
+            self.trunk, self.inputs = None, inputs
+            self.head = MLP(inputs + 2, 1, width=width, depth=depth, layer_norm=True, key=head_key)
+        elif kind == "trunk":
+            # All but one of the layers see (x, a) alone; the head is a quarter as wide, two layers deep.
+            self.inputs = width
+            self.trunk = MLP(inputs, width, width=width, depth=depth - 1, layer_norm=True, key=trunk_key)
+            self.head = MLP(width + 2, 1, width=width // 4, depth=2, layer_norm=True, key=head_key)
+        else:
+            raise ValueError(f"critic must be 'mlp' or 'trunk', not {kind!r}.")
+
+    def features(
+        self, observation: Float[Array, " observation"], action: Float[Array, " action"]
+    ) -> Float[Array, " width"]:
+        x = jnp.concatenate([observation, action])
+        if self.trunk is not None:
+            x = jax.nn.gelu(self.trunk(x))
+        first = self.head.hidden[0]
+        return x @ first.weight[: self.inputs] + first.bias
+
+    def velocity(
+        self, features: Float[Array, " width"], z: Float[Array, ""], t: Float[Array, ""]
+    ) -> Float[Array, ""]:
+        weight = self.head.hidden[0].weight[self.inputs :]
+        return self.head.from_first(features + z * weight[0] + t * weight[1])[0]
+
+    def sample(
+        self,
+        observation: Float[Array, " observation"],
+        action: Float[Array, " action"],
+        noise: Float[Array, " num"],
+        *,
+        flow_steps: int,
+    ) -> Float[Array, " num"]:
+        """Returns `psi_1(noise | x, a)` in the model's units, by `flow_steps` Euler steps."""
+        features = self.features(observation, action)
+        velocity = jax.vmap(self.velocity, (None, 0, None))
+        return integrate(lambda z, t: velocity(features, z, t), noise, num_steps=flow_steps)
+
+
+def stratified_normal(num: int) -> Float[Array, " num"]:
+    """Midpoint quantiles of N(0, 1): `Phi^-1((i + 1/2) / num)`. Deterministic, so shared by all candidates; for a
+    one-dimensional law, averages over them have far less error than over as many independent draws."""
+    return jax.scipy.special.ndtri((jnp.arange(num) + 0.5) / num)
+
+
+def make_policy(header: dict[str, Any], *, key: PRNGKeyArray) -> FlowPolicy:
+    """An untrained policy with the dimensions of a checkpoint header; a chunk of actions is one long action."""
+    chunk_dim = header["action_dim"] * header["horizon"]
+    return FlowPolicy(header["observation_dim"], chunk_dim, width=header["width"], depth=header["depth"], key=key)
+
+
+def make_critic(header: dict[str, Any], *, key: PRNGKeyArray) -> FlowCritic:
+    """An untrained critic with the dimensions of a checkpoint header."""
+    chunk_dim = header["action_dim"] * header["horizon"]
+    dims = dict(width=header["width"], depth=header["depth"])
+    return FlowCritic(header["observation_dim"], chunk_dim, kind=header["critic"], **dims, key=key)

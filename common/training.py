@@ -1,0 +1,149 @@
+"""What training loops share: replicas, learning rates, standardisation, and the loop over compiled chunks."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, PRNGKeyArray
+from tqdm import tqdm
+
+from common import checkpoint
+from common.errors import UserError
+from common.metrics import Metrics, git_revision, package_versions, start_tracking, write_json
+
+
+class Standardizer(eqx.Module):
+    """`(x - mean) / std` per coordinate; coordinates that hardly vary keep their scale."""
+
+    mean: Float[Array, " observation"]
+    std: Float[Array, " observation"]
+
+    @classmethod
+    def of(cls, observations: Float[np.ndarray, "rows observation"]) -> "Standardizer":
+        # float64 sums: a million float32 terms lose digits.
+        mean = observations.mean(axis=0, dtype=np.float64)
+        std = observations.std(axis=0, dtype=np.float64)
+        return cls(mean.astype(np.float32), np.where(std < 1e-4, 1.0, std).astype(np.float32))
+
+    def __call__(self, observations: Float[Array, "*batch observation"]) -> Float[Array, "*batch observation"]:
+        return (observations - self.mean) / self.std
+
+
+def learning_rate(peak: float, schedule: str, steps: int) -> optax.ScalarOrSchedule:
+    """`constant`, or `cosine`: `peak * (1 + cos(pi * step / steps)) / 2`."""
+    return optax.cosine_decay_schedule(peak, steps) if schedule == "cosine" else peak
+
+
+def stack_replicas(init: Callable[[PRNGKeyArray], Any], keys: PRNGKeyArray) -> Any:
+    """One state per key, stacked along a leading axis."""
+    return jax.jit(jax.vmap(init))(keys)
+
+
+def shard_replicas(tree: Any) -> Any:
+    """Spreads the leading (replica) axis of every leaf over as many devices as divide it evenly."""
+    replicas = jax.tree.leaves(tree)[0].shape[0]
+    devices = jax.devices()
+    count = max(n for n in range(1, len(devices) + 1) if replicas % n == 0)
+    if count == 1:
+        return tree
+    sharding = NamedSharding(Mesh(np.asarray(devices[:count]), ("replica",)), PartitionSpec("replica"))
+    return jax.device_put(tree, sharding)
+
+
+class Run:
+    """A run directory and the loop that fills it.
+
+    Files: `config.json` (arguments, data, git revision, versions), `metrics.csv`, `model.eqx` (what later stages load)
+    and `train_state.eqx` (what `--resume` continues from, with `model.eqx` written just before it).
+    """
+
+    def __init__(
+        self, directory: Path, header: dict[str, Any], *, replicas: Sequence[tuple[int | str, int]], args: Any
+    ):
+        """Opens the directory; a state left by an earlier run is only continued with `args.resume`.
+
+        Raises:
+            UserError: `--resume` with nothing to resume, or with other settings than the run had.
+        """
+        self.directory, self.replicas, self.args = directory, list(replicas), args
+        self.header = {**header, "versions": package_versions(), "git_revision": git_revision()}
+        self.state_path, self.model_path = directory / "train_state.eqx", directory / "model.eqx"
+        resume_step = None
+        if args.resume:
+            stage = header["stage"]
+            old = checkpoint.read_header(self.state_path, stage=stage, remedy="start without --resume.")
+            resume_step = old["step"]
+            for field, value in checkpoint.plain(args).items():
+                if field not in ("resume", "track", "run_dir", "policy_run_dir") and old["args"].get(field) != value:
+                    raise UserError(
+                        f"--resume: the run in {directory} has {field} {old['args'].get(field)!r}, not {value!r}: "
+                        f"pass the same arguments, or start without --resume."
+                    )
+            if old["data"]["sha256"] != header["data"]["sha256"]:
+                raise UserError(f"--resume: the run in {directory} was trained on other data: start without --resume.")
+        write_json(directory / "config.json", self.header)
+        track = None
+        if args.track:
+            track = start_tracking("evor", f"{header['env']}-{header['stage']}", checkpoint.plain(args))
+        self.metrics = Metrics(
+            directory / "metrics.csv",
+            stage=header["stage"],
+            env=header["env"],
+            resume_step=resume_step,
+            track=track,
+        )
+
+    def restore(self, state: Any) -> Any:
+        """The state to start from: `state`, or with `--resume` the one that was saved."""
+        if not self.args.resume:
+            return state
+        _, saved = checkpoint.load(
+            self.state_path, lambda header: state, stage=self.header["stage"], remedy="start without --resume."
+        )
+        return jax.tree.map(jnp.asarray, saved)
+
+    def train(
+        self,
+        state: Any,
+        train_chunk: Callable[[Any], tuple[Any, dict[str, Array]]],
+        *,
+        model: Callable[[Any], Any],
+        evaluate: Callable[[int, Any], None] | None = None,
+        evaluate_every: int = 0,
+    ) -> dict[str, float]:
+        """Runs chunks up to `args.steps`, logs their mean metrics, saves, evaluates; returns the last metrics.
+
+        Raises:
+            FloatingPointError: a metric is not finite; the last checkpoint stays as it was.
+        """
+        args, first = self.args, int(np.max(jax.device_get(state.step)))
+        values: dict[str, Array] = {}
+        with tqdm(total=args.steps, initial=first, desc=f"{self.header['stage']} {self.header['env']}", unit="step") as bar:
+            for step in range(first + args.chunk, args.steps + 1, args.chunk):
+                began = time.monotonic()
+                state, values = train_chunk(state)
+                values = jax.device_get(values)
+                bar.update(args.chunk)
+                bar.set_postfix(
+                    loss=f"{np.mean(values['loss']):.4g}", ms=f"{1e3 * (time.monotonic() - began) / args.chunk:.2f}"
+                )
+                for metric, numbers in values.items():
+                    if not np.isfinite(numbers).all():
+                        bad = self.replicas[int(np.argwhere(~np.isfinite(numbers))[0][0])]
+                        raise FloatingPointError(f"{metric} of (task, seed) {bad} is not finite before step {step}.")
+                self.metrics.log(step, self.replicas, values)
+                if evaluate is not None and evaluate_every and step % evaluate_every == 0 and step < args.steps:
+                    evaluate(step, state)
+                if step % args.save_every == 0 or step == args.steps:
+                    header = {**self.header, "step": step}
+                    checkpoint.save(self.model_path, header, model(state))
+                    checkpoint.save(self.state_path, header, state)
+        self.state = state
+        return {metric: float(np.mean(numbers)) for metric, numbers in values.items()}

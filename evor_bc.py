@@ -1,0 +1,244 @@
+"""Stage 1 of EVOR: the base policy, by flow-matching behaviour cloning.
+
+    python evor_bc.py --env cube-double-play
+
+The base policy `pi_base(a | x)` imitates the data. It is a velocity field `v_phi(a_t, t | x)` that moves Gaussian noise
+to actions, trained on straight paths between the two:
+
+    a_0 ~ N(0, I),   a_1 = a (data),   t ~ U[0, 1],   a_t = (1 - t) a_0 + t a_1
+    L(phi) = E || v_phi(a_t, t | x) - (a_1 - a_0) ||^2
+    sampling: a_0 ~ N(0, I), integrate da/dt = v_phi(a, t | x) from t = 0 to 1, clip to [-1, 1]
+
+With `--horizon h` an action is a chunk of the next h actions, executed open loop (Q-chunking, arXiv 2507.07969).
+No reward is used. The policy is never trained on the value: stage 2 and 3 keep it as it is.
+
+| symbol | here                | symbol | here          |
+|--------|---------------------|--------|---------------|
+| x      | observation         | v_phi  | policy        |
+| a_1    | action (chunk)      | t      | t             |
+
+Reads a dataset; writes `runs/ENV/bc/{config.json, metrics.csv, model.eqx, train_state.eqx}`.
+Source: EVOR, arXiv 2510.08218, stage 1; flow matching, arXiv 2210.02747. *Ours*, because the paper does not disclose it:
+batch size, flow steps, standardised observations.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from common import data
+from common.envs import run_name
+from common.errors import UserError, run_cli
+from common.networks import FlowPolicy, make_policy
+from common.training import Run, Standardizer, learning_rate, shard_replicas, stack_replicas
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": dict(steps=2_000, width=128, batch_size=128, episodes=30, chunk=500),
+    "preview": dict(steps=100_000, schedule="cosine", learning_rate=1e-3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Stage 1: train the base policy by flow-matching behaviour cloning."""
+
+    # --- experiment ---
+    env: str = "cube-double-play"
+    """OGBench dataset: a short name or a full id. With --dataset, only a name for the run."""
+    seeds: tuple[int, ...] = (0,)
+    """One policy per seed, all trained in one program."""
+    run_dir: Path | None = None
+    """Where the run goes; runs/ENV by default. This stage writes to its folder bc/."""
+    resume: bool = False
+    """Continue from the last checkpoint in the run directory."""
+    track: bool = False
+    """Also log to Weights & Biases."""
+    quick: bool = False
+    """Preset: a smoke run that ends in minutes on a laptop's CPU. Its policy is not good."""
+    preview: bool = False
+    """Preset: reaches a working policy on a CPU in tens of minutes."""
+
+    # --- data ---
+    dataset: Path | None = None
+    """An .npz file in OGBench's layout to train on instead."""
+    episodes: int = 1000
+    """Episodes to collect if the data can neither be found nor downloaded."""
+    horizon: int = 1
+    """Length of an action chunk; QC uses 5."""
+
+    # --- network and optimisation ---
+    width: int = 512
+    """Units per hidden layer."""
+    depth: int = 4
+    """Hidden layers."""
+    steps: int = 1_000_000
+    """Gradient steps."""
+    batch_size: int = 256
+    """Transitions per gradient step (ours)."""
+    learning_rate: float = 3e-4
+    """Adam's step size, or its peak with a schedule."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Constant as in the paper, or cosine decay to zero over all steps."""
+    chunk: int = 1_000
+    """Gradient steps per compiled call; metrics are averages over it."""
+    save_every: int = 10_000
+    """Gradient steps between checkpoints."""
+
+
+class BCData(NamedTuple):
+    """The dataset as it lies on the device; an argument of every jitted function, never a closure."""
+
+    observations: Float[Array, "rows observation"]  # standardised
+    actions: Float[Array, "rows action"]
+    starts: Int[Array, " n"]  # rows at which a transition starts
+
+
+class TrainState(NamedTuple):
+    """Arrays only; with replicas, each leaf has a leading axis."""
+
+    policy: FlowPolicy
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+
+
+# --- Maths -------------------------------------------------------------------------------------------------------
+
+
+def bc_loss_one(
+    policy: FlowPolicy,
+    observation: Float[Array, " observation"],
+    a_1: Float[Array, " action"],
+    a_0: Float[Array, " action"],
+    t: Float[Array, ""],
+) -> Float[Array, ""]:
+    """Flow-matching loss of one example: mean over coordinates of `(v(a_t, t | x) - (a_1 - a_0))^2`."""
+    a_t = (1.0 - t) * a_0 + t * a_1
+    velocity = policy.velocity(policy.features(observation), a_t, t)
+    return jnp.mean((velocity - (a_1 - a_0)) ** 2)
+
+
+def bc_loss(
+    policy: FlowPolicy,
+    observations: Float[Array, "batch observation"],
+    actions: Float[Array, "batch action"],
+    *,
+    key: PRNGKeyArray,
+) -> Float[Array, ""]:
+    """Mean of `bc_loss_one` over a batch, with fresh `a_0 ~ N(0, I)` and `t ~ U[0, 1]`."""
+    noise_key, time_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, actions.shape)
+    t = jax.random.uniform(time_key, actions.shape[:1])
+    return jnp.mean(jax.vmap(bc_loss_one, (None, 0, 0, 0, 0))(policy, observations, actions, noise, t))
+
+
+# --- Training ----------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(args: Args) -> optax.GradientTransformation:
+    return optax.adam(learning_rate(args.learning_rate, args.schedule, args.steps))
+
+
+def action_chunks(
+    actions: Float[Array, "rows action"], starts: Int[Array, " batch"], horizon: int
+) -> Float[Array, "batch chunk"]:
+    """The `horizon` actions from each start on, as one vector: `[a_i, ..., a_{i+h-1}]`."""
+    return actions[starts[:, None] + jnp.arange(horizon)].reshape(len(starts), -1)
+
+
+def train_step(args: Args, state: TrainState, dataset: BCData, *, key: PRNGKeyArray) -> tuple[TrainState, dict]:
+    """One gradient step of one replica. The key is derived from the step, so a resumed run draws the same batches."""
+    batch_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
+    starts = dataset.starts[jax.random.randint(batch_key, (args.batch_size,), 0, len(dataset.starts))]
+    observations = dataset.observations[starts]
+    actions = action_chunks(dataset.actions, starts, args.horizon)
+    loss, gradient = jax.value_and_grad(bc_loss)(state.policy, observations, actions, key=loss_key)
+    updates, opt_state = make_optimizer(args).update(gradient, state.opt_state)
+    state = TrainState(optax.apply_updates(state.policy, updates), opt_state, state.step + 1)
+    return state, {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def train_chunk(args: Args, state: TrainState, dataset: BCData, keys: PRNGKeyArray) -> tuple[TrainState, dict]:
+    """`args.chunk` gradient steps of all replicas in one call; metrics are averaged over the chunk."""
+
+    def steps_of_one(state, key):
+        return jax.lax.scan(lambda s, _: train_step(args, s, dataset, key=key), state, length=args.chunk)
+
+    state, metrics = jax.vmap(steps_of_one)(state, keys)
+    return state, jax.tree.map(lambda m: jnp.mean(m, axis=1), metrics)
+
+
+def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> TrainState:
+    """A fresh training state of one replica."""
+    policy = make_policy(header, key=key)
+    return TrainState(policy, make_optimizer(args).init(policy), jnp.zeros((), jnp.int32))
+
+
+def check_args(args: Args) -> None:
+    """Raises `UserError` for settings that cannot work together."""
+    if args.horizon < 1:
+        raise UserError(f"--horizon must be at least 1, not {args.horizon}.")
+    if not args.seeds or len(set(args.seeds)) != len(args.seeds):
+        raise UserError("--seeds needs at least one seed, each of them once.")
+    for name in ("steps", "save_every"):
+        if getattr(args, name) < 1 or getattr(args, name) % args.chunk:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{flag} {getattr(args, name)} is no multiple of --chunk {args.chunk}: change one of them so that it is."
+            )
+
+
+def main(args: Args) -> dict[str, float]:
+    """Trains the base policy of every seed; returns the last metrics."""
+    args = dataclasses.replace(args, save_every=min(args.save_every, args.steps))
+    check_args(args)
+    name = run_name(args.env, args.dataset)
+    path, source = data.find_files(args.env, args.dataset, episodes=args.episodes)
+    info = data.describe(path, source)
+    trajectories = data.load_trajectories(path, env=args.env)
+    data.print_summary(trajectories, info, tasks=(), discount=0.0)
+
+    standardizer = Standardizer.of(trajectories.observations)
+    dataset = BCData(
+        observations=jnp.asarray(standardizer(trajectories.observations)),
+        actions=jnp.asarray(trajectories.actions),
+        starts=jnp.asarray(data.transition_starts(trajectories.terminals, args.horizon)),
+    )
+    header = dict(
+        stage="bc",
+        env=name,
+        observation_dim=trajectories.observations.shape[1],
+        action_dim=trajectories.actions.shape[1],
+        horizon=args.horizon,
+        width=args.width,
+        depth=args.depth,
+        seeds=args.seeds,
+        data=info,
+        args=args,
+    )
+    run = Run((args.run_dir or Path("runs") / name) / "bc", header, replicas=[("", s) for s in args.seeds], args=args)
+
+    replica_keys = jax.vmap(jax.random.key)(np.asarray(args.seeds))
+    keys = jax.vmap(lambda key: jax.random.split(key))(replica_keys)
+    init_keys, train_keys = keys[:, 0], keys[:, 1]
+    state = stack_replicas(lambda key: init_state(args, header, key=key), init_keys)
+    state = run.restore(state)
+    state, train_keys = shard_replicas((state, train_keys))
+    metrics = run.train(
+        state,
+        lambda state: train_chunk(args, state, dataset, train_keys),
+        model=lambda state: (state.policy, standardizer),
+    )
+    print(f"base policy: {run.directory / 'model.eqx'}")
+    return metrics
+
+
+if __name__ == "__main__":
+    run_cli(main, Args, PRESETS)
