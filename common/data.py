@@ -130,6 +130,11 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def has_rewards(path: Path) -> bool:
+    """Whether a file brings its own rewards."""
+    return "rewards" in read_arrays(path)
+
+
 def load_trajectories(
     path: Path, *, env: str, tasks: Sequence[int] = (), reward: str = "default"
 ) -> Trajectories:

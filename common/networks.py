@@ -10,7 +10,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from common.flow import integrate
 
@@ -175,6 +175,45 @@ class FlowCritic(eqx.Module):
         features = self.features(observation, action)
         velocity = jax.vmap(self.velocity, (None, 0, None))
         return integrate(lambda z, t: velocity(features, z, t), noise, num_steps=flow_steps)
+
+
+class ReturnScale(eqx.Module):
+    """The affine map between returns in the environment's units and in the model's, `return = shift + scale * z`.
+
+    The model's noise is N(0, 1), so `scale` is the return that one standard deviation of noise stands for. `low` and
+    `high` bound the possible returns, in the environment's units.
+    """
+
+    shift: Float[Array, "*replicas"]
+    scale: Float[Array, "*replicas"]
+    low: Float[Array, "*replicas"]
+    high: Float[Array, "*replicas"]
+
+    @classmethod
+    def of(cls, low: ArrayLike, high: ArrayLike, *, width: float) -> "ReturnScale":
+        """The scale that maps `[low, high]` to `[-width / 2, width / 2]`."""
+        low, high = jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)
+        # One constant return is a law too: an interval of no length keeps the environment's units.
+        scale = jnp.where(high > low, (high - low) / width, 1.0)
+        return cls((low + high) / 2, scale, low, high)
+
+    @property
+    def width(self) -> Float[Array, "*replicas"]:
+        """Length of the interval of possible returns, in the model's units."""
+        return (self.high - self.low) / self.scale
+
+    def to_environment(self, z: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        return self.shift + self.scale * z
+
+    def to_model(self, returns: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        return (returns - self.shift) / self.scale
+
+    def reward_to_model(
+        self, reward: Float[Array, "*batch"], bootstrap: Float[Array, "*batch"]
+    ) -> Float[Array, "*batch"]:
+        """The reward for which `z = reward + bootstrap z'` is the Bellman equation of the scaled returns:
+        `(reward - (1 - bootstrap) shift) / scale`."""
+        return (reward - (1.0 - bootstrap) * self.shift) / self.scale
 
 
 def stratified_normal(num: int) -> Float[Array, " num"]:

@@ -1,0 +1,220 @@
+"""Roll-outs: all episodes of all replicas in lock-step, environments in parallel processes, one `act` for all of them.
+
+Gymnasium's `AsyncVectorEnv` runs one `EpisodeRunner` per process. A runner steps a share of the environments of every
+replica and starts the next episode in one as soon as it is free, so no environment waits for the longest episode.
+
+Protocol (OGBench): `num_episodes` episodes per replica, an episode ends when the task is solved or its time is up, and
+counts as a success if the environment says so at its last step. Initial states depend on (seed, episode) alone: all
+replicas and all settings of a sweep see the same episodes, whatever the number of processes.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
+
+import gymnasium
+import numpy as np
+from tqdm import tqdm
+
+from common.envs import import_ogbench
+
+MAX_ENVIRONMENTS = 64  # A MuJoCo environment takes about 40 MB and half a second to build.
+
+
+def make_env(gym_id: str) -> gymnasium.Env:
+    """One OGBench environment."""
+    import_ogbench()
+    return gymnasium.make(gym_id)
+
+
+def seeded_reset(env: gymnasium.Env, seed: int) -> np.ndarray:
+    """Resets `env` so that the whole episode depends on `seed` alone; returns the first observation.
+
+    OGBench draws from three places: the environment's generator, NumPy's global one (mazes), and an unseeded action
+    space that it makes anew at each use (manipulation: two random steps before the episode leave traces in contacts).
+    """
+    np.random.seed(seed)
+    space = env.unwrapped.action_space
+    space.seed(seed)
+    if isinstance(getattr(type(env.unwrapped), "action_space", None), property):
+        with mock.patch.object(type(env.unwrapped), "action_space", space):
+            return env.reset(seed=seed)[0]
+    return env.reset(seed=seed)[0]
+
+
+class EpisodeRunner(gymnasium.Env):
+    """A share of the environments of every replica, stepped one after the other in one process.
+
+    Shapes: R replicas, m environments per replica in this process, h actions per chunk. An action is one chunk per
+    environment, executed open loop until it ends or the episode does.
+    """
+
+    def __init__(
+        self,
+        gym_ids: Sequence[str],
+        slots: Sequence[int],
+        *,
+        num_slots: int,
+        num_episodes: int,
+        horizon: int,
+        seed: int,
+        probe: Callable[[dict[str, Any]], float] | None = None,
+    ):
+        """`slots` are this process' environments of each replica; slot s runs the episodes s, s + num_slots, ..."""
+        self.gym_ids, self.slots, self.num_slots = gym_ids, slots, num_slots
+        self.num_episodes, self.horizon, self.seed, self.probe = num_episodes, horizon, seed, probe
+        self.envs: list[list[gymnasium.Env]] = []
+        first = make_env(gym_ids[0])
+        shape = (len(gym_ids), len(slots))
+        box = gymnasium.spaces.Box
+        self.observation_space = gymnasium.spaces.Dict(
+            observation=box(-np.inf, np.inf, shape + first.observation_space.shape, np.float32),
+            episode=box(0, 2**31 - 1, shape, np.int32),
+            step=box(0, 2**31 - 1, shape, np.int32),
+            active=box(0, 1, shape, np.int8),
+        )
+        self.action_space = box(-1, 1, (*shape, horizon, *first.action_space.shape), np.float32)
+        first.close()
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        if not self.envs:
+            self.envs = [[make_env(gym_id) for _ in self.slots] for gym_id in self.gym_ids]
+        self.results: list[dict[str, Any]] = []  # one per episode begun, in the order they began
+        self.records = [[{} for _ in envs] for envs in self.envs]  # the one that each environment is filling in
+        spaces = self.observation_space.spaces
+        self.state = {key: np.zeros(space.shape, space.dtype) for key, space in spaces.items()}
+        self.state["episode"][:] = self.slots
+        for r, envs in enumerate(self.envs):
+            for j in range(len(envs)):
+                self._begin(r, j)
+        return self._copy(), {}
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        for r, j in np.argwhere(self.state["active"]):
+            self._execute(r, j, action[r, j])
+        return self._copy(), 0.0, False, False, {}
+
+    def _copy(self) -> dict[str, np.ndarray]:
+        return {key: value.copy() for key, value in self.state.items()}
+
+    def _begin(self, r: int, j: int) -> None:
+        """Starts the episode that `episode[r, j]` names, or retires the environment if there is none."""
+        episode = int(self.state["episode"][r, j])
+        self.state["active"][r, j] = episode < self.num_episodes
+        self.state["step"][r, j] = 0
+        if episode < self.num_episodes:
+            seed = int(np.random.SeedSequence([self.seed, episode]).generate_state(1)[0])
+            self.state["observation"][r, j] = seeded_reset(self.envs[r][j], seed)
+            self.records[r][j] = dict(replica=int(r), episode=episode, success=0.0, length=0, total=0.0, probe=0.0)
+            self.results.append(self.records[r][j])
+
+    def _execute(self, r: int, j: int, chunk: np.ndarray) -> None:
+        env, record = self.envs[r][j], self.records[r][j]
+        for action in chunk:
+            observation, reward, terminated, truncated, info = env.step(action)
+            record["length"] += 1
+            record["total"] += float(reward)
+            if self.probe is not None:
+                record["probe"] += float(self.probe(info))
+            self.state["step"][r, j] += 1
+            if terminated or truncated:
+                record["success"] = float(info.get("success", 0.0))
+                self.state["episode"][r, j] += self.num_slots
+                self._begin(r, j)
+                return
+        self.state["observation"][r, j] = observation
+
+    def close(self) -> None:
+        for env in (env for envs in self.envs for env in envs):
+            env.close()
+
+
+class Episodes:
+    """Parallel environments for the evaluation of R replicas; build once, `run` many times, then `close`."""
+
+    def __init__(
+        self,
+        gym_ids: Sequence[str],
+        *,
+        num_episodes: int,
+        horizon: int = 1,
+        seed: int = 0,
+        workers: int | None = None,
+        probe: Callable[[dict[str, Any]], float] | None = None,
+    ):
+        """
+        Args:
+            gym_ids: one environment per replica; all with the same spaces.
+            num_episodes: episodes per replica.
+            horizon: actions per decision, executed open loop.
+            seed: seed of the initial states.
+            workers: processes; one per core by default.
+            probe: a function of a step's `info`, summed over each episode; importable, since it goes to the workers.
+        """
+        workers = min(workers or len(os.sched_getaffinity(0)), num_episodes)
+        self.num_replicas, self.num_episodes = len(gym_ids), num_episodes
+        per_worker = math.ceil(num_episodes / workers)
+        per_worker = max(1, min(per_worker, MAX_ENVIRONMENTS // (len(gym_ids) * workers)))
+        settings = dict(
+            num_slots=workers * per_worker, num_episodes=num_episodes, horizon=horizon, seed=seed, probe=probe
+        )
+        self.vector = gymnasium.vector.AsyncVectorEnv(
+            [
+                functools.partial(
+                    EpisodeRunner, tuple(gym_ids), range(w * per_worker, (w + 1) * per_worker), **settings
+                )
+                for w in range(workers)
+            ],
+            context="spawn",  # JAX is multithreaded: a forked child could inherit a held lock.
+        )
+
+    def run(
+        self, act: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray], *, desc: str = "evaluating"
+    ) -> list[dict[str, Any]]:
+        """Runs all episodes with `act(observations, episodes, steps) -> chunks`.
+
+        Shapes: observations (R, n, d), episodes and steps (R, n), chunks (R, n, h, a). Returns one row per episode,
+        ordered by replica and episode: `replica, episode, success, length, total` (undiscounted return), `probe`.
+        """
+        state, _ = self.vector.reset()
+        with tqdm(total=self.num_replicas * self.num_episodes, desc=desc, unit="episode") as bar:
+            while state["active"].any():
+                # (workers, R, m, ...) -> (R, workers * m, ...): `act` sees replicas, not processes.
+                merged = {key: self._merge(value) for key, value in state.items()}
+                chunks = np.asarray(act(merged["observation"], merged["episode"], merged["step"]))
+                state, *_ = self.vector.step(self._split(chunks, state["active"].shape[0]))
+                finished = np.minimum(state["episode"] // self.num_slots, self._quota(state)).sum()
+                bar.update(int(finished) - bar.n)
+        rows = [row for results in self.vector.call("results") for row in results]
+        return sorted(rows, key=lambda row: (row["replica"], row["episode"]))
+
+    @property
+    def num_slots(self) -> int:
+        """Environments per replica."""
+        return self.vector.num_envs * self.vector.single_observation_space["active"].shape[1]
+
+    def _quota(self, state: dict[str, np.ndarray]) -> np.ndarray:
+        """How many episodes each environment runs in all."""
+        slot = state["episode"] % self.num_slots
+        return (self.num_episodes - slot + self.num_slots - 1) // self.num_slots
+
+    @staticmethod
+    def _merge(value: np.ndarray) -> np.ndarray:
+        value = np.moveaxis(value, 0, 1)
+        return value.reshape(value.shape[0], -1, *value.shape[3:])
+
+    @staticmethod
+    def _split(chunks: np.ndarray, workers: int) -> np.ndarray:
+        return np.moveaxis(chunks.reshape(chunks.shape[0], workers, -1, *chunks.shape[2:]), 1, 0)
+
+    def close(self) -> None:
+        self.vector.close()
+
+    def __enter__(self) -> "Episodes":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

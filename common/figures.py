@@ -1,0 +1,124 @@
+"""Figures of runs. Each function draws one file from numbers that also stand in a CSV."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # No display is needed, and none may be there.
+import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Float
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def training(metrics_csv: Path, path: Path, *, title: str) -> None:
+    """Every metric of a `metrics.csv` over gradient steps, one line per (task, seed)."""
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    with open(metrics_csv, newline="") as file:
+        for row in csv.DictReader(file):
+            label = f"task {row['task']}, seed {row['seed']}" if row["task"] else f"seed {row['seed']}"
+            points = curves.setdefault(row["metric"], {}).setdefault(label, [])
+            points.append((int(row["step"]), float(row["value"])))
+    if not curves:
+        return
+    figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3), squeeze=False)
+    for axis, (metric, lines) in zip(axes[0], curves.items(), strict=True):
+        for label, points in lines.items():
+            axis.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 3 else None, lw=1)
+        axis.set(xlabel="gradient steps", title=metric.replace("_", " "))
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    figure.suptitle(title)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def success(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """Success rates with 95% intervals: base policy alone beside the extracted policy, per task."""
+    tasks = sorted({row["task"] for row in summary})
+    methods = sorted({row["num_actions"] for row in summary})
+    figure, axis = plt.subplots(figsize=(1.5 + 1.3 * len(tasks), 3))
+    for i, number in enumerate(methods):
+        rows = {row["task"]: row for row in summary if row["num_actions"] == number}
+        height = np.array([100 * rows[t]["success"] for t in tasks])
+        low = height - [100 * rows[t]["low"] for t in tasks]
+        high = [100 * rows[t]["high"] for t in tasks] - height
+        label = "base policy alone" if number == 1 else f"EVOR, best of {number}"
+        place = np.arange(len(tasks)) + 0.38 * (i - (len(methods) - 1) / 2)
+        axis.bar(place, height, 0.34, yerr=np.abs([low, high]), capsize=3, label=label)
+    axis.set(ylabel="success (%)", ylim=(0, 105), xticks=range(len(tasks)), title=title)
+    axis.set_xticklabels([f"task {t}" for t in tasks])
+    axis.legend(fontsize=7)
+    save(figure, path)
+
+
+def calibration(
+    panels: Sequence[tuple[str, Float[np.ndarray, "n draws"], Float[np.ndarray, " n"], Mapping[str, float]]],
+    levels: Float[np.ndarray, " levels"],
+    path: Path,
+) -> None:
+    """Per replica: predicted mean against observed return (states binned by prediction, with the spread of both), and
+    the share of observed returns below each predicted quantile."""
+    figure, axes = plt.subplots(len(panels), 2, figsize=(8, 3.4 * len(panels)), squeeze=False)
+    for (title, draws, returns, numbers), (left, right) in zip(panels, axes, strict=True):
+        mean = draws.mean(axis=1)
+        order = np.argsort(mean)
+        bins = [b for b in np.array_split(order, 15) if len(b)]
+        predicted = np.array([mean[b].mean() for b in bins])
+        observed = np.array([returns[b].mean() for b in bins])
+        spread = np.array([np.quantile(returns[b], [0.1, 0.9]) for b in bins]).T
+        law = np.array([np.quantile(draws[b], [0.1, 0.9]) for b in bins]).T
+        left.fill_between(predicted, *law, alpha=0.2, label="predicted 10% to 90%")
+        left.errorbar(
+            predicted, observed, np.abs(spread - observed), fmt="o", ms=3, lw=0.7, color="C1", label="observed, 10% to 90%"
+        )
+        ends = [min(predicted.min(), observed.min()), max(predicted.max(), observed.max())]
+        left.plot(ends, ends, "k:", lw=1)
+        left.set(xlabel="predicted mean return", ylabel="return", title=title)
+        left.legend(fontsize=7)
+        right.plot([0, 1], [0, 1], "k:", lw=1)
+        right.plot(levels, [numbers[f"below_{level:.2g}"] for level in levels], "o-", ms=3)
+        right.set(
+            xlabel="predicted quantile",
+            ylabel="share of observed returns below",
+            xlim=(0, 1),
+            ylim=(0, 1),
+            title=f"correlation {numbers['correlation']:.2f}, crps {numbers['crps']:.2f}",
+        )
+    figure.tight_layout()
+    save(figure, path)
+
+
+def sweep(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """Success over each swept setting that takes more than one value; one line per task and rest of the settings."""
+    names = ("num_actions", "num_returns", "return_temperature", "action_temperature")
+    swept = [n for n in names if len({row[n] for row in summary}) > 1] or ["num_actions"]
+    figure, axes = plt.subplots(1, len(swept), figsize=(4.5 * len(swept), 3.3), squeeze=False)
+    for axis, name in zip(axes[0], swept, strict=True):
+        others = [n for n in (*names, "task") if n != name]
+        shown = [n for n in others if n == "task" or n in swept]
+        lines: dict[tuple, list[Mapping[str, Any]]] = {}
+        for row in summary:
+            lines.setdefault(tuple(row[n] for n in others), []).append(row)
+        values = sorted({row[name] for row in summary})
+        for key, rows in lines.items():
+            label = ", ".join(f"{n} {v:g}" for n, v in zip(others, key, strict=True) if n in shown)
+            x = [values.index(row[name]) for row in rows]
+            y = np.array([100 * row["success"] for row in rows])
+            error = np.abs(np.array([[100 * row["low"], 100 * row["high"]] for row in rows]).T - y)
+            axis.errorbar(x, y, error, marker="o", ms=3, lw=1, capsize=2, label=label)
+        axis.set(xlabel=name, ylabel="success (%)", ylim=(-3, 103), xticks=range(len(values)))
+        axis.set_xticklabels([f"{v:g}" for v in values])
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=6)
+    figure.suptitle(title)
+    figure.tight_layout()
+    save(figure, path)

@@ -1,0 +1,490 @@
+"""Stage 3 of EVOR: the policy, extracted at inference time. Nothing is trained here.
+
+    python evor_infer.py --env cube-double-play --num-actions 1 4 16 64
+
+Given the base policy (stage 1) and the reward-to-go law (stage 2), in an observation x:
+
+    a^(1..N_pi) ~ pi_base(. | x)                                    candidates
+    r^(i,1..N)  ~ R_theta(. | x, a^(i))                             draws of the reward-to-go
+    Q*(x, a^(i)) = tau_R log( (1/N) sum_j exp(r^(i,j) / tau_R) )    log-mean-exp
+    a ~ softmax_i( Q*(x, a^(i)) / tau_Q )                           tau_Q = 0: the best candidate
+
+| symbol | here                 | symbol  | here                 |
+|--------|----------------------|---------|----------------------|
+| N_pi   | `num_actions`        | tau_R   | `return_temperature` |
+| N      | `num_returns`        | tau_Q   | `action_temperature` |
+
+Both temperatures are given as fractions of the width of the interval of possible returns, so that one number means the
+same in every environment; tables also state them in the environment's units. `num_actions = 1` is the base policy.
+
+Lists on the command line are a sweep: every combination is evaluated on the same episodes, without retraining.
+Reads `runs/ENV/{bc,value}/model.eqx`; writes `runs/ENV/infer/{episodes.csv, summary.csv, sweep.png}`.
+
+Differences from the paper: (1) log-*mean*-exp instead of log-sum-exp: the same softmax at equal N, and comparable
+across N. (2) All candidates share their return noise z_0, stratified normal quantiles by default: independent draws
+would rank candidates by luck. Source: EVOR, arXiv 2510.08218, stage 3 and equation 22. *Ours*, since the paper does
+not disclose them: N, both temperatures, flow steps.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
+
+from common import checkpoint, figures
+from common.envs import check_env, parse_env, run_name
+from common.errors import UserError, run_cli
+from common.evaluation import Episodes
+from common.metrics import write_csv
+from common.networks import FlowCritic, FlowPolicy, ReturnScale, make_critic, make_policy, stratified_normal
+from common.statistics import success_interval
+from common.training import Standardizer
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": dict(num_actions=(1, 4), num_returns=(4,), eval_episodes=4),
+    "preview": dict(num_actions=(1, 4, 16, 32), num_returns=(8,)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Stage 3: evaluate the extracted policy; lists are a sweep."""
+
+    # --- experiment ---
+    env: str = "cube-double-play"
+    """OGBench dataset: a short name or a full id."""
+    tasks: tuple[int, ...] = ()
+    """Tasks to evaluate; all that stage 2 trained by default."""
+    seeds: tuple[int, ...] = ()
+    """Seeds to evaluate; all that stage 2 trained by default."""
+    run_dir: Path | None = None
+    """The run directory of stage 2; runs/ENV by default."""
+    policy_run_dir: Path | None = None
+    """The run directory of stage 1; the one stage 2 was trained with by default."""
+    quick: bool = False
+    """Preset: a handful of episodes."""
+    preview: bool = False
+    """Preset: a short sweep over the number of actions."""
+
+    # --- extraction ---
+    num_actions: tuple[int, ...] = (32,)
+    """N_pi: candidates from the base policy (32: the paper's)."""
+    num_returns: tuple[int, ...] = (16,)
+    """N: draws of the reward-to-go per candidate (ours)."""
+    return_temperature: tuple[float, ...] = (0.1,)
+    """tau_R as a fraction of the return range (ours); inf scores by the mean, 0 by the largest draw."""
+    action_temperature: tuple[float, ...] = (0.0,)
+    """tau_Q as a fraction of the return range (ours); 0 takes the best candidate."""
+    flow_steps: int = 10
+    """Euler steps of both flows (ours)."""
+    independent_noise: bool = False
+    """Draw the return noise at random, still shared by all candidates, instead of normal quantiles."""
+
+    # --- evaluation ---
+    eval_episodes: int = 50
+    """Episodes per task and seed (OGBench: 50)."""
+    eval_seed: int = 0
+    """Seed of the initial states."""
+    workers: int | None = None
+    """Processes that step environments; all cores by default."""
+
+
+class AgentParams(NamedTuple):
+    """All arrays of an agent; with replicas, each leaf has a leading axis."""
+
+    policy: FlowPolicy
+    critic: FlowCritic
+    standardizer: Standardizer
+    scale: ReturnScale
+
+
+class Extraction(eqx.Module):
+    """How an action is extracted. Temperatures are fractions of the return range and traced by `jit`: sweeping them
+    compiles nothing anew. The numbers of draws and steps set array shapes and are static."""
+
+    num_actions: int = eqx.field(static=True, default=32)
+    num_returns: int = eqx.field(static=True, default=16)
+    return_temperature: float = 0.1
+    action_temperature: float = 0.0
+    flow_steps: int = eqx.field(static=True, default=10)
+    independent_noise: bool = eqx.field(static=True, default=False)
+
+
+# --- Maths -------------------------------------------------------------------------------------------------------
+
+
+def log_mean_exp(returns: Float[Array, "*batch num"], temperature: Float[ArrayLike, ""]) -> Float[Array, "*batch"]:
+    """`tau log( (1/N) sum_j exp(r_j / tau) )` over the last axis; tau = inf is the mean, tau = 0 the maximum.
+
+    Written as `max + tau log1p(mean(expm1((r - max) / tau)))`, which neither overflows at a small tau nor loses its
+    digits at a large one. Increasing in every return, decreasing in tau, between mean and maximum.
+    """
+    largest = jnp.max(returns, axis=-1)
+    limit = (temperature == 0) | jnp.isinf(temperature)
+    finite = jnp.where(limit, 1.0, temperature)
+    excess = jnp.mean(jnp.expm1((returns - largest[..., None]) / finite), axis=-1)
+    soft = largest + finite * jnp.log1p(excess)
+    return jnp.where(limit, jnp.where(temperature == 0, largest, jnp.mean(returns, axis=-1)), soft)
+
+
+def return_noise(settings: Extraction, *, key: PRNGKeyArray) -> Float[Array, " num_returns"]:
+    """The `z_0` of the return draws: one set for all candidates."""
+    if settings.independent_noise:
+        return jax.random.normal(key, (settings.num_returns,))
+    return stratified_normal(settings.num_returns)
+
+
+def score_one(
+    critic: FlowCritic,
+    observation: Float[Array, " observation"],
+    action: Float[Array, " action"],
+    noise: Float[Array, " num_returns"],
+    *,
+    temperature: Float[ArrayLike, ""],
+    flow_steps: int,
+) -> Float[Array, ""]:
+    """`Q*(x, a)` in the model's units, from the returns that the flow makes of `noise`; `temperature` likewise."""
+    return log_mean_exp(critic.sample(observation, action, noise, flow_steps=flow_steps), temperature)
+
+
+def select(scores: Float[Array, " num_actions"], temperature: Float[ArrayLike, ""], *, key: PRNGKeyArray) -> Int[Array, ""]:
+    """An index with probability `softmax(scores / temperature)`; temperature 0: the largest score, inf: uniform."""
+    drawn = jax.random.categorical(key, scores / jnp.where(temperature == 0, 1.0, temperature))
+    return jnp.where(temperature == 0, jnp.argmax(scores), drawn)
+
+
+def act_one(
+    agent: AgentParams, observation: Float[Array, " observation"], settings: Extraction, *, key: PRNGKeyArray
+) -> Float[Array, " action"]:
+    """The extracted action (chunk) in one observation, the equations at the top of this file."""
+    candidate_key, noise_key, select_key = jax.random.split(key, 3)
+    observation = agent.standardizer(observation)
+    noise = jax.random.normal(candidate_key, (settings.num_actions, agent.policy.action_dim))
+    candidates = agent.policy.sample(observation, noise, flow_steps=settings.flow_steps)
+    if settings.num_actions == 1:
+        return candidates[0]
+    returns_noise = return_noise(settings, key=noise_key)
+    score = functools.partial(
+        score_one,
+        temperature=settings.return_temperature * agent.scale.width,
+        flow_steps=settings.flow_steps,
+    )
+    scores = jax.vmap(score, (None, None, 0, None))(agent.critic, observation, candidates, returns_noise)
+    best = select(scores, settings.action_temperature * agent.scale.width, key=select_key)
+    return candidates[best]
+
+
+@jax.jit
+def act_replicas(
+    agents: AgentParams,
+    observations: Float[Array, "replicas n observation"],
+    episodes: Int[Array, "replicas n"],
+    steps: Int[Array, "replicas n"],
+    settings: Extraction,
+    *,
+    keys: PRNGKeyArray,
+) -> Float[Array, "replicas n action"]:
+    """Actions of all replicas in all their environments. An action's randomness depends on the replica's key, the
+    episode and the step alone, so results do not depend on how episodes are spread over environments."""
+
+    def one(agent, observation, episode, step, key):
+        key = jax.random.fold_in(jax.random.fold_in(key, episode), step)
+        return act_one(agent, observation, settings, key=key)
+
+    per_replica = jax.vmap(one, (None, 0, 0, 0, None))
+    return jax.vmap(per_replica)(agents, observations, episodes, steps, keys)
+
+
+# --- Loading -----------------------------------------------------------------------------------------------------
+
+
+def load_policy(run_dir: Path) -> tuple[dict[str, Any], tuple[FlowPolicy, Standardizer]]:
+    """Header and (policy, standardizer) of stage 1; the policy's leaves have a leading axis of seeds."""
+
+    def build(header):
+        keys = jax.random.split(jax.random.key(0), len(header["seeds"]))
+        standardizer = Standardizer(jnp.zeros(header["observation_dim"]), jnp.ones(header["observation_dim"]))
+        return jax.vmap(lambda key: make_policy(header, key=key))(keys), standardizer
+
+    return checkpoint.load(run_dir / "bc" / "model.eqx", build, stage="bc", remedy="train it with evor_bc.py first.")
+
+
+def load_critic(run_dir: Path) -> tuple[dict[str, Any], tuple[FlowCritic, ReturnScale]]:
+    """Header and (critic, scale) of stage 2; the leaves have a leading axis of (task, seed) replicas."""
+
+    def build(header):
+        keys = jax.random.split(jax.random.key(0), len(header["replicas"]))
+        return jax.vmap(lambda key: (make_critic(header, key=key), ReturnScale.of(0.0, 1.0, width=1.0)))(keys)
+
+    remedy = "train it with evor_value.py first."
+    return checkpoint.load(run_dir / "value" / "model.eqx", build, stage="value", remedy=remedy)
+
+
+def load_agents(
+    run_dir: Path,
+    *,
+    tasks: Sequence[int] = (),
+    seeds: Sequence[int] = (),
+    policy_run_dir: Path | None = None,
+) -> tuple[dict[str, Any], list[tuple[int, int]], AgentParams]:
+    """Header of stage 2, the chosen (task, seed) pairs, and their agents stacked along a leading axis.
+
+    Raises:
+        UserError: a stage is missing, was trained on something else, or has not the tasks or seeds asked for.
+    """
+    header, (critics, scales) = load_critic(run_dir)
+    policy_run_dir = policy_run_dir or Path(header["policy_run_dir"])
+    policy_path = policy_run_dir / "bc" / "model.eqx"
+    policy_header, (policies, standardizer) = load_policy(policy_run_dir)
+    for name in ("env", "horizon", "observation_dim", "action_dim"):
+        checkpoint.require(policy_header, policy_path, **{name: header[name]})
+    replicas = [tuple(r) for r in header["replicas"]]
+    for name, wanted, index in (("task", tasks, 0), ("seed", seeds, 1)):
+        missing = set(wanted) - {r[index] for r in replicas}
+        if missing:
+            have = sorted({r[index] for r in replicas})
+            raise UserError(
+                f"{run_dir / 'value'} has no {name} {sorted(missing)[0]}: it has {have}; train it with evor_value.py."
+            )
+    chosen = [i for i, (t, s) in enumerate(replicas) if (not tasks or t in tasks) and (not seeds or s in seeds)]
+    replicas = [replicas[i] for i in chosen]
+    policy_index = np.array([policy_header["seeds"].index(seed) for _, seed in replicas])
+    agents = AgentParams(
+        policy=jax.tree.map(lambda x: jnp.asarray(x)[policy_index], policies),
+        critic=jax.tree.map(lambda x: jnp.asarray(x)[np.array(chosen)], critics),
+        standardizer=jax.tree.map(lambda x: jnp.stack([x] * len(chosen)), standardizer),
+        scale=jax.tree.map(lambda x: jnp.asarray(x)[np.array(chosen)], scales),
+    )
+    return header, replicas, agents
+
+
+# --- Python API --------------------------------------------------------------------------------------------------
+
+
+@jax.jit
+def _act(agent, observations, settings, *, key):
+    keys = jax.random.split(key, len(observations))
+    return jax.vmap(lambda x, k: act_one(agent, x, settings, key=k))(observations, keys)
+
+
+@functools.partial(jax.jit, static_argnames=("num_actions", "flow_steps"))
+def _sample_actions(agent, observations, num_actions, flow_steps, *, key):
+    noise = jax.random.normal(key, (len(observations), num_actions, agent.policy.action_dim))
+    sample = functools.partial(agent.policy.sample, flow_steps=flow_steps)
+    return jax.vmap(sample)(agent.standardizer(observations), noise)
+
+
+@jax.jit
+def _sample_returns(agent, observations, actions, settings, *, key):
+    noise = return_noise(settings, key=key)
+    sample = functools.partial(agent.critic.sample, flow_steps=settings.flow_steps)
+    draws = jax.vmap(sample, (0, 0, None))(agent.standardizer(observations), actions, noise)
+    return agent.scale.to_environment(draws)
+
+
+@dataclasses.dataclass(frozen=True)
+class Agent:
+    """A trained agent. Inputs are batched; everything is jitted once per shape; returns are in environment units."""
+
+    params: AgentParams
+    horizon: int = 1
+
+    def act(
+        self, observations: Float[Array, "batch observation"], *, key: PRNGKeyArray, **settings
+    ) -> Float[Array, "batch horizon action"]:
+        """Extracted action chunks. Settings: the fields of `Extraction`."""
+        actions = _act(self.params, observations, Extraction(**settings), key=key)
+        return actions.reshape(len(actions), self.horizon, -1)
+
+    def sample_actions(
+        self,
+        observations: Float[Array, "batch observation"],
+        num_actions: int,
+        *,
+        flow_steps: int = 10,
+        key: PRNGKeyArray,
+    ) -> Float[Array, "batch num_actions chunk"]:
+        """Candidates of the base policy, in [-1, 1]; a chunk of h actions is one vector."""
+        return _sample_actions(self.params, observations, num_actions, flow_steps, key=key)
+
+    def sample_returns(
+        self,
+        observations: Float[Array, "batch observation"],
+        actions: Float[Array, "batch chunk"],
+        num_returns: int,
+        *,
+        independent_noise: bool = False,
+        flow_steps: int = 10,
+        key: PRNGKeyArray,
+    ) -> Float[Array, "batch num_returns"]:
+        """Draws of the reward-to-go; by default those of the normal quantiles, in rising order of the noise."""
+        settings = Extraction(num_returns=num_returns, flow_steps=flow_steps, independent_noise=independent_noise)
+        return _sample_returns(self.params, observations, actions, settings, key=key)
+
+    def q_value(
+        self,
+        observations: Float[Array, "batch observation"],
+        actions: Float[Array, "batch chunk"],
+        *,
+        num_returns: int = 16,
+        return_temperature: float = 0.1,
+        key: PRNGKeyArray,
+        **settings,
+    ) -> Float[Array, " batch"]:
+        """`Q*(x, a)`, the log-mean-exp of sampled returns; temperature as a fraction of the return range."""
+        returns = self.sample_returns(observations, actions, num_returns, key=key, **settings)
+        width = float(self.params.scale.high - self.params.scale.low)
+        return log_mean_exp(returns, return_temperature * width)
+
+
+def load_agent(
+    run_dir: str | Path, *, task: int | None = None, seed: int | None = None, policy_run_dir: str | Path | None = None
+) -> Agent:
+    """The agent of a run directory, for one task and seed (by default the first that was trained).
+
+        agent = load_agent("runs/cube-double-play", task=2, seed=0)
+        actions = agent.act(observations, key=jax.random.key(0))
+
+    Raises:
+        UserError: a stage is missing, or the task or seed was not trained.
+    """
+    header, _, agents = load_agents(
+        Path(run_dir),
+        tasks=() if task is None else (task,),
+        seeds=() if seed is None else (seed,),
+        policy_run_dir=None if policy_run_dir is None else Path(policy_run_dir),
+    )
+    return Agent(jax.tree.map(lambda x: x[0], agents), horizon=header["horizon"])
+
+
+# --- Evaluation --------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    agents: AgentParams,
+    episodes: Episodes,
+    settings: Extraction,
+    *,
+    replicas: Sequence[tuple[int, int]],
+    horizon: int,
+    seed: int,
+    desc: str = "evaluating",
+) -> list[dict[str, Any]]:
+    """Runs all episodes of all replicas; one row per episode, with task, seed and settings."""
+    keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(seed), s))(np.array([s for _, s in replicas]))
+
+    def act(observations, counts, steps):
+        chunks = act_replicas(agents, observations, counts, steps, settings, keys=keys)
+        return chunks.reshape(*chunks.shape[:2], horizon, -1)
+
+    rows = []
+    ranges = np.asarray(agents.scale.high - agents.scale.low)
+    for row in episodes.run(act, desc=desc):
+        index = row.pop("replica")
+        task, replica_seed = replicas[index]
+        width = float(ranges[index])
+        rows.append(
+            dict(
+                task=task,
+                seed=replica_seed,
+                **dataclasses.asdict(settings),
+                return_temperature_units=settings.return_temperature * width,
+                action_temperature_units=settings.action_temperature * width,
+                **row,
+            )
+        )
+    return rows
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
+    """Success rate, its 95% Wilson interval, and mean length of the episodes of each group."""
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in by), []).append(row)
+    out = []
+    for values, members in groups.items():
+        successes, number = sum(r["success"] for r in members), len(members)
+        low, high = success_interval(successes, number)
+        lengths = float(np.mean([r["length"] for r in members]))
+        out.append(
+            dict(zip(by, values, strict=True))
+            | dict(success=successes / number, low=low, high=high, episodes=number, mean_length=lengths)
+        )
+    return out
+
+
+def check_args(args: Args) -> None:
+    """Raises `UserError` for settings that cannot be evaluated."""
+    for name in ("num_actions", "num_returns", "return_temperature", "action_temperature"):
+        values, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        lowest = 0.0 if name.endswith("temperature") else 1
+        if not values or min(values) < lowest:
+            raise UserError(f"{flag} needs one or more numbers of at least {lowest}.")
+    for name in ("eval_episodes", "flow_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
+
+
+def main(args: Args) -> list[dict[str, Any]]:
+    """Evaluates every combination of the lists; returns the summary rows."""
+    check_args(args)
+    run_dir = args.run_dir or Path("runs") / run_name(args.env, None)
+    header, replicas, agents = load_agents(
+        run_dir, tasks=args.tasks, seeds=args.seeds, policy_run_dir=args.policy_run_dir
+    )
+    name = parse_env(args.env)
+    checkpoint.require(header, run_dir / "value" / "model.eqx", env=name.short)
+    check_env(name)
+    if 0 in {task for task, _ in replicas}:
+        raise UserError(f"{run_dir} was trained on rewards of its own: there is no environment to evaluate it in.")
+
+    grid = itertools.product(args.num_actions, args.num_returns, args.return_temperature, args.action_temperature)
+    sweep = list(dict.fromkeys(Extraction(*point, args.flow_steps, args.independent_noise) for point in grid))
+    gym_ids = [name.gym_id(task) for task, _ in replicas]
+    rows: list[dict[str, Any]] = []
+    with Episodes(
+        gym_ids,
+        num_episodes=args.eval_episodes,
+        horizon=header["horizon"],
+        seed=args.eval_seed,
+        workers=args.workers,
+    ) as episodes:
+        for settings in sweep:
+            rows += evaluate(
+                agents,
+                episodes,
+                settings,
+                replicas=replicas,
+                horizon=header["horizon"],
+                seed=args.eval_seed,
+                desc=f"N_pi={settings.num_actions} N={settings.num_returns} "
+                f"tau_R={settings.return_temperature:g} tau_Q={settings.action_temperature:g}",
+            )
+    common = dict(env=name.short, data_source=header["data"]["source"], data_sha256=header["data"]["sha256"])
+    rows = [common | row for row in rows]
+    by = ("env", "data_source", *(field.name for field in dataclasses.fields(Extraction)), "task")
+    summary = summarise(rows, by)
+    out = run_dir / "infer"
+    write_csv(out / "episodes.csv", list(rows[0]), rows)
+    write_csv(out / "summary.csv", list(summary[0]), summary)
+    figures.sweep(summary, out / "sweep.png", title=f"{name.short} ({header['data']['source']} data)")
+    for row in summary:
+        print(
+            f"task {row['task']}  N_pi {row['num_actions']:<3} N {row['num_returns']:<3} "
+            f"tau_R {row['return_temperature']:<5g} tau_Q {row['action_temperature']:<5g} "
+            f"success {row['success']:.0%} [{row['low']:.0%}, {row['high']:.0%}] of {row['episodes']} episodes"
+        )
+    print(f"rows: {out / 'episodes.csv'}\nsummary: {out / 'summary.csv'}\nfigure: {out / 'sweep.png'}")
+    return summary
+
+
+if __name__ == "__main__":
+    run_cli(main, Args, PRESETS)

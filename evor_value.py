@@ -1,0 +1,714 @@
+"""Stage 2 of EVOR: the reward-to-go law of the base policy, by flow-based temporal differences. The main job.
+
+    python evor_value.py --env cube-double-play
+
+`s_theta(z_t, t | x, a)` is a velocity field on the line. It moves noise z_0 ~ N(0, 1) to draws of the reward-to-go,
+
+    Z(x, a) = r + discount * mask * Z(x', a'),   a' ~ pi_base(. | x'),
+
+and is regressed on a TD target that is made with a target network s_bar (its flow: psi_bar). With g = discount * mask
+and t ~ U[0, 1], L(theta) = E( s_theta(z_t, t | x, a) - target )^2 where
+
+    --td-target          path point z_t                               target
+    paper                z_0 + t u                                    r + g s_bar(z_t, t | x', a')
+    shared-noise         (1-t) z_0 + t y,  y = r + g psi_bar_1(z_0)   y - z_0
+    independent-noise    (1-t) z_0 + t y,  y = r + g psi_bar_1(z_0')  y - z_0
+    velocity             t r + g Z'_t + (1-t)(1-g) z_0                r + g s_bar(Z'_t, t | x', a') - (1-g) z_0
+                         where Z'_t = psi_bar_t(z_0)
+
+Regressing on dZ_t/dt along any random path gives a flow from law(Z_0) to law(Z_1). The last three do that, so that one
+sweep is the distributional Bellman operator and the fixed point is the law of Z. `paper`, the formula as published,
+does not: with deterministic rewards its only fixed point is the constant field Q(x, a), the law N(Q, 1). Its mean is
+right, its shape is that of the noise. `benchmarks/return_law.py` measures both.
+
+The policy is frozen: it is never trained on the value. So next actions are drawn once, ahead of training, K for each
+transition (the next-action bank). `--next-action base` takes one of them: the law is that of pi_base. `dataset` takes
+the action that was taken. `softmax` picks among the K by exp(Q*(x', a') / temperature), chosen by the online network
+and valued by the target network: the law of the policy that stage 3 extracts.
+
+Returns are scaled: the interval of possible returns becomes `--return-width` standard deviations of the noise.
+
+Reads `runs/ENV/bc/model.eqx` (trained first if missing); writes `runs/ENV/value/{config.json, metrics.csv, model.eqx,
+train_state.eqx, evaluation.csv, calibration.csv, *.png}`.
+
+Differences from the paper: (1) the default target is consistent, see above; (2) the bank; (3) the paper does not say
+which z_1 makes the `paper` target's z_t: we use z_1 = z_0 + u, u uniform on the possible returns, which covers the paths
+of its fixed point and is independent of r and a'; (4) bootstrapped returns are clipped to the possible ones.
+Source: EVOR, arXiv 2510.08218, stage 2. *Ours*, not disclosed there: discount, tau, batch size, LayerNorm, flow steps.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, ArrayLike, Float, Float16, Int, PRNGKeyArray
+from tqdm import tqdm
+
+import evor_bc
+import evor_infer
+from common import checkpoint, data, figures
+from common.envs import parse_env, run_name, validation_path
+from common.errors import UserError, run_cli
+from common.evaluation import Episodes
+from common.flow import integrate
+from common.metrics import sha256, write_csv
+from common.networks import FlowCritic, FlowPolicy, ReturnScale, make_critic, stratified_normal
+from common.statistics import calibration
+from common.training import Run, Standardizer, learning_rate, shard_replicas, stack_replicas
+
+Target = Literal["paper", "shared-noise", "independent-noise", "velocity"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": dict(
+        steps=2_000, width=128, batch_size=128, episodes=30, chunk=500, num_next_actions=2, eval_episodes=10,
+        num_actions=8, num_returns=4,
+    ),
+    "preview": dict(steps=40_000, schedule="cosine", learning_rate=1e-3, num_actions=16, num_returns=8),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Stage 2, the main job: train the reward model (and the base policy if there is none), then evaluate."""
+
+    # --- experiment ---
+    env: str = "cube-double-play"
+    """OGBench dataset: a short name or a full id. With --dataset, only a name for the run."""
+    tasks: tuple[int, ...] = ()
+    """OGBench's single tasks; the environment's default task by default."""
+    seeds: tuple[int, ...] = (0,)
+    """One reward model per task and seed, all trained in one program."""
+    run_dir: Path | None = None
+    """Where the run goes; runs/ENV by default. This stage writes to its folder value/."""
+    policy_run_dir: Path | None = None
+    """The run directory with the base policy; --run-dir by default."""
+    resume: bool = False
+    """Continue from the last checkpoint in the run directory."""
+    track: bool = False
+    """Also log to Weights & Biases."""
+    quick: bool = False
+    """Preset: a smoke run that ends in minutes on a laptop's CPU. What it trains is not good."""
+    preview: bool = False
+    """Preset: reaches a working policy on a CPU in tens of minutes."""
+
+    # --- data ---
+    dataset: Path | None = None
+    """An .npz file in OGBench's layout, with its own rewards and masks or with qpos."""
+    episodes: int = 1000
+    """Episodes to collect if the data can neither be found nor downloaded."""
+    reward: Literal["default", "sparse"] = "default"
+    """OGBench's reward, or -1 until the task is solved (QC's variant)."""
+    horizon: int = 1
+    """Length of an action chunk; the base policy's."""
+
+    # --- reward model ---
+    td_target: Target = "shared-noise"
+    """The regression target; see the table at the top of the file."""
+    next_action: Literal["base", "dataset", "softmax"] = "base"
+    """Whose reward-to-go: the base policy's, the data's, or the extracted policy's."""
+    num_next_actions: int = 4
+    """K: banked next actions per transition."""
+    backup_temperature: float = 0.0
+    """Temperature of the softmax backup, as a fraction of the return range; 0 takes the best of K."""
+    backup_returns: int = 4
+    """Return draws per banked action in the softmax backup."""
+    critic: Literal["mlp", "trunk"] = "mlp"
+    """The paper's MLP, or features of (x, a) with a small flow head."""
+    discount: float = 0.99
+    """Discount per environment step (ours)."""
+    return_width: float = 4.0
+    """Standard deviations of noise that the interval of possible returns is scaled to (ours)."""
+    target_steps: int = 4
+    """Euler steps of the target network's flow (ours)."""
+
+    # --- optimisation ---
+    width: int = 512
+    """Units per hidden layer."""
+    depth: int = 4
+    """Hidden layers."""
+    steps: int = 1_000_000
+    """Gradient steps."""
+    batch_size: int = 256
+    """Transitions per gradient step (ours)."""
+    learning_rate: float = 3e-4
+    """Adam's step size, or its peak with a schedule."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Constant as in the paper, or cosine decay to zero over all steps."""
+    tau: float = 0.005
+    """Polyak rate of the target network (ours)."""
+    chunk: int = 1_000
+    """Gradient steps per compiled call; metrics are averages over it."""
+    save_every: int = 10_000
+    """Gradient steps between checkpoints."""
+
+    # --- evaluation ---
+    eval_every: int = 100_000
+    """Gradient steps between evaluations; one always ends the run, 0 leaves out the others."""
+    eval_episodes: int = 50
+    """Episodes per task and seed (OGBench: 50); 0 skips evaluation."""
+    num_actions: int = 32
+    """N_pi at evaluation (32: the paper's)."""
+    num_returns: int = 16
+    """N at evaluation (ours)."""
+    return_temperature: float = 0.1
+    """tau_R, in the softmax backup and at evaluation, as a fraction of the return range (ours)."""
+    action_temperature: float = 0.0
+    """tau_Q at evaluation, as a fraction of the return range (ours)."""
+    flow_steps: int = 10
+    """Euler steps of the policy's and the evaluated reward model's flow (ours)."""
+
+
+class ValueData(NamedTuple):
+    """The dataset as it lies on the device. A transition i starts at row `starts[i]` and ends `horizon` rows later."""
+
+    observations: Float[Array, "rows observation"]  # standardised
+    actions: Float[Array, "rows action"]
+    starts: Int[Array, " n"]
+    rewards: Float[Array, "tasks n"]  # environment units
+    bootstraps: Float[Array, "tasks n"]  # discount^horizon * masks
+    bank: Float16[Array, "seeds n K chunk"]  # next actions of each seed's base policy; K = 0 for the data's own
+
+
+class Replica(NamedTuple):
+    """What distinguishes one replica from another; with replicas, each leaf has a leading axis."""
+
+    task: Int[Array, ""]  # index into rewards and bootstraps
+    seed: Int[Array, ""]  # index into the bank
+    scale: ReturnScale
+    key: PRNGKeyArray
+
+
+class TrainState(NamedTuple):
+    """Arrays only; with replicas, each leaf has a leading axis."""
+
+    critic: FlowCritic
+    target: FlowCritic
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+
+
+class Noise(NamedTuple):
+    """What a TD target draws at random."""
+
+    z_0: Float[Array, " batch"]  # N(0, 1): start of the path
+    z_next: Float[Array, " batch"]  # N(0, 1): start of the bootstrap where it is not shared
+    t: Float[Array, " batch"]  # U[0, 1)
+    u: Float[Array, " batch"]  # U[low, high): where the `paper` target's path goes
+
+
+# --- Maths -------------------------------------------------------------------------------------------------------
+
+
+def td_target(
+    kind: Target,
+    reward: Float[Array, " batch"],
+    bootstrap: Float[Array, " batch"],
+    noise: Noise,
+    next_velocity: Callable[[Array, Array], Array],
+    next_flow: Callable[[Array, Array | float], Array],
+    *,
+    low: Float[Array, ""],
+    high: Float[Array, ""],
+) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
+    """Path point `z_t` and regression target, the table at the top of the file; all in the model's units.
+
+    Args:
+        reward, bootstrap: `r` and `g = discount * mask` of `z = r + g z'`.
+        next_velocity: `(z, t) -> s_bar(z, t | x', a')`, of the target network.
+        next_flow: `(z_0, t) -> psi_bar_t(z_0 | x', a')`, of the target network.
+        low, high: bounds of the possible returns. Bootstrapped returns are clipped to them; a velocity on the way from
+            z_0 to a return in [low, high] is clipped to [low - z_0, high - z_0].
+
+    No gradient flows into either result.
+    """
+    r, g, z_0, t = reward, bootstrap, noise.z_0, noise.t
+    if kind == "paper":
+        z_t = z_0 + t * noise.u
+        target = r + g * jnp.clip(next_velocity(z_t, t), low, high)
+    elif kind in ("shared-noise", "independent-noise"):
+        start = z_0 if kind == "shared-noise" else noise.z_next
+        y = r + g * jnp.clip(next_flow(start, 1.0), low, high)
+        z_t = (1.0 - t) * z_0 + t * y
+        target = y - z_0
+    elif kind == "velocity":
+        next_z_t = jnp.clip(next_flow(z_0, t), (1.0 - t) * z_0 + t * low, (1.0 - t) * z_0 + t * high)
+        z_t = t * r + g * next_z_t + (1.0 - t) * (1.0 - g) * z_0
+        target = r + g * jnp.clip(next_velocity(next_z_t, t), low - z_0, high - z_0) - (1.0 - g) * z_0
+    else:
+        raise ValueError(f"unknown TD target {kind!r}.")
+    return jax.lax.stop_gradient(z_t), jax.lax.stop_gradient(target)
+
+
+def value_loss_one(
+    critic: FlowCritic,
+    observation: Float[Array, " observation"],
+    action: Float[Array, " action"],
+    z_t: Float[Array, ""],
+    t: Float[Array, ""],
+    target: Float[Array, ""],
+) -> Float[Array, ""]:
+    """Flow-matching loss of one example: `(s_theta(z_t, t | x, a) - target)^2`."""
+    return (critic.velocity(critic.features(observation, action), z_t, t) - target) ** 2
+
+
+def choose_next_action(
+    critic: FlowCritic,
+    observation: Float[Array, " observation"],
+    candidates: Float[Array, "K action"],
+    noise: Float[Array, " num_returns"],
+    *,
+    return_temperature: Float[ArrayLike, ""],
+    action_temperature: Float[ArrayLike, ""],
+    flow_steps: int,
+    key: PRNGKeyArray,
+) -> Float[Array, " action"]:
+    """The softmax backup: stage 3's extraction over the K banked actions, by the online critic."""
+    score = functools.partial(evor_infer.score_one, temperature=return_temperature, flow_steps=flow_steps)
+    scores = jax.vmap(score, (None, None, 0, None))(critic, observation, candidates, noise)
+    return candidates[evor_infer.select(scores, action_temperature, key=key)]
+
+
+# --- Training ----------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(args: Args) -> optax.GradientTransformation:
+    return optax.adam(learning_rate(args.learning_rate, args.schedule, args.steps))
+
+
+def draw_noise(args: Args, scale: ReturnScale, *, key: PRNGKeyArray) -> Noise:
+    """Fresh noise for one batch."""
+    keys = jax.random.split(key, 4)
+    shape = (args.batch_size,)
+    half = scale.width / 2
+    return Noise(
+        z_0=jax.random.normal(keys[0], shape),
+        z_next=jax.random.normal(keys[1], shape),
+        t=jax.random.uniform(keys[2], shape),
+        u=jax.random.uniform(keys[3], shape, minval=-half, maxval=half),
+    )
+
+
+def next_actions(
+    args: Args,
+    critic: FlowCritic,
+    dataset: ValueData,
+    replica: Replica,
+    index: Int[Array, " batch"],
+    *,
+    key: PRNGKeyArray,
+) -> Float[Array, "batch action"]:
+    """The `a'` of the transitions `index`, according to `args.next_action`."""
+    ends = dataset.starts[index] + args.horizon
+    if args.next_action == "dataset":
+        return evor_bc.action_chunks(dataset.actions, ends, args.horizon)
+    if args.next_action == "base":
+        pick = jax.random.randint(key, index.shape, 0, args.num_next_actions)
+        return dataset.bank[replica.seed, index, pick].astype(jnp.float32)
+    choose = functools.partial(
+        choose_next_action,
+        return_temperature=args.return_temperature * replica.scale.width,
+        action_temperature=args.backup_temperature * replica.scale.width,
+        flow_steps=args.target_steps,
+    )
+    candidates = dataset.bank[replica.seed, index].astype(jnp.float32)
+    keys = jax.random.split(key, len(index))
+    noise = stratified_normal(args.backup_returns)
+    batched = jax.vmap(lambda x, c, k: choose(critic, x, c, noise, key=k))
+    return jax.lax.stop_gradient(batched(dataset.observations[ends], candidates, keys))
+
+
+def train_step(
+    args: Args, state: TrainState, dataset: ValueData, replica: Replica
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One gradient step of one replica. Keys are derived from the step, so a resumed run draws the same batches."""
+    batch_key, noise_key, action_key = jax.random.split(jax.random.fold_in(replica.key, state.step), 3)
+    index = jax.random.randint(batch_key, (args.batch_size,), 0, len(dataset.starts))
+    starts = dataset.starts[index]
+    observations, next_observations = dataset.observations[starts], dataset.observations[starts + args.horizon]
+    actions = evor_bc.action_chunks(dataset.actions, starts, args.horizon)
+    bootstrap = dataset.bootstraps[replica.task, index]
+    reward = replica.scale.reward_to_model(dataset.rewards[replica.task, index], bootstrap)
+
+    # The bootstrap: everything below the next state comes from the target network.
+    target_critic = state.target
+    chosen = next_actions(args, state.critic, dataset, replica, index, key=action_key)
+    next_features = jax.vmap(target_critic.features)(next_observations, chosen)
+
+    def next_velocity(z, t):
+        return jax.vmap(target_critic.velocity)(next_features, z, jnp.broadcast_to(t, z.shape))
+
+    def next_flow(z_0, end_time):
+        return integrate(next_velocity, z_0, num_steps=args.target_steps, end_time=end_time)
+
+    noise = draw_noise(args, replica.scale, key=noise_key)
+    half = replica.scale.width / 2
+    z_t, target = td_target(
+        args.td_target, reward, bootstrap, noise, next_velocity, next_flow, low=-half, high=half
+    )
+
+    def loss_fn(critic):
+        losses = jax.vmap(value_loss_one, (None, 0, 0, 0, 0, 0))(critic, observations, actions, z_t, noise.t, target)
+        return jnp.mean(losses)
+
+    loss, gradient = jax.value_and_grad(loss_fn)(state.critic)
+    updates, opt_state = make_optimizer(args).update(gradient, state.opt_state)
+    critic = optax.apply_updates(state.critic, updates)
+    # Polyak average of the *updated* online parameters: the target lags by tau alone, not by one step more.
+    target_critic = optax.incremental_update(critic, state.target, args.tau)
+    # The end of a straight path from z_t along the target is a draw of the bootstrapped return.
+    drawn = target if args.td_target == "paper" else z_t + (1.0 - noise.t) * target
+    metrics = {
+        "loss": loss,
+        "gradient_norm": optax.global_norm(gradient),
+        "target_return": jnp.mean(replica.scale.to_environment(drawn)),
+    }
+    return TrainState(critic, target_critic, opt_state, state.step + 1), metrics
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def train_chunk(args: Args, state: TrainState, dataset: ValueData, replicas: Replica) -> tuple[TrainState, dict]:
+    """`args.chunk` gradient steps of all replicas in one call; metrics are averaged over the chunk."""
+
+    def steps_of_one(state, replica):
+        return jax.lax.scan(lambda s, _: train_step(args, s, dataset, replica), state, length=args.chunk)
+
+    state, metrics = jax.vmap(steps_of_one)(state, replicas)
+    return state, jax.tree.map(lambda m: jnp.mean(m, axis=1), metrics)
+
+
+def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> TrainState:
+    """A fresh training state of one replica; the target network starts as a copy of the online one."""
+    critic = make_critic(header, key=key)
+    target = jax.tree.map(jnp.copy, critic)
+    return TrainState(critic, target, make_optimizer(args).init(critic), jnp.zeros((), jnp.int32))
+
+
+# --- The next-action bank ----------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("num", "flow_steps"))
+def sample_next_actions(
+    policy: FlowPolicy,
+    observations: Float[Array, "batch observation"],
+    index: Int[Array, " batch"],
+    num: int,
+    flow_steps: int,
+    *,
+    key: PRNGKeyArray,
+) -> Float16[Array, "batch num action"]:
+    """`num` actions of the base policy in each (standardised) observation. Half precision: the rounding, 5e-4 of the
+    range at most, is far below what ten Euler steps leave."""
+
+    def one(observation, i):
+        noise = jax.random.normal(jax.random.fold_in(key, i), (num, policy.action_dim))
+        return policy.sample(observation, noise, flow_steps=flow_steps).astype(jnp.float16)
+
+    return jax.vmap(one)(observations, index)
+
+
+def make_bank(
+    args: Args,
+    policies: FlowPolicy,
+    observations: Float[Array, "rows observation"],
+    ends: Int[np.ndarray, " n"],
+    *,
+    seeds: Sequence[int],
+    path: Path,
+    header: dict[str, Any],
+) -> Float16[np.ndarray, "seeds n K chunk"]:
+    """Draws the bank, or reads it from `path` if one with the same `header` stands there."""
+    chunk_dim = policies.action_dim
+
+    def empty(_):
+        return jnp.zeros((len(seeds), len(ends), args.num_next_actions, chunk_dim), jnp.float16)
+
+    header = checkpoint.plain({"stage": "bank", **header})
+    if path.is_file() and checkpoint.read_header(path, stage="bank", remedy="delete it.") == header:
+        return checkpoint.load(path, empty, stage="bank", remedy="delete it.")[1]
+    batch = min(4096, len(ends))
+    parts = []
+    with tqdm(total=len(seeds) * len(ends), desc="next-action bank", unit="state", unit_scale=True) as bar:
+        for i, seed in enumerate(seeds):
+            policy = jax.tree.map(lambda x, i=i: x[i], policies)
+            for first in range(0, len(ends), batch):
+                # The last batch is filled up, so that one shape is compiled.
+                index = np.minimum(np.arange(first, first + batch), len(ends) - 1)
+                drawn = sample_next_actions(
+                    policy,
+                    observations[ends[index]],
+                    jnp.asarray(index),
+                    args.num_next_actions,
+                    args.flow_steps,
+                    key=jax.random.key(seed),
+                )
+                used = min(batch, len(ends) - first)
+                parts.append(np.asarray(drawn)[:used])
+                bar.update(used)
+    bank = np.concatenate(parts).reshape(len(seeds), len(ends), args.num_next_actions, chunk_dim)
+    checkpoint.save(path, header, bank)
+    return bank
+
+
+# --- Reports -----------------------------------------------------------------------------------------------------
+
+
+def calibrate(
+    args: Args,
+    agents: evor_infer.AgentParams,
+    replicas: Sequence[tuple[int, int]],
+    validation: data.Trajectories,
+    tasks: Sequence[int],
+    directory: Path,
+    *,
+    rows: int = 2_000,
+    tolerance: float = 0.01,
+) -> list[dict[str, Any]]:
+    """Predicted reward-to-go against Monte-Carlo returns of the validation episodes, as numbers and as a figure.
+
+    Rows count by their place in the episode alone: those with so many steps after them that what a cut-off return may
+    still lack is at most `tolerance` of the return range, `discount^steps * range`. Choosing the rows whose return
+    happens to be complete would choose the successful ones. The returns are those of the policy that made the data,
+    which `--next-action base` and `dataset` model; with `softmax` the predictions should be higher.
+    """
+    terminals, horizon = validation.terminals, args.horizon
+    margin = int(np.ceil(np.log(tolerance) / np.log(args.discount))) if args.discount > 0 else 1
+    left = data.last_rows(terminals) - np.arange(len(terminals))
+    candidates = np.flatnonzero(left >= max(margin, horizon))
+    if len(candidates) == 0:
+        print(f"calibration skipped: no validation episode has the {margin} steps a complete return needs.")
+        return []
+    chosen = np.sort(np.random.default_rng(0).choice(candidates, min(rows, len(candidates)), replace=False))
+    observations = jnp.asarray(validation.observations[chosen])
+    actions = evor_bc.action_chunks(jnp.asarray(validation.actions), jnp.asarray(chosen), horizon)
+    levels = np.linspace(0.1, 0.9, 9)
+    out, panels = [], []
+    for i, (task, seed) in enumerate(replicas):
+        agent = evor_infer.Agent(jax.tree.map(lambda x, i=i: x[i], agents), horizon)
+        draws = agent.sample_returns(observations, actions, 64, flow_steps=args.flow_steps, key=jax.random.key(0))
+        k = list(tasks).index(task)
+        returns, _ = data.monte_carlo_returns(
+            validation.rewards[k], validation.masks[k], terminals, discount=args.discount
+        )
+        numbers = calibration(np.asarray(draws), returns[chosen], levels)
+        out += [dict(task=task, seed=seed, metric=m, value=v) for m, v in numbers.items()]
+        panels.append((f"task {task}, seed {seed}", np.asarray(draws), returns[chosen], numbers))
+        print(
+            f"calibration, task {task}, seed {seed}: mean {numbers['mean_predicted']:.2f} predicted, "
+            f"{numbers['mean_observed']:.2f} observed; correlation {numbers['correlation']:.2f}; "
+            f"crps {numbers['crps']:.2f} ({int(numbers['n'])} validation states)"
+        )
+    write_csv(directory / "calibration.csv", ("task", "seed", "metric", "value"), out)
+    figures.calibration(panels, levels, directory / "calibration.png")
+    return out
+
+
+def last_screen(
+    args: Args, name: str, info: dict[str, Any], summary: list[dict[str, Any]], directory: Path, policy_run_dir: Path
+) -> None:
+    """What was trained on what, how well it does, and where everything is."""
+    line = "-" * 100
+    print(f"\n{line}\nEVOR on {name}: {info['name']} (source: {info['source']}, sha256 {info['sha256'][:12]})")
+    print(
+        f"reward model: {args.td_target}, next action {args.next_action}, critic {args.critic}, horizon {args.horizon}, "
+        f"{args.steps:,} steps, seeds {list(args.seeds)}"
+    )
+    if args.quick:
+        print("--quick is a smoke run: these numbers say that everything runs, not how good the method is.")
+    if not summary:
+        print("not evaluated.")
+    for row in summary:
+        what = "base policy alone" if row["num_actions"] == 1 else f"EVOR, best of {row['num_actions']}"
+        print(
+            f"  task {row['task']}  {what:<20} success {row['success']:6.1%}  "
+            f"95% interval [{row['low']:.1%}, {row['high']:.1%}]  ({row['episodes']} episodes)"
+        )
+    print(f"base policy:  {policy_run_dir / 'bc' / 'model.eqx'}\nreward model: {directory / 'model.eqx'}")
+    for file in sorted(directory.glob("*.csv")) + sorted(directory.glob("*.png")):
+        print(f"              {file}")
+    print(line)
+
+
+def check_args(args: Args) -> None:
+    """Raises `UserError` for settings that cannot work together."""
+    evor_bc.check_args(args)
+    if args.eval_every % args.chunk:
+        raise UserError(f"--eval-every {args.eval_every} is no multiple of --chunk {args.chunk}: change one of them.")
+    if not 0.0 <= args.discount < 1.0:
+        raise UserError(f"--discount must be in [0, 1), not {args.discount}.")
+    if len(set(args.tasks)) != len(args.tasks):
+        raise UserError("--tasks needs each task once.")
+    if args.return_width <= 0:
+        raise UserError(f"--return-width must be positive, not {args.return_width}.")
+    for field in ("num_next_actions", "backup_returns", "target_steps", "flow_steps", "num_actions", "num_returns"):
+        if getattr(args, field) < 1:
+            raise UserError(f"--{field.replace('_', '-')} must be at least 1, not {getattr(args, field)}.")
+
+
+def bc_args(args: Args, policy_run_dir: Path) -> evor_bc.Args:
+    """The arguments with which a missing base policy is trained: this command's preset, data, seeds and horizon."""
+    preset = "quick" if args.quick else "preview" if args.preview else None
+    changes = dict(evor_bc.PRESETS[preset], **{preset: True}) if preset else {}
+    return evor_bc.Args(
+        **changes
+        | dict(
+            env=args.env,
+            seeds=args.seeds,
+            run_dir=policy_run_dir,
+            dataset=args.dataset,
+            episodes=args.episodes,
+            horizon=args.horizon,
+            track=args.track,
+        )
+    )
+
+
+def main(args: Args) -> list[dict[str, Any]]:
+    """Data, base policy, reward models, evaluation, report; returns the summary of the last evaluation."""
+    args = dataclasses.replace(args, save_every=min(args.save_every, args.steps))
+    check_args(args)
+    name = run_name(args.env, args.dataset)
+    run_dir = args.run_dir or Path("runs") / name
+    policy_run_dir = args.policy_run_dir or run_dir
+    path, source = data.find_files(args.env, args.dataset, episodes=args.episodes)
+    info = data.describe(path, source)
+    own_rewards = args.dataset is not None and data.has_rewards(path)
+    if own_rewards and args.tasks:
+        raise UserError(f"{path} brings its own rewards: leave out --tasks.")
+    tasks = (0,) if own_rewards else args.tasks or (parse_env(args.env).default_task,)
+    trajectories = data.load_trajectories(path, env=args.env, tasks=tasks, reward=args.reward)
+    data.print_summary(trajectories, info, tasks=tasks, discount=args.discount)
+
+    policy_path = policy_run_dir / "bc" / "model.eqx"
+    if not policy_path.is_file():
+        print(f"no base policy at {policy_path}: training it first.", flush=True)
+        evor_bc.main(bc_args(args, policy_run_dir))
+    policy_header, (policies, standardizer) = evor_infer.load_policy(policy_run_dir)
+    dims = dict(observation_dim=trajectories.observations.shape[1], action_dim=trajectories.actions.shape[1])
+    checkpoint.require(policy_header, policy_path, env=name, horizon=args.horizon, **dims)
+    missing = set(args.seeds) - set(policy_header["seeds"])
+    if missing:
+        raise UserError(f"{policy_path} has no seed {min(missing)}: train it with evor_bc.py --seeds, or use its seeds.")
+    if policy_header["data"]["sha256"] != info["sha256"]:
+        print(f"NOTE: the base policy was trained on {policy_header['data']['name']}, not on {info['name']}.")
+    policies = jax.tree.map(
+        lambda x: jnp.asarray(x)[np.array([policy_header["seeds"].index(s) for s in args.seeds])], policies
+    )
+
+    pairs = [(task, seed) for task in tasks for seed in args.seeds]
+    header = dict(
+        stage="value",
+        env=name,
+        **dims,
+        horizon=args.horizon,
+        width=args.width,
+        depth=args.depth,
+        critic=args.critic,
+        replicas=pairs,
+        data=info,
+        policy_run_dir=policy_run_dir.resolve(),
+        policy_sha256=sha256(policy_path),
+        args=args,
+    )
+    run = Run(run_dir / "value", header, replicas=pairs, args=args)
+
+    extra = args.horizon - 1 if args.next_action == "dataset" else 0  # the next chunk has to be in the data too
+    starts = data.transition_starts(trajectories.terminals, args.horizon, extra=extra)
+    rewards, bootstraps = data.chunk_rewards(
+        trajectories.rewards, trajectories.masks, starts, horizon=args.horizon, discount=args.discount
+    )
+    observations = jnp.asarray(standardizer(trajectories.observations))
+    if args.next_action == "dataset":
+        bank = np.zeros((len(args.seeds), len(starts), 0, dims["action_dim"] * args.horizon), np.float16)
+    else:
+        made_of = dict(
+            policy_sha256=header["policy_sha256"], data_sha256=info["sha256"], flow_steps=args.flow_steps, seeds=args.seeds
+        )
+        bank_path = policy_run_dir / "bc" / f"bank-{args.num_next_actions}.eqx"
+        settings = dict(seeds=args.seeds, path=bank_path, header=made_of)
+        bank = make_bank(args, policies, observations, starts + args.horizon, **settings)
+    dataset = ValueData(
+        observations=observations,
+        actions=jnp.asarray(trajectories.actions),
+        starts=jnp.asarray(starts),
+        rewards=jnp.asarray(rewards),
+        bootstraps=jnp.asarray(bootstraps),
+        bank=jnp.asarray(bank),
+    )
+
+    bounds = data.return_bounds(trajectories.rewards, args.discount)
+    task_index = np.array([list(tasks).index(task) for task, _ in pairs])
+    scale = ReturnScale.of(bounds[task_index, 0], bounds[task_index, 1], width=args.return_width)
+    replica_keys = jax.vmap(lambda t, s: jax.random.fold_in(jax.random.key(s), t))(
+        np.array([t for t, _ in pairs]), np.array([s for _, s in pairs])
+    )
+    keys = jax.vmap(lambda key: jax.random.split(key))(replica_keys)
+    replicas = Replica(
+        task=jnp.asarray(task_index),
+        seed=jnp.asarray([list(args.seeds).index(seed) for _, seed in pairs]),
+        scale=scale,
+        key=keys[:, 1],
+    )
+    state = stack_replicas(lambda key: init_state(args, header, key=key), keys[:, 0])
+    state = run.restore(state)
+    state, replicas = shard_replicas((state, replicas))
+
+    def agents(state: TrainState) -> evor_infer.AgentParams:
+        standardizers: Standardizer = jax.tree.map(lambda x: jnp.stack([x] * len(pairs)), standardizer)
+        policy = jax.tree.map(lambda x: x[replicas.seed], policies)
+        return evor_infer.AgentParams(policy, state.critic, standardizers, scale)
+
+    settings = evor_infer.Extraction(
+        args.num_actions, args.num_returns, args.return_temperature, args.action_temperature, args.flow_steps
+    )
+    rows: list[dict[str, Any]] = []
+
+    def evaluate(step: int, state: TrainState) -> None:
+        """Evaluates the extracted policy, and the base policy alone on the same episodes once, at the end."""
+        which = [settings]
+        if step == args.steps and args.num_actions > 1:
+            which.insert(0, dataclasses.replace(settings, num_actions=1))
+        gym_ids = [parse_env(args.env).gym_id(task) for task, _ in pairs]
+        with Episodes(gym_ids, num_episodes=args.eval_episodes, horizon=args.horizon) as episodes:
+            for extraction in which:
+                found = evor_infer.evaluate(
+                    agents(state), episodes, extraction, replicas=pairs, horizon=args.horizon, seed=0
+                )
+                rows.extend(dict(env=name, data_source=info["source"], step=step) | row for row in found)
+                if extraction is settings:
+                    success = evor_infer.summarise(found, ("task", "seed"))
+                    run.metrics.log(step, pairs, {"success": [row["success"] for row in success]})
+        write_csv(run.directory / "evaluation.csv", list(rows[0]), rows)
+
+    evaluated = args.eval_episodes > 0 and not own_rewards
+    run.train(
+        state,
+        lambda state: train_chunk(args, state, dataset, replicas),
+        model=lambda state: (state.critic, scale),
+        evaluate=evaluate if evaluated else None,
+        evaluate_every=args.eval_every,
+    )
+    figures.training(run.directory / "metrics.csv", run.directory / "training.png", title=f"{name}: {args.td_target}")
+    validation = validation_path(path)
+    if validation.is_file():
+        held_out = data.load_trajectories(validation, env=args.env, tasks=tasks, reward=args.reward)
+        calibrate(args, agents(run.state), pairs, held_out, tasks, run.directory)
+    summary: list[dict[str, Any]] = []
+    if evaluated:
+        evaluate(args.steps, run.state)
+        final = [row for row in rows if row["step"] == args.steps]
+        summary = evor_infer.summarise(final, ("task", "num_actions"))
+        figures.success(summary, run.directory / "evaluation.png", title=f"{name} ({info['source']} data)")
+    elif own_rewards:
+        print("evaluation skipped: the dataset brings its own rewards, so there is no environment to evaluate in.")
+    last_screen(args, name, info, summary, run.directory, policy_run_dir)
+    return summary
+
+
+if __name__ == "__main__":
+    run_cli(main, Args, PRESETS)
