@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from common import data
 from common.envs import run_name
@@ -149,7 +149,7 @@ def action_chunks(
     actions: Float[Array, "rows action"], starts: Int[Array, " batch"], horizon: int
 ) -> Float[Array, "batch chunk"]:
     """The `horizon` actions from each start on, as one vector: `[a_i, ..., a_{i+h-1}]`."""
-    return actions[starts[:, None] + jnp.arange(horizon)].reshape(len(starts), -1)
+    return jax.vmap(lambda start: actions[start + jnp.arange(horizon)].reshape(-1))(starts)
 
 
 def train_step(args: Args, state: TrainState, dataset: BCData, *, key: PRNGKeyArray) -> tuple[TrainState, dict]:
@@ -161,11 +161,11 @@ def train_step(args: Args, state: TrainState, dataset: BCData, *, key: PRNGKeyAr
     loss, gradient = jax.value_and_grad(bc_loss)(state.policy, observations, actions, key=loss_key)
     updates, opt_state = make_optimizer(args).update(gradient, state.opt_state)
     state = TrainState(optax.apply_updates(state.policy, updates), opt_state, state.step + 1)
-    return state, {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+    return state, {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def train_chunk(args: Args, state: TrainState, dataset: BCData, keys: PRNGKeyArray) -> tuple[TrainState, dict]:
+def train_chunk(args: Args, state: TrainState, dataset: BCData, keys: Key[Array, " replicas"]) -> tuple[TrainState, dict]:
     """`args.chunk` gradient steps of all replicas in one call; metrics are averaged over the chunk."""
 
     def steps_of_one(state, key):
@@ -207,7 +207,7 @@ def main(args: Args) -> dict[str, float]:
 
     standardizer = Standardizer.of(trajectories.observations)
     dataset = BCData(
-        observations=jnp.asarray(standardizer(trajectories.observations)),
+        observations=jnp.asarray(standardizer.rows(trajectories.observations)),
         actions=jnp.asarray(trajectories.actions),
         starts=jnp.asarray(data.transition_starts(trajectories.terminals, args.horizon)),
     )

@@ -37,7 +37,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Int, Key, PRNGKeyArray
 
 from common import checkpoint, figures
 from common.envs import check_env, parse_env, run_name
@@ -190,7 +190,7 @@ def act_replicas(
     steps: Int[Array, "replicas n"],
     settings: Extraction,
     *,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " replicas"],
 ) -> Float[Array, "replicas n action"]:
     """Actions of all replicas in all their environments. An action's randomness depends on the replica's key, the
     episode and the step alone, so results do not depend on how episodes are spread over environments."""
@@ -279,14 +279,14 @@ def _act(agent, observations, settings, *, key):
 def _sample_actions(agent, observations, num_actions, flow_steps, *, key):
     noise = jax.random.normal(key, (len(observations), num_actions, agent.policy.action_dim))
     sample = functools.partial(agent.policy.sample, flow_steps=flow_steps)
-    return jax.vmap(sample)(agent.standardizer(observations), noise)
+    return jax.vmap(lambda x, z: sample(agent.standardizer(x), z))(observations, noise)
 
 
 @jax.jit
 def _sample_returns(agent, observations, actions, settings, *, key):
     noise = return_noise(settings, key=key)
     sample = functools.partial(agent.critic.sample, flow_steps=settings.flow_steps)
-    draws = jax.vmap(sample, (0, 0, None))(agent.standardizer(observations), actions, noise)
+    draws = jax.vmap(lambda x, a: sample(agent.standardizer(x), a, noise))(observations, actions)
     return agent.scale.to_environment(draws)
 
 

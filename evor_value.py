@@ -365,7 +365,7 @@ def train_step(
     drawn = target if args.td_target == "paper" else z_t + (1.0 - noise.t) * target
     metrics = {
         "loss": loss,
-        "gradient_norm": optax.global_norm(gradient),
+        "gradient_norm": optax.tree.norm(gradient),
         "target_return": jnp.mean(replica.scale.to_environment(drawn)),
     }
     return TrainState(critic, target_critic, opt_state, state.step + 1), metrics
@@ -622,7 +622,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     rewards, bootstraps = data.chunk_rewards(
         trajectories.rewards, trajectories.masks, starts, horizon=args.horizon, discount=args.discount
     )
-    observations = jnp.asarray(standardizer(trajectories.observations))
+    observations = jnp.asarray(standardizer.rows(trajectories.observations))
     if args.next_action == "dataset":
         bank = np.zeros((len(args.seeds), len(starts), 0, dims["action_dim"] * args.horizon), np.float16)
     else:

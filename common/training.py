@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 from tqdm import tqdm
 
 from common import checkpoint
@@ -32,8 +32,12 @@ class Standardizer(eqx.Module):
         std = observations.std(axis=0, dtype=np.float64)
         return cls(mean.astype(np.float32), np.where(std < 1e-4, 1.0, std).astype(np.float32))
 
-    def __call__(self, observations: Float[Array, "*batch observation"]) -> Float[Array, "*batch observation"]:
-        return (observations - self.mean) / self.std
+    def __call__(self, observation: Float[Array, " observation"]) -> Float[Array, " observation"]:
+        return (observation - self.mean) / self.std
+
+    def rows(self, observations: Float[np.ndarray, "rows observation"]) -> Float[np.ndarray, "rows observation"]:
+        """A whole dataset, on the host."""
+        return (observations - np.asarray(self.mean)) / np.asarray(self.std)
 
 
 def learning_rate(peak: float, schedule: str, steps: int) -> optax.ScalarOrSchedule:
@@ -41,7 +45,7 @@ def learning_rate(peak: float, schedule: str, steps: int) -> optax.ScalarOrSched
     return optax.cosine_decay_schedule(peak, steps) if schedule == "cosine" else peak
 
 
-def stack_replicas(init: Callable[[PRNGKeyArray], Any], keys: PRNGKeyArray) -> Any:
+def stack_replicas(init: Callable[[PRNGKeyArray], Any], keys: Key[Array, " replicas"]) -> Any:
     """One state per key, stacked along a leading axis."""
     return jax.jit(jax.vmap(init))(keys)
 

@@ -1,0 +1,105 @@
+"""Does the base policy do what the data does? Lifting cubes: share of steps and of episodes, beside the data's.
+
+    python -m benchmarks.base_policy --env cube-single-play
+
+Success after value learning is bounded by what the base policy can do at all, so look here first. Rolls the base policy
+out (`num_actions = 1`) and counts the steps at which some cube is more than 3 cm above where it would lie.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import evor_infer
+from common import data
+from common.envs import parse_env
+from common.errors import UserError, run_cli
+from common.evaluation import Episodes
+from common.metrics import write_csv
+
+LIFTED = 0.05  # metres; a cube's centre lies at 0.02 on the table
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Roll out the base policy of a cube environment and count lifted cubes."""
+
+    env: str = "cube-double-play"
+    """A cube dataset."""
+    task: int | None = None
+    """Task whose initial states are used; the default task by default."""
+    run_dir: Path | None = None
+    """Run directory of stage 1; runs/ENV by default."""
+    num_episodes: int = 20
+    """Episodes."""
+    episodes: int = 1000
+    """Collected episodes of the dataset to compare with."""
+    flow_steps: int = 10
+    """Euler steps of the policy."""
+    out: Path | None = None
+    """CSV file to append nothing to and write anew; none by default."""
+
+
+def cube_lifted(info: dict[str, Any]) -> float:
+    """1 if some cube is lifted in an environment step's `info`."""
+    heights = [v[2] for k, v in info.items() if k.startswith("privileged/block_") and k.endswith("_pos")]
+    return float(max(heights) > LIFTED)
+
+
+def lifted_rows(qpos: np.ndarray) -> np.ndarray:
+    """Whether some cube is lifted in each row of a dataset: cube i's height is `qpos[14 + 7 i + 2]`."""
+    return (qpos[:, 16::7] > LIFTED).any(axis=1)
+
+
+def main(args: Args) -> dict[str, float]:
+    """Prints and returns the shares."""
+    name = parse_env(args.env)
+    if not name.prefix.startswith("cube"):
+        raise UserError(f"{args.env} has no cubes to lift: name a cube environment.")
+    run_dir = args.run_dir or Path("runs") / name.short
+    header, (policies, standardizer) = evor_infer.load_policy(run_dir)
+    policy = jax.tree.map(lambda x: jnp.asarray(x)[0], policies)
+    sample = jax.jit(
+        lambda x, noise: policy.sample(standardizer(x), noise[None], flow_steps=args.flow_steps)[0],
+    )
+
+    def act_one(observation, episode, step):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), episode), step)
+        return sample(observation, jax.random.normal(key, (policy.action_dim,)))
+
+    act = jax.jit(jax.vmap(jax.vmap(act_one)))
+    task = args.task or name.default_task
+    with Episodes(
+        [name.gym_id(task)], num_episodes=args.num_episodes, horizon=header["horizon"], probe=cube_lifted
+    ) as episodes:
+        rows = episodes.run(lambda *x: np.asarray(act(*x)).reshape(1, x[0].shape[1], header["horizon"], -1))
+    path, source = data.find_files(args.env, None, episodes=args.episodes)
+    arrays = data.read_arrays(path)
+    in_data = lifted_rows(arrays["qpos"])
+    per_episode = np.array([part.any() for part in np.split(in_data, np.flatnonzero(arrays["terminals"])[:-1] + 1)])
+    result = dict(
+        env=name.short,
+        task=task,
+        data_source=source,
+        horizon=header["horizon"],
+        bc_steps=header["step"],
+        episodes=len(rows),
+        policy_steps_lifted=sum(r["probe"] for r in rows) / sum(r["length"] for r in rows),
+        policy_episodes_lifted=float(np.mean([r["probe"] > 0 for r in rows])),
+        policy_success=float(np.mean([r["success"] for r in rows])),
+        data_steps_lifted=float(in_data.mean()),
+        data_episodes_lifted=float(per_episode.mean()),
+    )
+    for key, value in result.items():
+        print(f"{key:<24} {value if not isinstance(value, float) else format(value, '.3f')}")
+    if args.out:
+        write_csv(args.out, list(result), [result])
+    return result
+
+
+if __name__ == "__main__":
+    run_cli(main, Args)

@@ -1,0 +1,169 @@
+"""Probe problems: small Markov chains whose reward-to-go laws are known exactly.
+
+Each lists its possible transitions with probabilities and, for some state-action pairs, the atoms of the law of
+`Z(x, a) = r + discount * mask * Z(x', a')`. `train` runs stage 2's own training code on them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+import evor_value
+from common import data
+from common.networks import FlowCritic, ReturnScale, stratified_normal
+from common.training import stack_replicas
+
+Atoms = tuple[Sequence[float], Sequence[float]]  # values, probabilities
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A finite chain. `transitions` has rows (probability, state, action, reward, mask, next state); `policy` gives the
+    next actions and their probabilities in each state; `laws` maps (state, action) to the atoms of the reward-to-go."""
+
+    name: str
+    transitions: Sequence[tuple]
+    laws: dict[tuple[int, float], Atoms]
+    policy: dict[int, Atoms] = dataclasses.field(default_factory=dict)
+    discount: float = 0.9
+
+    @property
+    def num_states(self) -> int:
+        return 1 + max(max(t[1], t[5]) for t in self.transitions)
+
+    def law(self, query: tuple[int, float], *, noise_std: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """Values and weights of a law; with `noise_std`, of the normal law around its mean, as quantiles."""
+        values, weights = (np.asarray(part, float) for part in self.laws[query])
+        if noise_std == 0.0:
+            return values, weights
+        quantiles = stats.norm.ppf((np.arange(2000) + 0.5) / 2000)
+        return (values * weights).sum() + noise_std * quantiles, np.full(2000, 1 / 2000)
+
+
+def half(value: float) -> Atoms:
+    return (-value, value), (0.5, 0.5)
+
+
+def point(value: float) -> Atoms:
+    return (value,), (1.0,)
+
+
+CHAIN = Probe(
+    "five-state chain",
+    [(1, k, 0.0, 0.0, 1.0, k + 1) for k in range(4)] + [(0.5, 4, 0.0, r, 0.0, 4) for r in (-1.0, 1.0)],
+    {(k, 0.0): half(0.9 ** (4 - k)) for k in (0, 2, 4)},
+)
+DETERMINISTIC = Probe(
+    "deterministic rewards",
+    [(1, 0, 0.0, 0.5, 1.0, 1), (1, 1, 0.0, -1.0, 1.0, 2), (1, 2, 0.0, 1.0, 0.0, 2)],
+    {(2, 0.0): point(1.0), (1, 0.0): point(-0.1), (0, 0.0): point(0.41)},
+)
+STOCHASTIC_REWARD = Probe(
+    "stochastic reward, two steps",
+    [(1, 0, 0.0, 0.5, 1.0, 1), (0.5, 1, 0.0, -1.0, 0.0, 1), (0.5, 1, 0.0, 1.0, 0.0, 1)],
+    {(1, 0.0): half(1.0), (0, 0.0): ((-0.4, 1.4), (0.5, 0.5))},
+)
+MASKS = Probe(
+    "masks stop the bootstrap",
+    # State 0 pays 1 for ever (1 / (1 - 0.5) = 2); state 1 pays 1 and is solved, though data goes on from it.
+    [(1, 0, 0.0, 1.0, 1.0, 0), (1, 1, 0.0, 1.0, 0.0, 0), (1, 2, 0.0, 0.0, 1.0, 1)],
+    {(0, 0.0): point(2.0), (1, 0.0): point(1.0), (2, 0.0): point(0.5)},
+    discount=0.5,
+)
+RANDOM_NEXT_STATE = Probe(
+    "random next state",
+    [(0.25, 0, 0.0, 0.0, 1.0, 1), (0.75, 0, 0.0, 0.0, 1.0, 2), (1, 1, 0.0, 1.0, 0.0, 1), (1, 2, 0.0, -1.0, 0.0, 2)],
+    {(0, 0.0): ((0.9, -0.9), (0.25, 0.75)), (1, 0.0): point(1.0), (2, 0.0): point(-1.0)},
+)
+STOCHASTIC_POLICY = Probe(
+    "action-dependent reward, stochastic policy",
+    [(1, 0, 0.0, 0.0, 1.0, 1), (1, 1, -1.0, -1.0, 0.0, 1), (1, 1, 1.0, 1.0, 0.0, 1)],
+    {(1, -1.0): point(-1.0), (1, 1.0): point(1.0), (0, 0.0): ((-0.9, 0.9), (0.25, 0.75))},
+    policy={1: ((-1.0, 1.0), (0.25, 0.75))},
+)
+PROBES = (CHAIN, DETERMINISTIC, STOCHASTIC_REWARD, MASKS, RANDOM_NEXT_STATE, STOCHASTIC_POLICY)
+
+
+def make_data(probe: Probe, *, copies: int = 400, num_next_actions: int = 4, seed: int = 0) -> evor_value.ValueData:
+    """Transitions in their exact proportions, through the same code as real data: each is a trajectory of two rows,
+    ended by `terminals`, which must not stop a bootstrap."""
+    rng = np.random.default_rng(seed)
+    rows = [t[1:] for t in probe.transitions for _ in range(round(copies * t[0]))]
+    state, action, reward, mask, next_state = (np.array(column, float) for column in zip(*rows, strict=True))
+    number = len(rows)
+
+    def interleave(first, second):
+        return np.stack([first, second], axis=1).reshape(2 * number, *first.shape[1:]).astype(np.float32)
+
+    one_hot = np.eye(probe.num_states)
+    trajectories = data.Trajectories(
+        observations=interleave(one_hot[state.astype(int)], one_hot[next_state.astype(int)]),
+        actions=interleave(action[:, None], np.zeros((number, 1))),
+        terminals=np.tile([False, True], number),
+        rewards=interleave(reward, np.zeros(number))[None],
+        masks=interleave(mask, np.ones(number))[None],
+    )
+    starts = data.transition_starts(trajectories.terminals, 1)
+    rewards, bootstraps = data.chunk_rewards(
+        trajectories.rewards, trajectories.masks, starts, horizon=1, discount=probe.discount
+    )
+    bank = np.zeros((1, number, num_next_actions, 1), np.float16)
+    for s, (values, weights) in probe.policy.items():
+        chosen = next_state == s
+        bank[0, chosen, :, 0] = rng.choice(values, p=weights, size=(chosen.sum(), num_next_actions))
+    arrays = (trajectories.observations, trajectories.actions, starts, rewards, bootstraps, bank)
+    return evor_value.ValueData(*(jnp.asarray(a) for a in arrays))
+
+
+def train(
+    probe: Probe, args: evor_value.Args, *, seeds: Sequence[int] = (0,), copies: int = 400
+) -> tuple[FlowCritic, ReturnScale]:
+    """Critics (a leading axis of seeds) and scales of a probe, trained for `args.steps` steps by stage 2."""
+    dataset = make_data(probe, copies=copies, num_next_actions=args.num_next_actions)
+    args = dataclasses.replace(args, discount=probe.discount)
+    header = dict(
+        observation_dim=probe.num_states, action_dim=1, horizon=1, width=args.width, depth=args.depth, critic=args.critic
+    )
+    rewards = np.asarray(dataset.rewards)
+    bounds = data.return_bounds(rewards, probe.discount)[np.zeros(len(seeds), int)]
+    keys = jax.vmap(jax.random.key)(np.asarray(seeds))
+    scale = ReturnScale.of(bounds[:, 0], bounds[:, 1], width=args.return_width)
+    zeros = jnp.zeros(len(seeds), jnp.int32)
+    replicas = evor_value.Replica(task=zeros, seed=zeros, scale=scale, key=keys)
+    state = stack_replicas(lambda key: evor_value.init_state(args, header, key=key), keys)
+    for _ in range(args.steps // args.chunk):
+        state, _ = evor_value.train_chunk(args, state, dataset, replicas)
+    return state.critic, scale
+
+
+def sample_returns(
+    critic: FlowCritic, scale: ReturnScale, probe: Probe, query: tuple[int, float], *, num: int = 512, flow_steps: int = 10
+) -> np.ndarray:
+    """Returns of one state-action pair in the probe's units, one row per seed, from normal quantiles."""
+    observation = jnp.eye(probe.num_states)[query[0]]
+    action = jnp.array([query[1]])
+
+    def one(critic, scale):
+        draws = critic.sample(observation, action, stratified_normal(num), flow_steps=flow_steps)
+        return scale.to_environment(draws)
+
+    return np.asarray(jax.vmap(one)(critic, scale))
+
+
+def w1(
+    critic: FlowCritic, scale: ReturnScale, probe: Probe, *, flow_steps: int = 10, noise_std: float = 0.0
+) -> np.ndarray:
+    """Wasserstein-1 distance to the exact law, in the probe's units, averaged over its queries; one number per seed.
+
+    With `noise_std`, distance to the normal law around the exact mean instead: what `paper` converges to.
+    """
+    distances = []
+    for query in probe.laws:
+        values, weights = probe.law(query, noise_std=noise_std)
+        draws = sample_returns(critic, scale, probe, query, flow_steps=flow_steps)
+        distances.append([stats.wasserstein_distance(d, values, v_weights=weights) for d in draws])
+    return np.mean(distances, axis=0)

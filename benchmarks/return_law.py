@@ -1,0 +1,131 @@
+"""How well each TD target learns the law of the reward-to-go, on probe problems where it is known.
+
+    python -m benchmarks.return_law
+
+Trains stage 2's critic with every target on every probe of `benchmarks/probes.py` and prints the Wasserstein-1
+distance to the exact law, averaged over the probe's state-action pairs: mean and range over seeds. For `paper` it also
+prints the distance to N(Q, sigma^2), sigma the noise, and the error of the mean. Writes one row per probe, target and
+seed to `results/return_law.csv` with versions, and `results/return_law.md`.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+
+import evor_value
+from benchmarks import probes
+from common.errors import run_cli
+from common.metrics import git_revision, package_versions, write_csv
+
+TARGETS = ("paper", "independent-noise", "shared-noise", "velocity")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Return-law accuracy of the TD targets."""
+
+    targets: tuple[str, ...] = TARGETS
+    """Targets to compare."""
+    critic: str = "mlp"
+    """mlp or trunk."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds."""
+    steps: int = 10_000
+    """Gradient steps."""
+    width: int = 128
+    """Units per hidden layer."""
+    depth: int = 4
+    """Hidden layers."""
+    noise_std: float = 1.0
+    """Return, in the probe's units, that one standard deviation of noise stands for."""
+    target_steps: int = 10
+    """Euler steps of the bootstrap."""
+    flow_steps: int = 10
+    """Euler steps at evaluation."""
+    out: Path = Path("results/return_law.csv")
+    """CSV file; the table goes beside it."""
+
+
+def return_range(probe: probes.Probe) -> float:
+    """Length of the interval of possible returns: the `return_width` at which the noise has standard deviation 1."""
+    rewards = np.array([[t[3] for t in probe.transitions]])
+    low, high = probes.data.return_bounds(rewards, probe.discount)[0]
+    return float(high - low)
+
+
+def main(args: Args) -> list[dict]:
+    """Runs the comparison; returns its rows."""
+    rows = []
+    for probe in probes.PROBES:
+        for target in args.targets:
+            began = time.monotonic()
+            train_args = evor_value.Args(
+                td_target=target,
+                critic=args.critic,
+                width=args.width,
+                depth=args.depth,
+                steps=args.steps,
+                chunk=args.steps,
+                target_steps=args.target_steps,
+                learning_rate=1e-3,
+                schedule="cosine",
+                return_width=return_range(probe) / args.noise_std,
+            )
+            critic, scale = probes.train(probe, train_args, seeds=args.seeds)
+            exact = probes.w1(critic, scale, probe, flow_steps=args.flow_steps)
+            normal = probes.w1(critic, scale, probe, flow_steps=args.flow_steps, noise_std=args.noise_std)
+            mean_error = np.mean(
+                [
+                    np.abs(
+                        probes.sample_returns(critic, scale, probe, q, flow_steps=args.flow_steps).mean(axis=1)
+                        - np.dot(*probe.laws[q])
+                    )
+                    for q in probe.laws
+                ],
+                axis=0,
+            )
+            settings = dict(
+                probe=probe.name, target=target, critic=args.critic, steps=args.steps, width=args.width,
+                depth=args.depth, noise_std=args.noise_std, target_steps=args.target_steps, flow_steps=args.flow_steps,
+            )  # fmt: skip
+            versions = dict(git_revision=git_revision(), jax=package_versions()["jax"])
+            for i, seed in enumerate(args.seeds):
+                numbers = dict(seed=seed, w1=exact[i], w1_to_normal=normal[i], mean_error=mean_error[i])
+                rows.append(settings | numbers | versions)
+            print(
+                f"{probe.name:<45} {target:<18} W1 {exact.mean():.3f} [{exact.min():.3f}, {exact.max():.3f}]  "
+                f"to N(Q, sigma^2) {normal.mean():.3f}  mean off by {mean_error.mean():.3f}  "
+                f"({time.monotonic() - began:.0f} s)",
+                flush=True,
+            )
+    write_csv(args.out, list(rows[0]), rows)
+    args.out.with_suffix(".md").write_text(table(args, rows))
+    print(f"rows: {args.out}\ntable: {args.out.with_suffix('.md')}")
+    return rows
+
+
+def table(args: Args, rows: list[dict]) -> str:
+    """The comparison as a Markdown table: probes by targets."""
+    lines = [
+        f"W1 distance to the exact law of the reward-to-go, mean over {len(args.seeds)} seeds (range). "
+        f"{args.critic}, {args.depth} x {args.width}, {args.steps:,} steps, noise standard deviation {args.noise_std:g}, "
+        f"{args.flow_steps} Euler steps.",
+        "",
+        "| probe | " + " | ".join(f"`{t}`" for t in args.targets) + " | `paper` to N(Q, sigma^2) |",
+        "|---|" + "---|" * (len(args.targets) + 1),
+    ]
+    for probe in probes.PROBES:
+        cells = []
+        for target in args.targets:
+            w1 = [r["w1"] for r in rows if r["probe"] == probe.name and r["target"] == target]
+            cells.append(f"{np.mean(w1):.3f} ({min(w1):.3f} to {max(w1):.3f})")
+        normal = [r["w1_to_normal"] for r in rows if r["probe"] == probe.name and r["target"] == "paper"]
+        cells.append(f"{np.mean(normal):.3f}" if normal else "")
+        lines.append(f"| {probe.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_cli(main, Args)

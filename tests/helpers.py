@@ -1,0 +1,39 @@
+"""Small datasets and looks at directories, for several test files."""
+
+from pathlib import Path
+
+import numpy as np
+
+
+def tiny_dataset(
+    path: Path,
+    *,
+    trajectories: int = 4,
+    length: int = 30,
+    observation_dim: int = 3,
+    action_dim: int = 2,
+    rewards: bool = True,
+    seed: int = 0,
+) -> Path:
+    """Writes `trajectories` random trajectories of `length` rows each to `path`, and returns it.
+
+    With `rewards`, the file has rewards of its own: -1 in each row, and 0 with mask 0 in every tenth row.
+    """
+    rng = np.random.default_rng(seed)
+    rows = trajectories * length
+    arrays = dict(
+        observations=rng.normal(size=(rows, observation_dim)).astype(np.float32),
+        actions=rng.uniform(-1, 1, (rows, action_dim)).astype(np.float32),
+        terminals=np.arange(rows) % length == length - 1,
+    )
+    if rewards:
+        solved = np.arange(rows) % 10 == 9
+        arrays |= dict(rewards=(solved - 1.0).astype(np.float32), masks=(1.0 - solved).astype(np.float32))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **arrays)
+    return path
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Name and bytes of every file below `directory`."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}

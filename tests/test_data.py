@@ -1,0 +1,476 @@
+"""Names, files, transitions, returns and rewards, against slow loops and OGBench's own functions."""
+
+import itertools
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common import data, envs
+from common.collect import collect
+from common.errors import UserError
+from tests.helpers import contents, tiny_dataset
+
+# --- Names -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("env", "short", "prefix", "task"),
+    [
+        ("cube-double-play", "cube-double-play", "cube-double", 2),
+        ("cube-double-play-v0", "cube-double-play", "cube-double", 2),
+        ("cube-double-play-singletask-v0", "cube-double-play", "cube-double", 2),
+        ("cube-double-play-singletask-task5-v0", "cube-double-play", "cube-double", 5),
+        ("puzzle-4x4-noisy", "puzzle-4x4-noisy", "puzzle-4x4", 4),
+        ("scene-play", "scene-play", "scene", 2),
+        ("antmaze-teleport-stitch-v0", "antmaze-teleport-stitch", "antmaze-teleport", 1),
+        ("antsoccer-arena-navigate-singletask-task1-v0", "antsoccer-arena-navigate", "antsoccer-arena", 1),
+        ("antmaze-medium-explore", "antmaze-medium-explore", "antmaze-medium", 1),
+    ],
+)
+def test_parse_env(env: str, short: str, prefix: str, task: int):
+    name = envs.parse_env(env)
+    assert (name.short, name.dataset, name.prefix, name.default_task) == (short, f"{short}-v0", prefix, task)
+    assert name.gym_id(3) == f"{prefix}-singletask-task3-v0"
+
+
+@pytest.mark.parametrize("env", ["", "nonsense", "cube-double", "cube-double-v0", "play", "Cube-Double-play", "../a-play"])
+def test_parse_env_refuses_names_without_a_kind_of_data(env: str):
+    with pytest.raises(UserError, match="unknown environment .*such as cube-double-play"):
+        envs.parse_env(env)
+
+
+@pytest.mark.parametrize("task", [0, 6, 17])
+def test_parse_env_refuses_tasks_that_do_not_exist(task: int):
+    with pytest.raises(UserError, match=f"task {task} .* tasks 1 to 5"):
+        envs.parse_env(f"cube-double-play-singletask-task{task}-v0")
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["cube-single", "cube-double", "scene", "puzzle-3x3", "puzzle-4x4", "puzzle-4x5", "puzzle-4x6"]
+    + ["pointmaze-medium", "antsoccer-arena"],
+)
+def test_default_task_is_ogbenchs(prefix: str):
+    """OGBench resolves the single-task environment without a number to its default task."""
+    envs.import_ogbench()
+    env = gymnasium.make(f"{prefix}-singletask-v0")
+    env.reset()
+    assert envs.parse_env(f"{prefix}-play").default_task == env.unwrapped._reward_task_id
+    env.close()
+
+
+def test_check_env_lists_what_is_installed():
+    envs.check_env(envs.parse_env("cube-triple-play"))
+    with pytest.raises(UserError, match=r"unknown environment 'cube-septuple-play'.*cube-double.*puzzle-3x3"):
+        envs.check_env(envs.parse_env("cube-septuple-play"))
+
+
+def test_run_name():
+    assert envs.run_name("cube-double-play-singletask-task2-v0", None) == "cube-double-play"
+    assert envs.run_name("my_robot.v2", Path("data.npz")) == "my_robot.v2"
+    for bad in ("../escape", "", ".hidden", "two words"):
+        with pytest.raises(UserError, match="use letters"):
+            envs.run_name(bad, Path("data.npz"))
+
+
+# --- Where files come from ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home directory without data, and a dataset host that is an empty folder."""
+    from ogbench import utils
+
+    (tmp_path / "host").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(utils, "DATASET_URL", (tmp_path / "host").as_uri())
+    return tmp_path
+
+
+def test_find_files_prefers_the_users_then_the_published_then_the_collected_file(home: Path):
+    folder = home / ".ogbench" / "data"
+    collected = tiny_dataset(folder / "collected" / "cube-single-play-v0-ep7-seed0.npz")
+    assert data.find_files("cube-single-play", None, episodes=7) == (collected, "collected")
+    official = tiny_dataset(folder / "cube-single-play-v0.npz")
+    assert data.find_files("cube-single-play", None, episodes=7) == (collected, "collected")  # half of a download
+    tiny_dataset(folder / "cube-single-play-v0-val.npz")
+    assert data.find_files("cube-single-play", None, episodes=7) == (official, "ogbench")
+    own = tiny_dataset(home / "own.npz")
+    assert data.find_files("any name", own, episodes=7) == (own, "file")
+    with pytest.raises(UserError, match=r"no dataset file at .*missing\.npz: check the path given to --dataset"):
+        data.find_files("cube-single-play", home / "missing.npz", episodes=7)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # OGBench's download leaves that to the collector
+def test_find_files_downloads_both_files_into_ogbenchs_cache(home: Path):
+    tiny_dataset(home / "host" / "scene-play-v0.npz")
+    tiny_dataset(home / "host" / "scene-play-v0-val.npz", seed=1)
+    path, source = data.find_files("scene-play", None, episodes=7)
+    assert (path, source) == (home / ".ogbench" / "data" / "scene-play-v0.npz", "ogbench")
+    assert contents(path.parent) == contents(home / "host")
+
+
+def test_find_files_collects_what_cannot_be_downloaded_and_says_so(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    calls = []
+    monkeypatch.setattr(data, "collect", lambda *args, **kwargs: calls.append((args, kwargs)))
+    path, source = data.find_files("cube-double-play", None, episodes=7)
+    assert source == "collected"
+    assert path == home / ".ogbench" / "data" / "collected" / "cube-double-play-v0-ep7-seed0.npz"
+    assert calls == [(("cube-double-play-v0", path), {"episodes": 7})]
+    printed = capsys.readouterr().out
+    assert "COLLECTED HERE" in printed and "not the published file" in printed
+
+
+def test_find_files_says_what_to_do_where_nothing_can_be_collected(home: Path):
+    with pytest.raises(UserError, match=r"puzzle-3x3-play-v0\.npz and puzzle-3x3-play-v0-val\.npz there, or .*--dataset"):
+        data.find_files("puzzle-3x3-play", None, episodes=7)
+
+
+# --- Reading -----------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, **changes) -> Path:
+    """A file of two trajectories of three rows with own rewards and masks; None leaves an array out."""
+    arrays = dict(
+        observations=np.zeros((6, 2), np.float32),
+        actions=np.zeros((6, 1), np.float32),
+        terminals=np.array([0, 0, 1, 0, 0, 1], bool),
+        rewards=np.zeros(6, np.float32),
+        masks=np.ones(6, np.float32),
+    )
+    np.savez(path, **{key: value for key, value in (arrays | changes).items() if value is not None})
+    return path
+
+
+def with_value(shape: tuple[int, ...], index: int, value: float) -> np.ndarray:
+    array = np.zeros(shape, np.float32)
+    array[index] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(observations=None), ["'observations'", "needs observations, actions and terminals"]),
+        (dict(actions=None), ["'actions'", "needs observations, actions and terminals"]),
+        (dict(terminals=None), ["'terminals'", "needs observations, actions and terminals"]),
+        (dict(observations=np.zeros((6, 2, 2), np.float32)), ["observations", "must be a 2-D array", "(6, 2, 2)"]),
+        (dict(actions=np.zeros(6, np.float32)), ["actions", "must be a 2-D array", "(6,)"]),
+        (dict(terminals=np.ones((6, 1), bool)), ["terminals", "must be a 1-D array", "(6, 1)"]),
+        (dict(rewards=np.zeros((6, 1), np.float32)), ["rewards", "must be a 1-D array", "(6, 1)"]),
+        (dict(actions=np.full((6, 1), "left")), ["actions", "must be a 2-D array of numbers", "<U4"]),
+        (dict(actions=np.zeros((6, 1), np.complex64)), ["actions", "array of numbers", "complex64"]),
+        (dict(actions=np.zeros((6, 0), np.float32)), ["actions", "(6, 0)"]),
+        (dict(observations=np.zeros((6, 0), np.float32)), ["observations", "(6, 0)"]),
+        (dict(actions=np.zeros((5, 1), np.float32)), ["actions", "5 rows", "6", "must be equal"]),
+        (dict(masks=np.ones(7, np.float32)), ["masks", "7 rows", "6", "must be equal"]),
+        (dict(observations=with_value((6, 2), 4, np.nan)), ["observations", "row 4", "remove or repair"]),
+        (dict(actions=with_value((6, 1), 3, -np.inf)), ["actions", "row 3", "remove or repair"]),
+        (dict(rewards=with_value((6,), 5, np.nan)), ["rewards", "row 5", "remove or repair"]),
+        (dict(terminals=np.zeros(6, bool)), ["terminals", "must be true at the last row"]),
+        (dict(terminals=np.array([0, 0, 1, 0, 1, 0], bool)), ["terminals", "must be true at the last row"]),
+        (dict(actions=with_value((6, 1), 2, -1.5)), ["actions", "leave [-1, 1]", "scale"]),
+        (dict(masks=with_value((6,), 2, 0.5)), ["masks", "must be 0", "or 1"]),
+    ],
+)
+def test_read_arrays_names_the_array_and_the_remedy(tmp_path: Path, changes: dict, words: list[str]):
+    with pytest.raises(UserError) as error:
+        data.read_arrays(write(tmp_path / "data.npz", **changes))
+    assert all(word in str(error.value) for word in ["data.npz", *words]), str(error.value)
+
+
+def test_read_arrays_names_an_array_of_objects(tmp_path: Path):
+    path = write(tmp_path / "data.npz", actions=np.array([[0.0], [None]] * 3, object))
+    with pytest.raises(UserError, match=r"actions.*numbers|actions.*object"):
+        data.read_arrays(path)
+
+
+def test_read_arrays_refuses_what_is_no_npz_file(tmp_path: Path):
+    """Fails if reading one of them raises anything but a UserError."""
+    text, empty, single = tmp_path / "text.npz", tmp_path / "empty.npz", tmp_path / "single.npy"
+    text.write_text("observations,actions\n0,0\n")
+    empty.touch()
+    np.save(single, np.zeros((6, 2)))
+    for path in (text, empty, single):
+        with pytest.raises(UserError, match=rf"{path.name} is not a readable \.npz file.*numpy\.savez"):
+            data.read_arrays(path)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # NumPy's, where the archive itself is damaged
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_read_arrays_refuses_a_damaged_file(tmp_path: Path, save):
+    """Every third byte in turn: fails if reading raises anything but a UserError, wherever the damage is."""
+    path = tmp_path / "data.npz"
+    rng = np.random.default_rng(0)
+    save(path, observations=rng.normal(size=(6, 2)), actions=np.zeros((6, 1)), terminals=np.arange(6) == 5)
+    good, refused = path.read_bytes(), 0
+    for i in range(0, len(good), 3):
+        path.write_bytes(good[:i] + bytes([good[i] ^ 0x55]) + good[i + 1 :])
+        try:
+            data.read_arrays(path)
+        except UserError:
+            refused += 1
+    assert refused > len(good) // 12
+    path.write_bytes(good[: len(good) // 2])
+    with pytest.raises(UserError, match="not a readable"):
+        data.read_arrays(path)
+
+
+def test_load_trajectories_takes_own_rewards_and_masks_as_they_are(tmp_path: Path):
+    rewards = np.array([0.5, -2.0, 7.0, 0.0, 1.0, 3.0])
+    masks = np.array([1, 0, 1, 1, 0, 1])
+    path = write(tmp_path / "data.npz", rewards=rewards, masks=masks)
+    found = data.load_trajectories(path, env="my-robot", tasks=(0,))
+    np.testing.assert_array_equal(found.rewards, rewards[None])
+    np.testing.assert_array_equal(found.masks, masks[None])
+    assert found.rewards.dtype == found.masks.dtype == np.float32
+    assert data.has_rewards(path)
+    assert not data.has_rewards(write(path, rewards=None))
+
+
+def test_terminals_never_become_a_mask(tmp_path: Path):
+    path = write(tmp_path / "data.npz", masks=None)
+    found = data.load_trajectories(path, env="my-robot", tasks=(0,))
+    assert found.terminals.tolist() == [False, False, True, False, False, True]
+    np.testing.assert_array_equal(found.masks, np.ones((1, 6)))
+
+
+def test_load_trajectories_without_tasks_reads_no_rewards(tmp_path: Path):
+    found = data.load_trajectories(write(tmp_path / "data.npz", rewards=None, masks=None), env="my-robot")
+    assert found.rewards is None and found.masks is None
+
+
+def test_load_trajectories_converts_and_clips(tmp_path: Path):
+    """The rounding of stored actions may leave [-1, 1] by a hair; observations come as float32 whatever they were."""
+    path = write(
+        tmp_path / "data.npz",
+        observations=np.arange(12).reshape(6, 2),
+        actions=np.full((6, 1), 1.0005),
+        terminals=np.array([0, 0, 1, 0, 0, 1], np.float32),
+    )
+    found = data.load_trajectories(path, env="my-robot")
+    assert found.observations.dtype == found.actions.dtype == np.float32 and found.terminals.dtype == bool
+    np.testing.assert_array_equal(found.observations, np.arange(12).reshape(6, 2))
+    assert found.actions.max() == 1.0
+
+
+def test_sparse_rewards_of_ones_own_follow_the_masks(tmp_path: Path):
+    """`sparse` is -1 until the task is solved, whatever the rewards are: +1 at success must not turn into -1."""
+    rewards, masks = np.array([0.0, 1.0, 0.0, 0.0, 0.0, 0.0]), np.array([1, 0, 1, 1, 1, 1])
+    path = write(tmp_path / "data.npz", rewards=rewards, masks=masks)
+    found = data.load_trajectories(path, env="my-robot", tasks=(0,), reward="sparse")
+    np.testing.assert_array_equal(found.rewards, [[-1, 0, -1, -1, -1, -1]])
+
+
+def test_own_rewards_that_are_missing_are_a_users_mistake(tmp_path: Path):
+    """A validation file beside a file with rewards may lack them."""
+    with pytest.raises(UserError, match="rewards"):
+        data.load_trajectories(write(tmp_path / "data.npz", rewards=None), env="my-robot", tasks=(0,))
+
+
+# --- OGBench's rewards -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["cube-single", "cube-double"])
+def collected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A tiny collected file in which every task is solved at row 5, and all but its last cube at row 7."""
+    path = tmp_path_factory.mktemp(request.param) / "data.npz"
+    collect(f"{request.param}-play-v0", path, episodes=1, rows=40, workers=1)
+    arrays = dict(np.load(path))
+    env = gymnasium.make(f"{request.param}-singletask-task2-v0")
+    goals = env.unwrapped.task_infos[1]["goal_xyzs"]
+    env.close()
+    for i, goal in enumerate(goals):
+        columns = slice(14 + 7 * i, 14 + 7 * i + 3)
+        arrays["qpos"][5, columns] = goal + [0.03, 0.0, 0.0]  # within the tolerance of 0.04
+        arrays["qpos"][7, columns] = goal + ([0.0, 0.0, 0.3] if i == len(goals) - 1 else [0.0, 0.0, 0.0])
+        arrays["qpos"][9, columns] = goal + [0.0, 0.0, 0.3]
+    np.savez(path, **arrays)
+    return request.param, path
+
+
+def test_rewards_equal_ogbenchs(collected: tuple[str, Path]):
+    from ogbench import make_env_and_datasets
+
+    name, path = collected
+    found = data.load_trajectories(path, env=f"{name}-play", tasks=(1, 2))
+    for i, task in enumerate((1, 2)):
+        env, theirs, _ = make_env_and_datasets(
+            f"{name}-play-singletask-task{task}-v0", dataset_path=str(path), compact_dataset=True
+        )
+        env.close()
+        np.testing.assert_array_equal(found.rewards[i], theirs["rewards"])
+        np.testing.assert_array_equal(found.masks[i], theirs["masks"])
+        np.testing.assert_array_equal(found.observations, theirs["observations"])
+    assert found.rewards.shape == found.masks.shape == (2, 40)
+
+
+def test_rewards_count_unsolved_cubes_and_masks_stop_at_the_solution(collected: tuple[str, Path]):
+    name, path = collected
+    cubes = {"cube-single": 1, "cube-double": 2}[name]
+    found = data.load_trajectories(path, env=f"{name}-play", tasks=(2,))
+    assert found.rewards[0, [5, 7, 9]].tolist() == [0, -1, -cubes]
+    assert found.masks[0, [5, 7, 9]].tolist() == [0, 1, 1]
+    assert set(np.unique(found.rewards)) <= set(range(-cubes, 1))
+    np.testing.assert_array_equal(found.masks == 0, found.rewards == 0)
+
+    sparse = data.load_trajectories(path, env=f"{name}-play", tasks=(2,), reward="sparse")
+    np.testing.assert_array_equal(sparse.rewards, np.where(found.rewards == 0, 0, -1))
+    np.testing.assert_array_equal(sparse.masks, found.masks)
+
+
+def test_relabel_says_what_is_missing(tmp_path: Path):
+    path = write(tmp_path / "data.npz", rewards=None, masks=None)
+    with pytest.raises(UserError, match="neither rewards nor qpos .*add an array rewards"):
+        data.load_trajectories(path, env="cube-single-play", tasks=(2,))
+    with pytest.raises(UserError, match="'cube-septuple-singletask-task2-v0' is no OGBench environment"):
+        data.load_trajectories(path, env="cube-septuple-play", tasks=(2,))
+    write(path, rewards=None, masks=None, qpos=np.zeros((6, 9), np.float32))
+    with pytest.raises(UserError, match="does not hold states of cube-single-singletask-task2-v0"):
+        data.load_trajectories(path, env="cube-single-play", tasks=(2,))
+
+
+# --- Transitions and returns -------------------------------------------------------------------------------------
+
+
+def ends_at(lengths: list[int]) -> np.ndarray:
+    """`terminals` of trajectories of these lengths."""
+    return np.concatenate([np.arange(n) == n - 1 for n in lengths])
+
+
+@pytest.mark.parametrize(
+    ("horizon", "extra", "expected"),
+    [
+        (1, 0, [0, 1, 2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 14, 15, 16]),
+        (5, 0, [0, 1, 10, 11, 12]),
+        (5, 1, [0, 10, 11]),
+        (5, 2, [10]),
+        (7, 0, [10]),
+    ],
+)
+def test_transition_starts(horizon: int, extra: int, expected: list[int]):
+    """Trajectories of 7, 3 and 8 rows: rows 0-6, 7-9 and 10-17."""
+    starts = data.transition_starts(ends_at([7, 3, 8]), horizon, extra=extra)
+    assert starts.tolist() == expected and starts.dtype == np.int32
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.sampled_from([1, 5]), st.integers(0, 4))
+def test_transitions_never_cross_the_end_of_a_trajectory(lengths: list[int], horizon: int, extra: int):
+    """A start is exactly a row of which `horizon + extra` successors belong to its trajectory."""
+    terminals = ends_at(lengths)
+    trajectory = np.repeat(np.arange(len(lengths)), lengths)
+    rows = range(len(terminals))
+    expected = [i for i in rows if i + horizon + extra in rows and trajectory[i + horizon + extra] == trajectory[i]]
+    if expected:
+        assert data.transition_starts(terminals, horizon, extra=extra).tolist() == expected
+    else:
+        with pytest.raises(UserError, match=f"longer than {horizon + extra} rows: use a shorter --horizon"):
+            data.transition_starts(terminals, horizon, extra=extra)
+
+
+def test_last_rows():
+    assert data.last_rows(ends_at([2, 1, 3])).tolist() == [1, 1, 2, 5, 5, 5]
+
+
+@pytest.mark.parametrize("horizon", [1, 3, 5])
+def test_chunk_rewards_equal_a_loop(horizon: int):
+    """Two tasks whose masks are 0 in a third of the rows, so that most chunks of five stop inside."""
+    rng = np.random.default_rng(0)
+    terminals = ends_at([20, 7, 13])
+    rewards = rng.normal(size=(2, 40)).astype(np.float32)
+    masks = rng.integers(0, 3, (2, 40)).clip(max=1).astype(np.float32)
+    starts = data.transition_starts(terminals, horizon)
+    reward, bootstrap = data.chunk_rewards(rewards, masks, starts, horizon=horizon, discount=0.9)
+    assert reward.shape == bootstrap.shape == (2, len(starts)) and reward.dtype == bootstrap.dtype == np.float32
+    stopped = 0
+    for task, (n, i) in itertools.product(range(2), enumerate(starts)):
+        total, weight = 0.0, 1.0
+        for k in range(horizon):
+            total += weight * rewards[task, i + k]
+            weight *= 0.9
+            if masks[task, i + k] == 0:
+                weight, stopped = 0.0, stopped + (k < horizon - 1)
+                break
+        np.testing.assert_allclose([reward[task, n], bootstrap[task, n]], [total, weight], rtol=1e-5, atol=1e-6)
+    assert stopped > 0 or horizon == 1
+
+
+def test_chunk_rewards_of_one_chunk_by_hand():
+    """Solved at the second of three rows: 1 + 2/2 counts, 4/4 does not, and nothing is bootstrapped."""
+    rewards, masks = np.array([[1, 2, 4, 8]], np.float32), np.array([[1, 0, 1, 1]], np.float32)
+    starts = np.array([0, 1], np.int32)
+    reward, bootstrap = data.chunk_rewards(rewards, masks, starts, horizon=3, discount=0.5)
+    assert reward.tolist() == [[2.0, 2.0]] and bootstrap.tolist() == [[0.0, 0.0]]
+    reward, bootstrap = data.chunk_rewards(rewards, np.ones_like(masks), starts, horizon=3, discount=0.5)
+    assert reward.tolist() == [[3.0, 6.0]] and bootstrap.tolist() == [[0.125, 0.125]]
+
+
+def test_monte_carlo_returns_equal_a_loop():
+    """The last row is no transition: its reward must not count, and the tail is the weight of its value."""
+    rng = np.random.default_rng(0)
+    lengths = [20, 1, 7, 12]
+    terminals = ends_at(lengths)
+    rewards = rng.normal(size=40).astype(np.float32)
+    masks = rng.integers(0, 6, 40).clip(max=1).astype(np.float32)
+    returns, tails = data.monte_carlo_returns(rewards, masks, terminals, discount=0.9)
+    ends = np.repeat(np.cumsum(lengths) - 1, lengths)
+    for i in range(40):
+        total, weight = 0.0, 1.0
+        for k in range(i, ends[i]):
+            total += weight * rewards[k]
+            weight *= 0.9 * masks[k]
+        np.testing.assert_allclose([returns[i], tails[i]], [total, weight], rtol=1e-6, atol=1e-9)
+    assert (tails == 0).sum() > 3 and (tails > 0).sum() > 3
+
+
+def test_monte_carlo_returns_by_hand():
+    """Three rows, cut by the time limit, then three that reach the goal at their second row."""
+    rewards, masks = np.full(6, -1.0), np.array([1.0, 1, 1, 1, 0, 1])
+    rewards[4] = 0.0
+    returns, tails = data.monte_carlo_returns(rewards, masks, ends_at([3, 3]), discount=0.5)
+    assert returns.tolist() == [-1.5, -1.0, 0.0, -1.0, 0.0, 0.0]
+    assert tails.tolist() == [0.25, 0.5, 1.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("rewards", [(-1.0, 0.0), (-2.0, -1.0), (0.0, 1.0), (0.5, 2.0), (-1.0, 3.0), (0.7, 0.7)])
+@pytest.mark.parametrize("discount", [0.0, 0.5])
+def test_return_bounds_are_the_extremes_of_all_returns(rewards: tuple[float, float], discount: float):
+    """Every sequence of up to ten of the two rewards, enumerated."""
+    sequences = [s for n in range(1, 11) for s in itertools.product(rewards, repeat=n)]
+    returns = [sum(discount**k * r for k, r in enumerate(s)) for s in sequences]
+    low, high = data.return_bounds(np.array([rewards, rewards[::-1]]), discount)[1]
+    rest = discount**10 / (1 - discount) * max(map(abs, rewards))  # what longer sequences may add
+    assert low - 1e-9 <= min(returns) <= low + rest + 1e-9
+    assert high + 1e-9 >= max(returns) >= high - rest - 1e-9
+
+
+def test_print_summary_counts_success_and_warns(capsys: pytest.CaptureFixture):
+    terminals = ends_at([4, 4, 2])
+    masks = np.ones((2, 10), np.float32)
+    masks[0, [1, 2, 5]] = 0
+    trajectories = data.Trajectories(
+        np.zeros((10, 3), np.float32), np.zeros((10, 2), np.float32), terminals, masks - 1.0 - (masks == 1), masks
+    )
+    info = {"name": "data.npz", "source": "collected", "sha256": "0123456789abcdef"}
+    data.print_summary(trajectories, info, tasks=(1, 4), discount=0.9)
+    printed = capsys.readouterr().out
+    assert "data.npz (source: collected, sha256 0123456789ab)" in printed
+    assert "7 transitions in 3 episodes, observations 3-D, actions 2-D" in printed
+    assert "task 1: returns within [-10, -1]" in printed
+    assert "solved in 30.00% of the rows, in 2 of 3 episodes" in printed
+    assert "WARNING: task 4 is never solved" in printed and "WARNING: task 1" not in printed
+
+
+def test_describe_holds_the_hash_of_the_file(tmp_path: Path):
+    (tmp_path / "abc.npz").write_bytes(b"abc")
+    assert data.describe(tmp_path / "abc.npz", "file") == {
+        "name": "abc.npz",
+        "source": "file",
+        "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+    }

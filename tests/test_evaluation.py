@@ -1,0 +1,192 @@
+"""Roll-outs: every episode once, the same from any number of processes, and equal to a loop written by hand."""
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+
+import gymnasium
+import numpy as np
+import pytest
+
+from common import evaluation
+from common.evaluation import EpisodeRunner, Episodes, seeded_reset
+
+GYM_IDS = ("cube-single-singletask-task2-v0", "cube-single-singletask-task4-v0")
+HORIZON = 5
+NUM_EPISODES = 3
+
+
+def positions(info: dict) -> float:
+    """A number that all of the arm's and the cube's movements go into."""
+    return float(info["proprio/effector_pos"].sum() + info["privileged/block_0_pos"].sum())
+
+
+def scripted_act(observations: np.ndarray, episodes: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Chunks that depend on all three inputs: half a table of random numbers, half the observation."""
+    table = np.random.default_rng(0).uniform(-1, 1, (NUM_EPISODES + 1, 200 // HORIZON + 1, HORIZON, 5))
+    noise = table[np.minimum(episodes, NUM_EPISODES), steps // HORIZON]
+    return (0.5 * noise + 0.5 * np.clip(observations[..., None, :5], -1, 1)).astype(np.float32)
+
+
+def seed_of(seed: int, episode: int) -> int:
+    return int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])
+
+
+@pytest.fixture(scope="module")
+def make_episodes() -> Iterator[Callable[[int], Episodes]]:
+    """`make_episodes(workers)`, built once for each number of workers."""
+    built: list[Episodes] = []
+
+    @functools.cache
+    def make(workers: int) -> Episodes:
+        settings = dict(num_episodes=NUM_EPISODES, horizon=HORIZON, seed=7, probe=positions)
+        built.append(Episodes(GYM_IDS, workers=workers, **settings))
+        return built[-1]
+
+    yield make
+    for episodes in built:
+        episodes.close()
+
+
+@pytest.fixture(scope="module")
+def rows(make_episodes) -> list[dict]:
+    return make_episodes(2).run(scripted_act)
+
+
+def test_one_row_per_replica_and_episode(rows: list[dict]):
+    """Two processes with two environments each per replica, so that the fourth has no episode to run."""
+    assert [(row["replica"], row["episode"]) for row in rows] == [(r, e) for r in range(2) for e in range(NUM_EPISODES)]
+    assert all(row.keys() == {"replica", "episode", "success", "length", "total", "probe"} for row in rows)
+
+
+def test_an_episode_that_is_never_solved_takes_all_its_time(rows: list[dict]):
+    """cube-single ends after 200 steps, with reward -1 in each."""
+    for row in rows:
+        assert (row["success"], row["length"], row["total"]) == (0.0, 200, -200.0)
+    assert len({row["probe"] for row in rows}) == len(rows)
+
+
+def test_a_second_run_gives_the_same_rows(make_episodes, rows: list[dict]):
+    """The environments have been moved about since the first run."""
+    assert make_episodes(2).run(scripted_act) == rows
+
+
+def test_number_of_processes_changes_nothing(make_episodes, rows: list[dict]):
+    assert make_episodes(1).run(scripted_act) == rows
+
+
+def test_episodes_equal_a_loop_by_hand(rows: list[dict]):
+    """Chunks of five are executed open loop: `act` sees only every fifth observation."""
+    for replica, episode in ((0, 2), (1, 0)):
+        env = evaluation.make_env(GYM_IDS[replica])
+        observation, step, total, done = seeded_reset(env, seed_of(7, episode)), 0, 0.0, False
+        while not done:
+            if step % HORIZON == 0:
+                seen = np.asarray(observation, np.float32)
+                chunk = scripted_act(seen[None, None], np.array([[episode]]), np.array([[step]]))[0, 0]
+            observation, _, terminated, truncated, info = env.step(chunk[step % HORIZON])
+            step, total, done = step + 1, total + positions(info), terminated or truncated
+        env.close()
+        assert rows[replica * NUM_EPISODES + episode]["probe"] == total
+
+
+@pytest.mark.parametrize(
+    "gym_id", ["cube-single-singletask-task2-v0", "scene-singletask-v0", "pointmaze-medium-singletask-v0"]
+)
+def test_seeded_reset_determines_the_roll_out(gym_id: str):
+    """OGBench takes random steps in `reset` with an action space it never seeds; fails if they leave a trace."""
+    env = evaluation.make_env(gym_id)
+    actions = np.random.default_rng(0).uniform(-1, 1, (40, *env.action_space.shape)).astype(np.float32)
+
+    def roll_out(seed: int) -> np.ndarray:
+        first = seeded_reset(env, seed)
+        return np.stack([first, *(env.step(action)[0] for action in actions)])
+
+    first, other, again = roll_out(1), roll_out(2), roll_out(1)
+    env.close()
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first[0], other[0])
+
+
+# --- The runner, on an environment whose every number is known ---------------------------------------------------
+
+
+class Counter(gymnasium.Env):
+    """Observes the number of steps taken; pays the action; ends after 4, 7, 10, ... steps, in success every other time."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+    resets = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.steps, self.limit = 0, 4 + 3 * self.resets
+        self.resets += 1
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        done = self.steps == self.limit
+        info = {"success": float(done and self.resets % 2)}
+        return np.full(1, self.steps, np.float32), float(action[0]), done, False, info
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> EpisodeRunner:
+    """Slots 1 and 3 of four, seven episodes, chunks of three: slot 1 runs episodes 1 and 5, slot 3 runs episode 3."""
+    monkeypatch.setattr(evaluation, "make_env", lambda gym_id: Counter())
+    return EpisodeRunner(("a",), [1, 3], num_slots=4, num_episodes=7, horizon=3, seed=0, probe=lambda info: 2.0)
+
+
+def test_the_runner_drops_the_rest_of_a_chunk_and_begins_the_next_episode(runner: EpisodeRunner):
+    chunk = np.array([[[[1.0], [0.1], [0.01]]] * 2])
+    state, _ = runner.reset()
+    seen = [state]
+    while state["active"].any():
+        state, *_ = runner.step(chunk)
+        seen.append(state)
+    assert [s["episode"].tolist() for s in seen] == [
+        [[1, 3]],
+        [[1, 3]],
+        [[5, 7]],  # both ended at the first action of the second chunk; 7 does not exist
+        [[5, 7]],
+        [[5, 7]],
+        [[9, 7]],
+    ]
+    assert [s["active"].tolist() for s in seen] == [[[1, 1]]] * 2 + [[[1, 0]]] * 3 + [[[0, 0]]]
+    assert [s["step"].tolist()[0][0] for s in seen] == [0, 3, 0, 3, 6, 0]
+    assert [s["observation"].tolist()[0][0] for s in seen][:5] == [[0.0], [3.0], [0.0], [3.0], [6.0]]
+    by_episode = {row["episode"]: row for row in runner.results}
+    assert sorted(by_episode) == [1, 3, 5]
+    for episode, success, length, total in ((1, 1.0, 4, 2.11), (3, 1.0, 4, 2.11), (5, 0.0, 7, 3.22)):
+        row = by_episode[episode]
+        assert (row["success"], row["length"], row["probe"]) == (success, length, 2.0 * length)
+        assert row["total"] == pytest.approx(total)
+
+
+def test_the_runner_starts_over_at_each_reset(runner: EpisodeRunner):
+    runner.reset()
+    runner.step(np.zeros((1, 2, 3, 1)))
+    state, _ = runner.reset()
+    assert state["episode"].tolist() == [[1, 3]] and state["step"].tolist() == [[0, 0]]
+    assert [row["length"] for row in runner.results] == [0, 0]
+
+
+# --- How episodes are spread -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("replicas", "episodes", "workers"),
+    [(1, 50, 1), (1, 50, 8), (1, 3, 16), (5, 50, 2), (5, 50, 4), (4, 50, 16), (20, 50, 16), (100, 50, 4)],
+)
+def test_environments_are_few_and_slots_cover_all_episodes(
+    monkeypatch: pytest.MonkeyPatch, replicas: int, episodes: int, workers: int
+):
+    """Each environment takes memory and time to build: at most 64, or one per replica if there are more replicas."""
+    monkeypatch.setattr(gymnasium.vector, "AsyncVectorEnv", lambda fns, context: types.SimpleNamespace(fns=fns))
+    fns = Episodes(["x"] * replicas, num_episodes=episodes, workers=workers).vector.fns
+    slots = [slot for fn in fns for slot in fn.args[1]]
+    assert slots == list(range(len(slots)))
+    assert all(fn.keywords["num_slots"] == len(slots) for fn in fns)
+    assert len({len(fn.args[1]) for fn in fns}) == 1  # equal shapes in all processes
+    assert len(fns) <= min(workers, episodes)
+    assert replicas * len(slots) <= max(evaluation.MAX_ENVIRONMENTS, replicas)

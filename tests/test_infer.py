@@ -1,0 +1,179 @@
+"""Stage 3: scores and selection against closed forms, and the properties that make them a policy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+
+import evor_infer
+from common.networks import FlowCritic, FlowPolicy, ReturnScale
+from common.training import Standardizer
+from evor_infer import AgentParams, Extraction, log_mean_exp, select
+
+
+def make_agent(seed=0, kind="mlp"):
+    policy_key, critic_key = jax.random.split(jax.random.key(seed))
+    return AgentParams(
+        policy=FlowPolicy(3, 2, width=16, depth=2, key=policy_key),
+        critic=FlowCritic(3, 2, kind=kind, width=16, depth=3, key=critic_key),
+        standardizer=Standardizer(jnp.array([1.0, 0.0, -1.0]), jnp.array([2.0, 1.0, 0.5])),
+        scale=ReturnScale.of(-100.0, 0.0, width=4.0),
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.3, 1.0, 50.0])
+def test_log_mean_exp_matches_scipy(temperature):
+    returns = np.random.default_rng(0).normal(-50, 10, (4, 32))
+    expected = temperature * (logsumexp(returns / temperature, axis=-1) - np.log(32))
+    np.testing.assert_allclose(log_mean_exp(jnp.asarray(returns), temperature), expected, rtol=1e-5)
+
+
+def test_log_mean_exp_at_the_limits_and_between():
+    """A log-sum-exp without the - log N, or a float32 cancellation at a large temperature, fails here."""
+    returns = jnp.array([-3.0, 1.0, 2.0])
+    assert float(log_mean_exp(returns, 0.0)) == 2.0
+    assert float(log_mean_exp(returns, np.inf)) == 0.0
+    assert float(log_mean_exp(returns, 1e6)) == pytest.approx(0.0, abs=1e-4)
+    assert float(log_mean_exp(returns, 1e-4)) == pytest.approx(2.0, abs=1e-3)
+    values = [float(log_mean_exp(returns, t)) for t in (0.0, 0.1, 1.0, 10.0, np.inf)]
+    assert values == sorted(values, reverse=True)
+    assert float(log_mean_exp(jnp.full(7, -4.0), 0.5)) == -4.0
+
+
+def test_select_is_a_softmax():
+    """Shares of 20,000 draws within 0.015 of softmax(scores / temperature): four standard errors."""
+    scores, temperature = jnp.array([0.0, 1.0, 2.0]), 1.5
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    drawn = jax.vmap(lambda key: select(scores, temperature, key=key))(keys)
+    shares = np.bincount(drawn, minlength=3) / len(drawn)
+    np.testing.assert_allclose(shares, jax.nn.softmax(scores / temperature), atol=0.015)
+
+
+def test_select_at_the_limits():
+    scores = jnp.array([0.1, 0.3, 0.2])
+    assert all(int(select(scores, 0.0, key=jax.random.key(i))) == 1 for i in range(20))
+    assert all(int(select(scores, 1e-4, key=jax.random.key(i))) == 1 for i in range(20))
+    keys = jax.random.split(jax.random.key(0), 9000)
+    shares = np.bincount(jax.vmap(lambda key: select(scores, np.inf, key=key))(keys)) / 9000
+    np.testing.assert_allclose(shares, 1 / 3, atol=0.025)
+
+
+def test_one_action_is_the_base_policy():
+    """num_actions = 1 returns the flow of the candidate noise, whatever the critic says."""
+    agent, x = make_agent(), jnp.array([0.3, -0.2, 0.9])
+    key = jax.random.key(4)
+    action = evor_infer.act_one(agent, x, Extraction(num_actions=1, flow_steps=5), key=key)
+    noise = jax.random.normal(jax.random.split(key, 3)[0], (1, 2))
+    expected = agent.policy.sample((x - agent.standardizer.mean) / agent.standardizer.std, noise, flow_steps=5)[0]
+    np.testing.assert_allclose(action, expected, rtol=1e-6)
+    broken = agent._replace(critic=jax.tree.map(lambda x: x * jnp.nan, agent.critic))
+    np.testing.assert_array_equal(
+        evor_infer.act_one(broken, x, Extraction(num_actions=1, flow_steps=5), key=key), action
+    )
+
+
+@pytest.mark.parametrize("kind", ["mlp", "trunk"])
+def test_greedy_action_is_the_candidate_with_the_largest_score(kind):
+    agent, x, key = make_agent(kind=kind), jnp.array([0.3, -0.2, 0.9]), jax.random.key(4)
+    settings = Extraction(num_actions=8, num_returns=5, return_temperature=0.2, flow_steps=4)
+    action = evor_infer.act_one(agent, x, settings, key=key)
+    standard = agent.standardizer(x)
+    noise = jax.random.normal(jax.random.split(key, 3)[0], (8, 2))
+    candidates = agent.policy.sample(standard, noise, flow_steps=4)
+    z = evor_infer.return_noise(settings, key=key)
+    returns = jnp.stack([agent.critic.sample(standard, c, z, flow_steps=4) for c in candidates])
+    best = int(np.argmax([float(log_mean_exp(r, 0.2 * 4.0)) for r in returns]))
+    np.testing.assert_allclose(action, candidates[best], rtol=1e-5)
+    worst = int(np.argmin([float(log_mean_exp(r, 0.2 * 4.0)) for r in returns]))
+    assert not np.allclose(candidates[best], candidates[worst])
+
+
+def test_candidates_share_their_return_noise():
+    """Equal candidates must get equal scores, also with independent noise: otherwise luck ranks them."""
+    agent, x = make_agent(), jnp.zeros(3)
+    for independent in (False, True):
+        settings = Extraction(num_returns=6, independent_noise=independent)
+        z = evor_infer.return_noise(settings, key=jax.random.key(0))
+        score = jax.vmap(
+            lambda a, z=z: evor_infer.score_one(agent.critic, x, a, z, temperature=0.5, flow_steps=3)
+        )(jnp.zeros((4, 2)))
+        np.testing.assert_array_equal(score, jnp.full(4, score[0]))
+
+
+def test_batched_equals_one_observation_at_a_time():
+    """The per-observation argmax; an implementation that flattens candidates of all observations fails."""
+    agent, key = make_agent(), jax.random.key(2)
+    observations = jax.random.normal(jax.random.key(1), (6, 3))
+    settings = Extraction(num_actions=4, num_returns=3, flow_steps=3)
+    batched = evor_infer.Agent(agent).act(observations, key=key, num_actions=4, num_returns=3, flow_steps=3)
+    keys = jax.random.split(key, 6)
+    single = [evor_infer.act_one(agent, x, settings, key=k) for x, k in zip(observations, keys, strict=True)]
+    assert batched.shape == (6, 1, 2)
+    np.testing.assert_allclose(batched[:, 0], jnp.stack(single), rtol=1e-4, atol=1e-5)
+
+
+def test_replicas_act_with_their_own_parameters_and_episode_keys():
+    agents = jax.tree.map(lambda a, b: jnp.stack([a, b]), make_agent(0), make_agent(1))
+    observations = jnp.broadcast_to(jnp.array([0.1, 0.2, 0.3]), (2, 3, 3))
+    episodes, steps = jnp.array([[0, 1, 0]] * 2), jnp.array([[0, 0, 5]] * 2)
+    keys = jax.vmap(jax.random.key)(np.array([0, 0]))
+    settings = Extraction(num_actions=2, num_returns=2, flow_steps=2)
+    actions = evor_infer.act_replicas(agents, observations, episodes, steps, settings, keys=keys)
+    assert actions.shape == (2, 3, 2)
+    key = jax.random.fold_in(jax.random.fold_in(keys[1], 1), 0)
+    np.testing.assert_allclose(
+        actions[1, 1], evor_infer.act_one(make_agent(1), observations[0, 0], settings, key=key), rtol=1e-4, atol=1e-6
+    )
+    flat = np.asarray(actions).reshape(6, 2)
+    assert len(np.unique(flat.round(5), axis=0)) == 6, "replicas, episodes and steps must draw differently"
+
+
+def test_temperatures_compile_nothing_anew():
+    agents = jax.tree.map(lambda a: a[None], make_agent())
+    keys = jax.vmap(jax.random.key)(np.array([0]))
+    shapes = (jnp.zeros((1, 2, 3)), jnp.zeros((1, 2), int), jnp.zeros((1, 2), int))
+    before = evor_infer.act_replicas._cache_size()
+    for temperature in (0.0, 0.1, float("inf")):
+        settings = Extraction(3, 2, temperature, temperature, 2)
+        evor_infer.act_replicas(agents, *shapes, settings, keys=keys)
+    assert evor_infer.act_replicas._cache_size() == before + 1
+
+
+def test_returns_and_values_are_in_environment_units():
+    agent = evor_infer.Agent(make_agent())
+    x, a, key = jnp.zeros((4, 3)), jnp.zeros((4, 2)), jax.random.key(0)
+    returns = agent.sample_returns(x, a, 8, key=key)
+    standard = agent.params.standardizer(x[0])
+    z = evor_infer.stratified_normal(8)
+    expected = -50.0 + 25.0 * agent.params.critic.sample(standard, a[0], z, flow_steps=10)
+    np.testing.assert_allclose(returns[0], expected, rtol=1e-4)
+    value = agent.q_value(x, a, num_returns=8, return_temperature=float("inf"), key=key)
+    np.testing.assert_allclose(value, returns.mean(axis=1), rtol=1e-4)
+    assert agent.sample_actions(x, 5, key=key).shape == (4, 5, 2)
+
+
+def test_stratified_noise_has_less_error_than_independent_noise():
+    """Error of Q* at N = 16 for a normal law, whose log-mean-exp is mu + sigma^2 / (2 tau) = 0.5 at mu 0, tau 1."""
+    stratified = abs(float(log_mean_exp(evor_infer.stratified_normal(16), 1.0)) - 0.5)
+    keys = jax.random.split(jax.random.key(0), 500)
+    settings = Extraction(num_returns=16, independent_noise=True)
+    draws = jax.vmap(lambda key: log_mean_exp(evor_infer.return_noise(settings, key=key), 1.0))(keys)
+    independent = float(jnp.sqrt(jnp.mean((draws - 0.5) ** 2)))
+    assert stratified < 0.1 < independent
+
+
+def test_summary_counts_and_intervals():
+    rows = [dict(task=1, success=float(i < 45), length=100) for i in range(50)] + [dict(task=2, success=0.0, length=200)]
+    first, second = evor_infer.summarise(rows, ("task",))
+    assert first["success"] == 0.9 and first["episodes"] == 50 and first["mean_length"] == 100
+    assert first["low"] == pytest.approx(0.7864, abs=1e-3) and first["high"] == pytest.approx(0.9565, abs=1e-3)
+    assert second["success"] == 0.0 and second["low"] == 0.0 and second["high"] > 0.5
+
+
+def test_settings_are_a_fixed_set():
+    with pytest.raises(TypeError):
+        evor_infer.Agent(make_agent()).act(jnp.zeros((1, 3)), key=jax.random.key(0), temperature=1.0)
+    assert [f.name for f in dataclasses.fields(Extraction)][:2] == ["num_actions", "num_returns"]

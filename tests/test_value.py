@@ -1,0 +1,244 @@
+"""Stage 2: every TD target against its formula, against problems whose return laws are known, and its gradients."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import evor_value
+from benchmarks import probes
+from common.networks import FlowCritic, ReturnScale
+from common.training import stack_replicas
+from evor_value import Noise, td_target
+
+TARGETS = ("paper", "shared-noise", "independent-noise", "velocity")
+BOUNDS = dict(low=jnp.array(-2.0), high=jnp.array(2.0))
+
+
+def noise():
+    return Noise(jnp.array([0.5, -1.0]), jnp.array([1.5, 0.25]), jnp.array([0.25, 0.75]), jnp.array([1.0, -2.0]))
+
+
+def linear_next(scale=0.5, offset=0.1):
+    """A next state whose field is `scale z + offset t` and whose flow is `z exp(scale t) + offset`."""
+    return (lambda z, t: scale * z + offset * t), (lambda z, t: z * jnp.exp(scale * t) + offset)
+
+
+REWARD, BOOTSTRAP = np.array([0.3, -0.2]), np.array([0.9, 0.0])
+
+
+def expected(kind):
+    """The table at the top of evor_value.py, in NumPy."""
+    r, g = REWARD, BOOTSTRAP
+    z_0, z_next, t, u = (np.asarray(x, np.float64) for x in noise())
+    velocity = lambda z, t: 0.5 * z + 0.1 * t  # noqa: E731
+    flow = lambda z, t: z * np.exp(0.5 * t) + 0.1  # noqa: E731
+    if kind == "paper":
+        return z_0 + t * u, r + g * velocity(z_0 + t * u, t)
+    if kind == "velocity":
+        following = flow(z_0, t)
+        return t * r + g * following + (1 - t) * (1 - g) * z_0, r + g * velocity(following, t) - (1 - g) * z_0
+    y = r + g * np.clip(flow(z_0 if kind == "shared-noise" else z_next, 1.0), -2.0, 2.0)
+    return (1 - t) * z_0 + t * y, y - z_0
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_target_matches_its_formula(kind):
+    """Swapped noises, a missing discount, or an unmasked term changes these numbers; the second transition is terminal."""
+    reward, bootstrap = jnp.asarray(REWARD, jnp.float32), jnp.asarray(BOOTSTRAP, jnp.float32)
+    found = td_target(kind, reward, bootstrap, noise(), *linear_next(), **BOUNDS)
+    for a, b in zip(found, expected(kind), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_terminal_transitions_ignore_the_next_state(kind):
+    """With mask 0 nothing of (x', a') may enter, not even a NaN-free absurdity; and the path ends at the reward."""
+    reward, bootstrap = jnp.array([0.3, -0.2]), jnp.zeros(2)
+    found = td_target(kind, reward, bootstrap, noise(), *linear_next(), **BOUNDS)
+    other = td_target(kind, reward, bootstrap, noise(), *linear_next(-30.0, 99.0), **BOUNDS)
+    for a, b in zip(found, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+    if kind == "paper":
+        np.testing.assert_allclose(found[1], reward)
+    else:
+        z_t, target = found
+        np.testing.assert_allclose(z_t + (1 - noise().t) * target, reward, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_bootstrapped_returns_are_clipped_to_the_possible_ones(kind):
+    reward, bootstrap = jnp.array([0.0, 0.0]), jnp.array([0.9, 0.9])
+    wild = (lambda z, t: 1e3 + 0 * z), (lambda z, t: 1e3 + 0 * z)
+    z_t, target = td_target(kind, reward, bootstrap, noise(), *wild, **BOUNDS)
+    end = target if kind == "paper" else z_t + (1 - noise().t) * target
+    np.testing.assert_allclose(end, jnp.full(2, 1.8), rtol=1e-4)
+
+
+# --- One step: who gets gradients, who is the target -------------------------------------------------------------
+
+ARGS = evor_value.Args(
+    width=16, depth=2, batch_size=32, chunk=1, steps=1, learning_rate=1e-2, discount=0.9, target_steps=2, tau=0.1
+)
+
+
+REPLICA = evor_value.Replica(
+    jnp.array(0), jnp.array(0), ReturnScale.of(-10.0, 10.0, width=4.0), jax.random.key(0)
+)
+CRITIC = FlowCritic(2, 1, width=16, depth=2, key=jax.random.key(0))
+
+
+def one_step(args, *, perturb_target=0.0, seed=0):
+    """State before and after one step on the stochastic-policy probe."""
+    probe = probes.STOCHASTIC_POLICY
+    dataset = probes.make_data(probe, copies=20)
+    header = dict(observation_dim=2, action_dim=1, horizon=1, width=16, depth=args.depth, critic=args.critic)
+    state = evor_value.init_state(args, header, key=jax.random.key(seed))
+    state = state._replace(target=jax.tree.map(lambda x: x + perturb_target, state.target))
+    after, metrics = evor_value.train_step(args, state, dataset, REPLICA)
+    return state, after, metrics
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("next_action", ["base", "dataset", "softmax"])
+def test_target_network_is_what_bootstraps(kind, next_action):
+    """Changing the target network changes the gradient; with the online network as target it would not."""
+    args = dataclasses.replace(ARGS, td_target=kind, next_action=next_action)
+    _, _, metrics = one_step(args)
+    _, _, perturbed = one_step(args, perturb_target=0.3)
+    assert float(metrics["loss"]) != float(perturbed["loss"])
+    assert np.isfinite(float(perturbed["loss"]))
+
+
+def test_target_network_moves_by_polyak_averaging_of_the_updated_parameters():
+    """target' = 0.9 target + 0.1 online': averaging the parameters before the update fails."""
+    before, after, _ = one_step(ARGS, perturb_target=0.3)
+    expected = jax.tree.map(lambda t, c: 0.9 * t + 0.1 * c, before.target, after.critic)
+    for a, b in zip(jax.tree.leaves(after.target), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before.critic, after.critic)
+    assert min(jax.tree.leaves(moved)) > 0, "every online parameter gets a gradient"
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_no_gradient_flows_into_the_target(kind):
+    """The gradient of path point and target with respect to the next state's field is zero everywhere."""
+
+    def through(scale):
+        z_t, target = td_target(kind, jnp.ones(2), jnp.full(2, 0.9), noise(), *linear_next(scale), **BOUNDS)
+        return jnp.sum(z_t) + jnp.sum(target)
+
+    assert float(jax.grad(through)(0.5)) == 0.0
+    assert float(through(0.5)) != float(through(0.6))
+
+
+def test_chosen_action_is_the_best_by_the_online_critic():
+    """Stage 3's extraction over the bank: argmax at temperature 0, every candidate at a high one."""
+    critic = FlowCritic(2, 1, kind="mlp", width=16, depth=2, key=jax.random.key(3))
+    x, candidates, z = jnp.ones(2), jnp.array([[-0.9], [0.0], [0.4], [1.0]]), evor_value.stratified_normal(3)
+    returns = jnp.stack([critic.sample(x, c, z, flow_steps=2).mean() for c in candidates])
+
+    def choose(temperature, key):
+        return evor_value.choose_next_action(
+            critic, x, candidates, z, return_temperature=np.inf, action_temperature=temperature, flow_steps=2, key=key
+        )
+
+    assert float(choose(0.0, jax.random.key(0))[0]) == float(candidates[jnp.argmax(returns), 0])
+    drawn = jax.vmap(lambda k: choose(1e3, k)[0])(jax.random.split(jax.random.key(1), 200))
+    assert len(np.unique(drawn)) == 4
+
+
+def test_dataset_next_action_is_the_one_that_was_taken():
+    args = dataclasses.replace(ARGS, next_action="dataset", horizon=2)
+    actions = jnp.arange(12.0)[:, None]
+    dataset = evor_value.ValueData(jnp.zeros((12, 1)), actions, jnp.array([1, 4]), *(jnp.zeros((1, 2)),) * 2, None)
+    chosen = evor_value.next_actions(args, CRITIC, dataset, REPLICA, jnp.array([1, 0]), key=jax.random.key(0))
+    np.testing.assert_array_equal(chosen, [[6, 7], [3, 4]])
+
+
+def test_base_next_actions_are_spread_over_the_bank():
+    args = dataclasses.replace(ARGS, num_next_actions=4)
+    bank = jnp.arange(8.0, dtype=jnp.float16).reshape(1, 2, 4, 1)
+    dataset = evor_value.ValueData(jnp.zeros((4, 1)), jnp.zeros((4, 1)), jnp.array([0, 2]), None, None, bank)
+    index = jnp.repeat(jnp.array([0, 1]), 400)
+    chosen = evor_value.next_actions(args, CRITIC, dataset, REPLICA, index, key=jax.random.key(0))[:, 0]
+    counts = np.bincount(np.asarray(chosen, int), minlength=8)
+    assert counts.min() > 60 and set(np.asarray(chosen[:400], int)) == {0, 1, 2, 3}
+
+
+def test_replicas_use_their_own_task_and_bank():
+    """Two replicas on one dataset: the first task pays 1, the second -1, both at once; each learns its own mean."""
+    probe = probes.Probe("one step", [(1, 0, 0.0, 1.0, 0.0, 0)], {(0, 0.0): probes.point(1.0)})
+    dataset = probes.make_data(probe, copies=8)
+    dataset = dataset._replace(
+        rewards=jnp.concatenate([dataset.rewards, -dataset.rewards]),
+        bootstraps=jnp.concatenate([dataset.bootstraps] * 2),
+        bank=jnp.concatenate([dataset.bank] * 2),
+    )
+    args = evor_value.Args(
+        steps=300, chunk=300, width=16, depth=2, batch_size=64, learning_rate=1e-2, discount=0.9, target_steps=1
+    )
+    header = dict(observation_dim=1, action_dim=1, horizon=1, width=16, depth=2, critic="mlp")
+    keys = jax.vmap(jax.random.key)(np.array([0, 1]))
+    scale = ReturnScale.of(np.full(2, -10.0), np.full(2, 10.0), width=20.0)
+    state = stack_replicas(lambda key: evor_value.init_state(args, header, key=key), keys)
+    replicas = evor_value.Replica(jnp.array([0, 1]), jnp.array([0, 1]), scale, keys)
+    state, _ = evor_value.train_chunk(args, state, dataset, replicas)
+    means = probes.sample_returns(state.critic, scale, probe, (0, 0.0), num=32).mean(axis=1)
+    np.testing.assert_allclose(means, [1.0, -1.0], atol=0.1)
+
+
+# --- Return laws -------------------------------------------------------------------------------------------------
+
+TRAIN = evor_value.Args(
+    steps=1500, chunk=1500, width=48, depth=2, batch_size=128, learning_rate=3e-3, schedule="cosine", tau=0.02,
+    target_steps=8, num_next_actions=4,
+)  # fmt: skip
+
+# Largest W1 distance allowed, in units of the reward. Each law's atoms lie 0.8 to 2 apart, and the law N(Q, 1) that a
+# wrong target would give is 0.4 or more away from all of them.
+LIMITS = {"shared-noise": 0.12, "velocity": 0.12, "independent-noise": 0.3}
+
+
+def train(probe, kind, **changes):
+    bounds = probes.data.return_bounds(np.array([[t[3] for t in probe.transitions]]), probe.discount)[0]
+    args = dataclasses.replace(TRAIN, td_target=kind, return_width=float(bounds[1] - bounds[0]), **changes)
+    return probes.train(probe, args, copies=40)
+
+
+@pytest.mark.parametrize("kind", sorted(LIMITS))
+@pytest.mark.parametrize("probe", probes.PROBES, ids=lambda probe: probe.name)
+def test_law_of_the_reward_to_go(probe, kind):
+    """Fails if the law is off by more than the limit: a dropped mask, discount or next action moves an atom by 0.1 to
+    1, an ignored next action or random reward loses a mode (0.45 or more)."""
+    distance = probes.w1(*train(probe, kind), probe)[0]
+    assert distance < LIMITS[kind], distance
+
+
+def test_law_with_the_trunk_critic():
+    distance = probes.w1(*train(probes.STOCHASTIC_POLICY, "shared-noise", critic="trunk", depth=3), probes.CHAIN)
+    assert distance[0] < 1.0
+
+
+def test_paper_target_gives_the_mean_and_the_shape_of_the_noise():
+    """N(Q, 1) at deterministic rewards: within 0.1 of that normal law, and far from the point that is right."""
+    probe = probes.DETERMINISTIC
+    critic, scale = train(probe, "paper")
+    assert probes.w1(critic, scale, probe, noise_std=1.0)[0] < 0.1
+    assert probes.w1(critic, scale, probe)[0] > 0.6
+    for query, (values, _) in probe.laws.items():
+        draws = probes.sample_returns(critic, scale, probe, query)[0]
+        assert abs(draws.mean() - values[0]) < 0.1 and abs(draws.std() - 1.0) < 0.1
+
+
+def test_softmax_backup_learns_the_law_of_the_better_policy():
+    """State 0 leads to a choice between -1 (3 of 4 banked actions) and 1: best-of-K values state 0 at the better one
+    wherever it is in the bank, 1 - 0.25^4 of the time here; the base policy's law has mean -0.45."""
+    probe = dataclasses.replace(probes.STOCHASTIC_POLICY, policy={1: ((-1.0, 1.0), (0.75, 0.25))})
+    greedy = train(probe, "shared-noise", next_action="softmax", num_next_actions=8, backup_returns=2)
+    draws = probes.sample_returns(*greedy, probe, (0, 0.0))[0]
+    assert draws.mean() > 0.9 * 0.6, draws.mean()
+    base = probes.sample_returns(*train(probe, "shared-noise"), probe, (0, 0.0))[0]
+    assert abs(base.mean() + 0.45) < 0.2, base.mean()
