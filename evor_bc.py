@@ -37,7 +37,7 @@ from common import data
 from common.envs import run_name
 from common.errors import UserError, run_cli
 from common.networks import FlowPolicy, make_policy
-from common.training import Run, Standardizer, learning_rate, shard_replicas, stack_replicas
+from common.training import Run, Standardizer, learning_rate, over_replicas, shard_replicas, stack_replicas
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(steps=2_000, width=128, batch_size=128, episodes=30, chunk=500),
@@ -171,7 +171,7 @@ def train_chunk(args: Args, state: TrainState, dataset: BCData, keys: Key[Array,
     def steps_of_one(state, key):
         return jax.lax.scan(lambda s, _: train_step(args, s, dataset, key=key), state, length=args.chunk)
 
-    state, metrics = jax.vmap(steps_of_one)(state, keys)
+    state, metrics = over_replicas(steps_of_one, state, keys)
     return state, jax.tree.map(lambda m: jnp.mean(m, axis=1), metrics)
 
 
@@ -181,10 +181,13 @@ def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> Trai
     return TrainState(policy, make_optimizer(args).init(policy), jnp.zeros((), jnp.int32))
 
 
-def check_args(args: Args) -> None:
-    """Raises `UserError` for settings that cannot work together."""
-    if args.horizon < 1:
-        raise UserError(f"--horizon must be at least 1, not {args.horizon}.")
+def check_args(args: Any) -> None:
+    """Raises `UserError` for settings of stage 1 or 2 that cannot work together."""
+    for name in ("horizon", "width", "depth", "batch_size", "chunk", "episodes"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
+    if not args.learning_rate > 0:
+        raise UserError(f"--learning-rate must be positive, not {args.learning_rate}.")
     if not args.seeds or len(set(args.seeds)) != len(args.seeds):
         raise UserError("--seeds needs at least one seed, each of them once.")
     for name in ("steps", "save_every"):
@@ -205,11 +208,12 @@ def main(args: Args) -> dict[str, float]:
     trajectories = data.load_trajectories(path, env=args.env)
     data.print_summary(trajectories, info, tasks=(), discount=0.0)
 
+    starts = data.transition_starts(trajectories.terminals, args.horizon)
     standardizer = Standardizer.of(trajectories.observations)
     dataset = BCData(
         observations=jnp.asarray(standardizer.rows(trajectories.observations)),
         actions=jnp.asarray(trajectories.actions),
-        starts=jnp.asarray(data.transition_starts(trajectories.terminals, args.horizon)),
+        starts=jnp.asarray(starts),
     )
     header = dict(
         stage="bc",

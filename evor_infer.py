@@ -46,7 +46,7 @@ from common.evaluation import Episodes
 from common.metrics import write_csv
 from common.networks import FlowCritic, FlowPolicy, ReturnScale, make_critic, make_policy, stratified_normal
 from common.statistics import success_interval
-from common.training import Standardizer
+from common.training import Standardizer, over_replicas
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(num_actions=(1, 4), num_returns=(4,), eval_episodes=4),
@@ -200,7 +200,7 @@ def act_replicas(
         return act_one(agent, observation, settings, key=key)
 
     per_replica = jax.vmap(one, (None, 0, 0, 0, None))
-    return jax.vmap(per_replica)(agents, observations, episodes, steps, keys)
+    return over_replicas(per_replica, agents, observations, episodes, steps, keys)
 
 
 # --- Loading -----------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def load_critic(run_dir: Path) -> tuple[dict[str, Any], tuple[FlowCritic, Return
 
     def build(header):
         keys = jax.random.split(jax.random.key(0), len(header["replicas"]))
-        return jax.vmap(lambda key: (make_critic(header, key=key), ReturnScale.of(0.0, 1.0, width=1.0)))(keys)
+        return jax.vmap(lambda key: (make_critic(header, key=key), ReturnScale.of(0.0, 1.0, shift=0.0, width=1.0)))(keys)
 
     remedy = "train it with evor_value.py first."
     return checkpoint.load(run_dir / "value" / "model.eqx", build, stage="value", remedy=remedy)
@@ -256,6 +256,9 @@ def load_agents(
             )
     chosen = [i for i, (t, s) in enumerate(replicas) if (not tasks or t in tasks) and (not seeds or s in seeds)]
     replicas = [replicas[i] for i in chosen]
+    missing = {seed for _, seed in replicas} - set(policy_header["seeds"])
+    if missing:
+        raise UserError(f"{policy_path} has no seed {min(missing)}: train it with evor_bc.py --seeds.")
     policy_index = np.array([policy_header["seeds"].index(seed) for _, seed in replicas])
     agents = AgentParams(
         policy=jax.tree.map(lambda x: jnp.asarray(x)[policy_index], policies),
@@ -298,7 +301,7 @@ class Agent:
     horizon: int = 1
 
     def act(
-        self, observations: Float[Array, "batch observation"], *, key: PRNGKeyArray, **settings
+        self, observations: Float[Array | np.ndarray, "batch observation"], *, key: PRNGKeyArray, **settings
     ) -> Float[Array, "batch horizon action"]:
         """Extracted action chunks. Settings: the fields of `Extraction`."""
         actions = _act(self.params, observations, Extraction(**settings), key=key)
@@ -306,7 +309,7 @@ class Agent:
 
     def sample_actions(
         self,
-        observations: Float[Array, "batch observation"],
+        observations: Float[Array | np.ndarray, "batch observation"],
         num_actions: int,
         *,
         flow_steps: int = 10,
@@ -317,8 +320,8 @@ class Agent:
 
     def sample_returns(
         self,
-        observations: Float[Array, "batch observation"],
-        actions: Float[Array, "batch chunk"],
+        observations: Float[Array | np.ndarray, "batch observation"],
+        actions: Float[Array | np.ndarray, "batch chunk"],
         num_returns: int,
         *,
         independent_noise: bool = False,
@@ -331,8 +334,8 @@ class Agent:
 
     def q_value(
         self,
-        observations: Float[Array, "batch observation"],
-        actions: Float[Array, "batch chunk"],
+        observations: Float[Array | np.ndarray, "batch observation"],
+        actions: Float[Array | np.ndarray, "batch chunk"],
         *,
         num_returns: int = 16,
         return_temperature: float = 0.1,
@@ -382,7 +385,8 @@ def evaluate(
     keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(seed), s))(np.array([s for _, s in replicas]))
 
     def act(observations, counts, steps):
-        chunks = act_replicas(agents, observations, counts, steps, settings, keys=keys)
+        inputs = (jnp.asarray(x) for x in (observations, counts, steps))
+        chunks = act_replicas(agents, *inputs, settings, keys=keys)
         return chunks.reshape(*chunks.shape[:2], horizon, -1)
 
     rows = []
@@ -428,9 +432,9 @@ def check_args(args: Args) -> None:
         lowest = 0.0 if name.endswith("temperature") else 1
         if not values or min(values) < lowest:
             raise UserError(f"{flag} needs one or more numbers of at least {lowest}.")
-    for name in ("eval_episodes", "flow_steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
+    for name in ("eval_episodes", "flow_steps", "workers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1.".replace("_", "-"))
 
 
 def main(args: Args) -> list[dict[str, Any]]:

@@ -26,7 +26,8 @@ transition (the next-action bank). `--next-action base` takes one of them: the l
 the action that was taken. `softmax` picks among the K by exp(Q*(x', a') / temperature), chosen by the online network
 and valued by the target network: the law of the policy that stage 3 extracts.
 
-Returns are scaled: the interval of possible returns becomes `--return-width` standard deviations of the noise.
+Returns are scaled: the interval of possible returns becomes `--return-width` standard deviations of the noise, and the
+constant that solves the Bellman equation on average over the data becomes zero, so that training starts at that level.
 
 Reads `runs/ENV/bc/model.eqx` (trained first if missing); writes `runs/ENV/value/{config.json, metrics.csv, model.eqx,
 train_state.eqx, evaluation.csv, calibration.csv, *.png}`.
@@ -60,7 +61,7 @@ from common.flow import integrate
 from common.metrics import sha256, write_csv
 from common.networks import FlowCritic, FlowPolicy, ReturnScale, make_critic, stratified_normal
 from common.statistics import calibration
-from common.training import Run, Standardizer, learning_rate, shard_replicas, stack_replicas
+from common.training import Run, Standardizer, learning_rate, over_replicas, shard_replicas, stack_replicas
 
 Target = Literal["paper", "shared-noise", "independent-noise", "velocity"]
 
@@ -69,7 +70,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         steps=2_000, width=128, batch_size=128, episodes=30, chunk=500, num_next_actions=2, eval_episodes=10,
         num_actions=8, num_returns=4,
     ),
-    "preview": dict(steps=40_000, schedule="cosine", learning_rate=1e-3, num_actions=16, num_returns=8),
+    "preview": dict(
+        steps=20_000, schedule="cosine", learning_rate=1e-3, tau=0.01, critic="trunk", num_actions=16, num_returns=8,
+    ),
 }  # fmt: skip
 
 
@@ -285,12 +288,12 @@ def draw_noise(args: Args, scale: ReturnScale, *, key: PRNGKeyArray) -> Noise:
     """Fresh noise for one batch."""
     keys = jax.random.split(key, 4)
     shape = (args.batch_size,)
-    half = scale.width / 2
+    low, high = scale.to_model(scale.low), scale.to_model(scale.high)
     return Noise(
         z_0=jax.random.normal(keys[0], shape),
         z_next=jax.random.normal(keys[1], shape),
         t=jax.random.uniform(keys[2], shape),
-        u=jax.random.uniform(keys[3], shape, minval=-half, maxval=half),
+        u=jax.random.uniform(keys[3], shape, minval=low, maxval=high),
     )
 
 
@@ -347,10 +350,8 @@ def train_step(
         return integrate(next_velocity, z_0, num_steps=args.target_steps, end_time=end_time)
 
     noise = draw_noise(args, replica.scale, key=noise_key)
-    half = replica.scale.width / 2
-    z_t, target = td_target(
-        args.td_target, reward, bootstrap, noise, next_velocity, next_flow, low=-half, high=half
-    )
+    low, high = replica.scale.to_model(replica.scale.low), replica.scale.to_model(replica.scale.high)
+    z_t, target = td_target(args.td_target, reward, bootstrap, noise, next_velocity, next_flow, low=low, high=high)
 
     def loss_fn(critic):
         losses = jax.vmap(value_loss_one, (None, 0, 0, 0, 0, 0))(critic, observations, actions, z_t, noise.t, target)
@@ -378,7 +379,7 @@ def train_chunk(args: Args, state: TrainState, dataset: ValueData, replicas: Rep
     def steps_of_one(state, replica):
         return jax.lax.scan(lambda s, _: train_step(args, s, dataset, replica), state, length=args.chunk)
 
-    state, metrics = jax.vmap(steps_of_one)(state, replicas)
+    state, metrics = over_replicas(steps_of_one, state, replicas)
     return state, jax.tree.map(lambda m: jnp.mean(m, axis=1), metrics)
 
 
@@ -430,7 +431,7 @@ def make_bank(
 
     header = checkpoint.plain({"stage": "bank", **header})
     if path.is_file() and checkpoint.read_header(path, stage="bank", remedy="delete it.") == header:
-        return checkpoint.load(path, empty, stage="bank", remedy="delete it.")[1]
+        return np.asarray(checkpoint.load(path, empty, stage="bank", remedy="delete it.")[1])
     batch = min(4096, len(ends))
     parts = []
     with tqdm(total=len(seeds) * len(ends), desc="next-action bank", unit="state", unit_scale=True) as bar:
@@ -537,8 +538,15 @@ def last_screen(
 def check_args(args: Args) -> None:
     """Raises `UserError` for settings that cannot work together."""
     evor_bc.check_args(args)
-    if args.eval_every % args.chunk:
+    if args.eval_every < 0 or args.eval_every % args.chunk:
         raise UserError(f"--eval-every {args.eval_every} is no multiple of --chunk {args.chunk}: change one of them.")
+    if args.eval_episodes < 0:
+        raise UserError(f"--eval-episodes must not be negative: {args.eval_episodes}; 0 skips evaluation.")
+    if not 0.0 < args.tau <= 1.0:
+        raise UserError(f"--tau must be in (0, 1], not {args.tau}.")
+    for field in ("return_temperature", "action_temperature", "backup_temperature"):
+        if not getattr(args, field) >= 0:
+            raise UserError(f"--{field.replace('_', '-')} must not be negative: {getattr(args, field)}.")
     if not 0.0 <= args.discount < 1.0:
         raise UserError(f"--discount must be in [0, 1), not {args.discount}.")
     if len(set(args.tasks)) != len(args.tasks):
@@ -548,6 +556,23 @@ def check_args(args: Args) -> None:
     for field in ("num_next_actions", "backup_returns", "target_steps", "flow_steps", "num_actions", "num_returns"):
         if getattr(args, field) < 1:
             raise UserError(f"--{field.replace('_', '-')} must be at least 1, not {getattr(args, field)}.")
+
+
+def choose_tasks(args: Args, path: Path, own_rewards: bool) -> tuple[int, ...]:
+    """The tasks to train: those asked for, the environment's default, or 0 for a file's own rewards."""
+    if own_rewards:
+        if args.tasks:
+            raise UserError(f"{path} brings its own rewards: leave out --tasks.")
+        return (0,)
+    if args.tasks:
+        return args.tasks
+    try:
+        return (parse_env(args.env).default_task,)
+    except UserError:
+        raise UserError(
+            f"{path} brings no rewards, and {args.env!r} is no OGBench environment to compute them with: "
+            f"add an array rewards."
+        ) from None
 
 
 def bc_args(args: Args, policy_run_dir: Path) -> evor_bc.Args:
@@ -575,12 +600,13 @@ def main(args: Args) -> list[dict[str, Any]]:
     name = run_name(args.env, args.dataset)
     run_dir = args.run_dir or Path("runs") / name
     policy_run_dir = args.policy_run_dir or run_dir
+    if args.resume:
+        state_path = run_dir / "value" / "train_state.eqx"
+        checkpoint.read_header(state_path, stage="value", remedy="start without --resume.")
     path, source = data.find_files(args.env, args.dataset, episodes=args.episodes)
     info = data.describe(path, source)
     own_rewards = args.dataset is not None and data.has_rewards(path)
-    if own_rewards and args.tasks:
-        raise UserError(f"{path} brings its own rewards: leave out --tasks.")
-    tasks = (0,) if own_rewards else args.tasks or (parse_env(args.env).default_task,)
+    tasks = choose_tasks(args, path, own_rewards)
     trajectories = data.load_trajectories(path, env=args.env, tasks=tasks, reward=args.reward)
     data.print_summary(trajectories, info, tasks=tasks, discount=args.discount)
 
@@ -591,6 +617,11 @@ def main(args: Args) -> list[dict[str, Any]]:
     policy_header, (policies, standardizer) = evor_infer.load_policy(policy_run_dir)
     dims = dict(observation_dim=trajectories.observations.shape[1], action_dim=trajectories.actions.shape[1])
     checkpoint.require(policy_header, policy_path, env=name, horizon=args.horizon, **dims)
+    if policy_header["step"] < policy_header["args"]["steps"]:
+        raise UserError(
+            f"the base policy at {policy_path} stopped at step {policy_header['step']} of "
+            f"{policy_header['args']['steps']}: finish it with evor_bc.py --resume."
+        )
     missing = set(args.seeds) - set(policy_header["seeds"])
     if missing:
         raise UserError(f"{policy_path} has no seed {min(missing)}: train it with evor_bc.py --seeds, or use its seeds.")
@@ -615,10 +646,10 @@ def main(args: Args) -> list[dict[str, Any]]:
         policy_sha256=sha256(policy_path),
         args=args,
     )
-    run = Run(run_dir / "value", header, replicas=pairs, args=args)
-
     extra = args.horizon - 1 if args.next_action == "dataset" else 0  # the next chunk has to be in the data too
     starts = data.transition_starts(trajectories.terminals, args.horizon, extra=extra)
+    run = Run(run_dir / "value", header, replicas=pairs, args=args)
+
     rewards, bootstraps = data.chunk_rewards(
         trajectories.rewards, trajectories.masks, starts, horizon=args.horizon, discount=args.discount
     )
@@ -643,7 +674,8 @@ def main(args: Args) -> list[dict[str, Any]]:
 
     bounds = data.return_bounds(trajectories.rewards, args.discount)
     task_index = np.array([list(tasks).index(task) for task, _ in pairs])
-    scale = ReturnScale.of(bounds[task_index, 0], bounds[task_index, 1], width=args.return_width)
+    shift = data.mean_return(rewards, bootstraps)[task_index]
+    scale = ReturnScale.of(bounds[task_index, 0], bounds[task_index, 1], shift=shift, width=args.return_width)
     replica_keys = jax.vmap(lambda t, s: jax.random.fold_in(jax.random.key(s), t))(
         np.array([t for t, _ in pairs]), np.array([s for _, s in pairs])
     )

@@ -131,7 +131,8 @@ def train(
     rewards = np.asarray(dataset.rewards)
     bounds = data.return_bounds(rewards, probe.discount)[np.zeros(len(seeds), int)]
     keys = jax.vmap(jax.random.key)(np.asarray(seeds))
-    scale = ReturnScale.of(bounds[:, 0], bounds[:, 1], width=args.return_width)
+    shift = data.mean_return(rewards, np.asarray(dataset.bootstraps))[np.zeros(len(seeds), int)]
+    scale = ReturnScale.of(bounds[:, 0], bounds[:, 1], shift=shift, width=args.return_width)
     zeros = jnp.zeros(len(seeds), jnp.int32)
     replicas = evor_value.Replica(task=zeros, seed=zeros, scale=scale, key=keys)
     state = stack_replicas(lambda key: evor_value.init_state(args, header, key=key), keys)

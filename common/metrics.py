@@ -85,7 +85,7 @@ class Metrics:
         self,
         step: int,
         replicas: Sequence[tuple[int | str, int]],
-        values: Mapping[str, Iterable[float]],
+        values: Mapping[str, Iterable[Any]],
     ) -> None:
         """Logs metrics after `step` gradient steps: `values` maps a name to one number per (task, seed) replica."""
         with open(self.path, "a", newline="") as file:

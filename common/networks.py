@@ -180,8 +180,8 @@ class FlowCritic(eqx.Module):
 class ReturnScale(eqx.Module):
     """The affine map between returns in the environment's units and in the model's, `return = shift + scale * z`.
 
-    The model's noise is N(0, 1), so `scale` is the return that one standard deviation of noise stands for. `low` and
-    `high` bound the possible returns, in the environment's units.
+    The model's noise is N(0, 1): `shift` is what an untrained model predicts on average, `scale` the return that one
+    standard deviation of noise stands for. `low` and `high` bound the possible returns, in the environment's units.
     """
 
     shift: Float[Array, "*replicas"]
@@ -190,12 +190,12 @@ class ReturnScale(eqx.Module):
     high: Float[Array, "*replicas"]
 
     @classmethod
-    def of(cls, low: ArrayLike, high: ArrayLike, *, width: float) -> "ReturnScale":
-        """The scale that maps `[low, high]` to `[-width / 2, width / 2]`."""
-        low, high = jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)
+    def of(cls, low: ArrayLike, high: ArrayLike, *, shift: ArrayLike, width: float) -> "ReturnScale":
+        """The scale at which `[low, high]` is `width` standard deviations of noise wide."""
+        low, high, shift = (jnp.asarray(x, jnp.float32) for x in (low, high, shift))
         # One constant return is a law too: an interval of no length keeps the environment's units.
         scale = jnp.where(high > low, (high - low) / width, 1.0)
-        return cls((low + high) / 2, scale, low, high)
+        return cls(jnp.clip(shift, low, high), scale, low, high)
 
     @property
     def width(self) -> Float[Array, "*replicas"]:

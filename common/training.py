@@ -30,7 +30,7 @@ class Standardizer(eqx.Module):
         # float64 sums: a million float32 terms lose digits.
         mean = observations.mean(axis=0, dtype=np.float64)
         std = observations.std(axis=0, dtype=np.float64)
-        return cls(mean.astype(np.float32), np.where(std < 1e-4, 1.0, std).astype(np.float32))
+        return cls(jnp.asarray(mean, jnp.float32), jnp.asarray(np.where(std < 1e-4, 1.0, std), jnp.float32))
 
     def __call__(self, observation: Float[Array, " observation"]) -> Float[Array, " observation"]:
         return (observation - self.mean) / self.std
@@ -48,6 +48,17 @@ def learning_rate(peak: float, schedule: str, steps: int) -> optax.ScalarOrSched
 def stack_replicas(init: Callable[[PRNGKeyArray], Any], keys: Key[Array, " replicas"]) -> Any:
     """One state per key, stacked along a leading axis."""
     return jax.jit(jax.vmap(init))(keys)
+
+
+def over_replicas(function: Callable, *trees: Any) -> Any:
+    """Applies `function` to each replica, the leading axis of every leaf of `trees`; for use inside `jit`.
+
+    On accelerators this is `vmap`: one wide kernel serves all replicas. A single CPU device runs them one after the
+    other instead: XLA's batched matrix product is slower there than as many plain ones (1.5 times, at one replica).
+    """
+    if jax.default_backend() == "cpu" and jax.device_count() == 1:
+        return jax.lax.map(lambda leaves: function(*leaves), trees)
+    return jax.vmap(function)(*trees)
 
 
 def shard_replicas(tree: Any) -> Any:

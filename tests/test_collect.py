@@ -8,10 +8,10 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+from helpers import contents
 
 from common import collect, envs
 from common.errors import UserError, parse_args
-from tests.helpers import contents
 
 ROWS = 40
 
@@ -192,7 +192,7 @@ def test_a_failure_leaves_no_training_file(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(collect.multiprocessing, "get_context", lambda _: types.SimpleNamespace(Pool=inline_pool))
     monkeypatch.setattr(collect, "collect_episode", episode)
     monkeypatch.setattr(collect.np, "savez_compressed", savez)
-    with pytest.raises((RuntimeError, OSError), match="no rollout|disk full"):
+    with pytest.raises((RuntimeError, OSError), match=r"no rollout|disk full"):
         collect.collect("cube-single-play-v0", path, episodes=2)
     complete = {"data-val.npz"} if failing == "training file" else set()
     assert {name for name in contents(tmp_path) if not name.startswith(".")} == complete

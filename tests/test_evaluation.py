@@ -5,6 +5,7 @@ import types
 from collections.abc import Callable, Iterator
 
 import gymnasium
+import mujoco
 import numpy as np
 import pytest
 
@@ -94,16 +95,21 @@ def test_episodes_equal_a_loop_by_hand(rows: list[dict]):
     "gym_id", ["cube-single-singletask-task2-v0", "scene-singletask-v0", "pointmaze-medium-singletask-v0"]
 )
 def test_seeded_reset_determines_the_roll_out(gym_id: str):
-    """OGBench takes random steps in `reset` with an action space it never seeds; fails if they leave a trace."""
+    """OGBench takes random steps in `reset` with an action space it never seeds. Fails if they leave a trace in the
+    simulator: the start of its contact solver is part of the state that the next step depends on."""
     env = evaluation.make_env(gym_id)
     actions = np.random.default_rng(0).uniform(-1, 1, (40, *env.action_space.shape)).astype(np.float32)
 
-    def roll_out(seed: int) -> np.ndarray:
+    def roll_out(seed: int) -> tuple[np.ndarray, np.ndarray]:
         first = seeded_reset(env, seed)
-        return np.stack([first, *(env.step(action)[0] for action in actions)])
+        model, kind = env.unwrapped.model, mujoco.mjtState.mjSTATE_INTEGRATION
+        state = np.zeros(mujoco.mj_stateSize(model, kind))
+        mujoco.mj_getState(model, env.unwrapped.data, state, kind)
+        return state, np.stack([first, *(env.step(action)[0] for action in actions)])
 
-    first, other, again = roll_out(1), roll_out(2), roll_out(1)
+    (state, first), (_, other), (state_again, again) = roll_out(1), roll_out(2), roll_out(1)
     env.close()
+    np.testing.assert_array_equal(state, state_again)
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first[0], other[0])
 
@@ -112,7 +118,7 @@ def test_seeded_reset_determines_the_roll_out(gym_id: str):
 
 
 class Counter(gymnasium.Env):
-    """Observes the number of steps taken; pays the action; ends after 4, 7, 10, ... steps, in success every other time."""
+    """Observes its number of steps, pays the action, ends after 4, 7, 10, ... steps, in success every other time."""
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
     action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)

@@ -20,7 +20,7 @@ def make_agent(seed=0, kind="mlp"):
         policy=FlowPolicy(3, 2, width=16, depth=2, key=policy_key),
         critic=FlowCritic(3, 2, kind=kind, width=16, depth=3, key=critic_key),
         standardizer=Standardizer(jnp.array([1.0, 0.0, -1.0]), jnp.array([2.0, 1.0, 0.5])),
-        scale=ReturnScale.of(-100.0, 0.0, width=4.0),
+        scale=ReturnScale.of(-100.0, 0.0, shift=-50.0, width=4.0),
     )
 
 

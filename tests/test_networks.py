@@ -89,9 +89,9 @@ def test_stratified_normal_is_the_midpoint_quantiles():
 
 def test_return_scale_maps_the_bounds_and_keeps_the_bellman_equation():
     """z = r_model + g z' in the model's units must be R = r + g R' in the environment's, for any g, shift and scale."""
-    scale = ReturnScale.of(-200.0, 0.0, width=4.0)
-    np.testing.assert_allclose(scale.to_model(jnp.array([-200.0, -100.0, 0.0])), [-2.0, 0.0, 2.0])
-    np.testing.assert_allclose(scale.to_environment(jnp.array([-2.0, 2.0])), [-200.0, 0.0])
+    scale = ReturnScale.of(-200.0, 0.0, shift=-150.0, width=4.0)
+    np.testing.assert_allclose(scale.to_model(jnp.array([-200.0, -150.0, 0.0])), [-1.0, 0.0, 3.0])
+    np.testing.assert_allclose(scale.to_environment(jnp.array([-1.0, 3.0])), [-200.0, 0.0])
     assert float(scale.width) == 4.0
     reward, bootstrap, following = jnp.array([-2.0, 0.0]), jnp.array([0.99, 0.0]), jnp.array([-30.0, -77.0])
     z = scale.reward_to_model(reward, bootstrap) + bootstrap * scale.to_model(following)
@@ -99,5 +99,5 @@ def test_return_scale_maps_the_bounds_and_keeps_the_bellman_equation():
 
 
 def test_return_scale_of_a_single_possible_return():
-    scale = ReturnScale.of(3.0, 3.0, width=4.0)
+    scale = ReturnScale.of(3.0, 3.0, shift=9.0, width=4.0)
     assert float(scale.scale) == 1.0 and float(scale.to_environment(jnp.zeros(()))) == 3.0

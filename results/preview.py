@@ -1,0 +1,144 @@
+"""Gathers finished runs into one table: raw episodes, settings, calibration, provenance.
+
+    python -m results.preview --runs runs/preview/*
+
+Each run directory is one of `evor_value.py`. Writes, beside this file, `preview_episodes.csv` (one row per evaluation
+episode of the last checkpoint), `preview_runs.csv` (one row per run, task and seed: success of EVOR and of the base
+policy alone with intervals, calibration, settings, data, versions) and `preview.md` (the table for people).
+Runs at another scale or on other data never belong in the same table: it refuses to mix them.
+"""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError, run_cli
+from common.metrics import write_csv
+from evor_infer import summarise
+
+HERE = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Gather runs of evor_value.py into one table."""
+
+    runs: tuple[Path, ...] = ()
+    """Run directories."""
+    name: str = "preview"
+    """Prefix of the files."""
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Episodes of the last checkpoint and one summary row per task and seed."""
+    directory = run / "value"
+    config = json.loads((directory / "config.json").read_text())
+    args, versions = config["args"], config["versions"]
+    bc = json.loads((Path(config["policy_run_dir"]) / "bc" / "config.json").read_text())
+    settings = dict(
+        env=config["env"],
+        run=run.name,
+        td_target=args["td_target"],
+        next_action=args["next_action"],
+        critic=args["critic"],
+        horizon=args["horizon"],
+        discount=args["discount"],
+        return_width=args["return_width"],
+        num_next_actions=args["num_next_actions"],
+        backup_temperature=args["backup_temperature"],
+        steps=args["steps"],
+        learning_rate=args["learning_rate"],
+        schedule=args["schedule"],
+        bc_steps=bc["args"]["steps"],
+        num_actions=args["num_actions"],
+        num_returns=args["num_returns"],
+        return_temperature=args["return_temperature"],
+        action_temperature=args["action_temperature"],
+        data_source=config["data"]["source"],
+        data_sha256=config["data"]["sha256"],
+        git_revision=config["git_revision"],
+        **{f"version_{k}": v for k, v in versions.items()},
+    )
+    episodes = [row for row in read_csv(directory / "evaluation.csv") if int(row["step"]) == args["steps"]]
+    if not episodes:
+        raise UserError(f"{run} has no evaluation of its last checkpoint: let it finish.")
+    numbers = [row | dict(success=float(row["success"]), length=float(row["length"])) for row in episodes]
+    by_method = {
+        (row["task"], row["seed"], int(row["num_actions"]) == 1): row
+        for row in summarise(numbers, ("task", "seed", "num_actions"))
+    }
+    calibration = {}
+    for row in read_csv(directory / "calibration.csv"):
+        calibration.setdefault((row["task"], row["seed"]), {})[row["metric"]] = float(row["value"])
+    rows = []
+    for task, seed in sorted({(task, seed) for task, seed, _ in by_method}):
+        evor, base = by_method[task, seed, False], by_method[task, seed, True]
+        found = calibration[task, seed]
+        rows.append(
+            dict(task=task, seed=seed)
+            | {k: evor[k] for k in ("success", "low", "high", "episodes")}
+            | dict(base_success=base["success"], base_low=base["low"], base_high=base["high"])
+            | {k: round(found[k], 4) for k in ("mean_predicted", "mean_observed", "correlation", "crps")}
+            | settings
+        )
+    keep = ("env", "run", "td_target", "next_action", "critic", "horizon", "data_sha256", "git_revision")
+    chosen = ("task", "seed", "step", "num_actions", "episode", "success", "length", "total")
+    raw = [{k: settings[k] for k in keep} | {k: row[k] for k in chosen} for row in episodes]
+    return raw, rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line per run, task and seed."""
+    lines = [
+        "| data | task | target | backup | critic | h | EVOR | base policy alone | mean return, predicted / observed "
+        "| correlation |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = (
+            f"{r['env']} ({r['data_source']})",
+            r["task"],
+            f"`{r['td_target']}`",
+            f"`{r['next_action']}`",
+            r["critic"],
+            r["horizon"],
+            f"**{r['success']:.0%}** [{r['low']:.0%}, {r['high']:.0%}]",
+            f"{r['base_success']:.0%} [{r['base_low']:.0%}, {r['base_high']:.0%}]",
+            f"{r['mean_predicted']:.1f} / {r['mean_observed']:.1f}",
+            f"{r['correlation']:.2f}",
+        )
+        lines.append("| " + " | ".join(str(c) for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(args: Args) -> None:
+    """Writes the three files."""
+    if not args.runs:
+        raise UserError("name at least one run directory with --runs.")
+    raw, rows = [], []
+    for run in args.runs:
+        episodes, summary = gather(run)
+        raw += episodes
+        rows += summary
+    for field in ("steps", "bc_steps", "episodes", "data_sha256"):
+        per_env = {}
+        for row in rows:
+            per_env.setdefault(row["env"], set()).add(row[field])
+        mixed = [env for env, values in per_env.items() if len(values) > 1]
+        if mixed:
+            raise UserError(f"the runs of {mixed[0]} differ in {field}: numbers of different scales share no table.")
+    write_csv(HERE / f"{args.name}_episodes.csv", list(raw[0]), raw)
+    write_csv(HERE / f"{args.name}_runs.csv", list(rows[0]), rows)
+    (HERE / f"{args.name}.md").write_text(table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    run_cli(main, Args)

@@ -1,0 +1,203 @@
+"""Checkpoints: what goes in comes out bit for bit, and whatever is wrong with a file is a sentence with a remedy."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import contents
+
+from common import checkpoint
+from common.errors import UserError
+from common.networks import ReturnScale, make_critic
+
+HEADER = dict(stage="value", observation_dim=3, action_dim=2, horizon=1, width=8, depth=2, critic="mlp", step=7)
+REMEDY = "train it first."
+
+
+def build(header: dict[str, Any]) -> Any:
+    """Critic, optimizer state and scale, as far as the header determines them."""
+    critic = make_critic(header, key=jax.random.key(0))
+    return (
+        critic,
+        optax.adam(1e-3).init(critic),
+        ReturnScale.of(0.0, 1.0, shift=0.5, width=1.0),
+        jnp.zeros((), jnp.int32),
+    )
+
+
+def trained() -> Any:
+    """The same structure after one update, with values that text would round."""
+    critic = make_critic(HEADER, key=jax.random.key(1))
+    optimizer = optax.adam(1e-3)
+    gradient = jax.tree.map(lambda x: jnp.sin(x) + 1 / 3, critic)
+    updates, opt_state = optimizer.update(gradient, optimizer.init(critic))
+    scale = ReturnScale.of(-1 / 3, np.float32(1e-30), shift=-0.1, width=4.0)
+    return optax.apply_updates(critic, updates), opt_state, scale, jnp.asarray(7, jnp.int32)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A good checkpoint, in a folder that did not exist."""
+    file = tmp_path / "run" / "model.eqx"
+    checkpoint.save(file, HEADER, trained())
+    return file
+
+
+def load(path: Path, stage: str = "value") -> tuple[dict[str, Any], Any]:
+    return checkpoint.load(path, build, stage=stage, remedy=REMEDY)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "trunk"])
+def test_round_trip_is_exact(tmp_path: Path, kind: str):
+    header = HEADER | dict(critic=kind)
+    critic = make_critic(header, key=jax.random.key(1))
+    saved = (
+        critic,
+        optax.adam(1e-3).init(critic),
+        ReturnScale.of(-1 / 3, 1e-30, shift=-0.1, width=4.0),
+        jnp.asarray(7, jnp.int32),
+    )
+    checkpoint.save(tmp_path / "model.eqx", header, saved)
+    found, loaded = load(tmp_path / "model.eqx")
+    assert found == header
+    assert jax.tree.structure(loaded) == jax.tree.structure(saved)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(saved), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_round_trip_of_a_trained_state(path: Path):
+    """Saved moments and counts of Adam are not those of `build`: fails if the template's values come back."""
+    for a, b in zip(jax.tree.leaves(load(path)[1]), jax.tree.leaves(trained()), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_half_precision_and_empty_arrays_survive(tmp_path: Path):
+    saved = np.linspace(-1, 1, 6).astype(np.float16).reshape(2, 3), np.zeros((2, 0), np.float32)
+    checkpoint.save(tmp_path / "bank.eqx", {"stage": "bank"}, saved)
+    template = jnp.zeros((2, 3), jnp.float16), jnp.zeros((2, 0))
+    _, found = checkpoint.load(tmp_path / "bank.eqx", lambda _: template, stage="bank", remedy=REMEDY)
+    assert found[0].dtype == np.float16 and found[1].shape == (2, 0)
+    np.testing.assert_array_equal(found[0], saved[0])
+
+
+def test_the_first_line_is_the_header(path: Path):
+    assert json.loads(path.read_bytes().split(b"\n", 1)[0]) == HEADER
+    assert checkpoint.read_header(path, stage="value", remedy=REMEDY) == HEADER
+
+
+def test_headers_hold_paths_tuples_and_infinity(tmp_path: Path):
+    header = {"stage": "bc", "seeds": (0, 1), "run_dir": Path("runs/x"), "temperature": float("inf")}
+    checkpoint.save(tmp_path / "model.eqx", header, ())
+    found = checkpoint.read_header(tmp_path / "model.eqx", stage="bc", remedy=REMEDY)
+    assert found == {"stage": "bc", "seeds": [0, 1], "run_dir": "runs/x", "temperature": "inf"}
+
+
+def test_nothing_is_unpickled(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A checkpoint from a stranger must not run code: an array of objects is refused, and loading needs no pickle."""
+    with open(path, "wb") as file:
+        file.write(json.dumps(HEADER).encode() + b"\n")
+        np.save(file, np.array([{"a": 1}], object), allow_pickle=True)
+    with pytest.raises(UserError, match="damaged or of another version"):
+        load(path)
+
+    def refuse(*_, **__):
+        raise AssertionError("unpickled")
+
+    checkpoint.save(path, HEADER, trained())
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    load(path)
+    assert "pickle" not in vars(checkpoint)
+
+
+def test_missing_file(tmp_path: Path):
+    with pytest.raises(UserError, match=r"no value checkpoint at .*model\.eqx: train it first\.$"):
+        load(tmp_path / "model.eqx")
+    with pytest.raises(UserError, match="no value checkpoint"):
+        load(tmp_path)  # a folder is no file
+
+
+def test_wrong_stage(path: Path):
+    with pytest.raises(UserError, match="of stage 'value', not 'bc': pass the other run directory"):
+        load(path, stage="bc")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x80\x04garbage\n\xff" * 50, b"{}\n", b'["stage"]\n', b"3\n", b'{"stage"', b'"stage"\n', b"null\n"],
+)
+def test_garbage(path: Path, content: bytes):
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.eqx is not a checkpoint of this project: delete it and train again"):
+        load(path)
+
+
+def test_truncated_at_any_length(path: Path):
+    """Fails if a checkpoint that lacks its end loads, or raises anything but a UserError."""
+    good = path.read_bytes()
+    for length in range(0, len(good), 97):
+        path.write_bytes(good[:length])
+        with pytest.raises(UserError, match="delete it and train again"):
+            load(path)
+    path.write_bytes(good[:-1])
+    with pytest.raises(UserError, match="damaged"):
+        load(path)
+
+
+@pytest.mark.parametrize("change", [dict(width=16), dict(depth=3), dict(action_dim=4), dict(critic="trunk")])
+def test_arrays_that_do_not_fit_the_header(path: Path, change: dict):
+    checkpoint.save(path, HEADER | change, trained())
+    with pytest.raises(UserError, match=r"model\.eqx is damaged or of another version .*: delete it and train again"):
+        load(path)
+
+
+def test_a_header_that_lacks_a_dimension(path: Path):
+    checkpoint.save(path, {key: value for key, value in HEADER.items() if key != "width"}, trained())
+    with pytest.raises(UserError, match="damaged or of another version"):
+        load(path)
+
+
+def test_wrong_dtype(path: Path):
+    checkpoint.save(path, HEADER, jax.tree.map(lambda x: np.asarray(x, np.float16), trained()))
+    with pytest.raises(UserError, match="damaged or of another version"):
+        load(path)
+
+
+def test_a_failing_write_leaves_the_previous_checkpoint(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Fails if `save` writes to the final name before everything is written."""
+    before = path.read_bytes()
+
+    def fail(file, tree):
+        file.write(b"half of the arrays")
+        file.flush()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(eqx, "tree_serialise_leaves", fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(path, HEADER | dict(step=8), trained())
+    assert path.read_bytes() == before
+    assert load(path)[0]["step"] == 7
+
+
+def test_saving_replaces_and_leaves_nothing_else(path: Path):
+    checkpoint.save(path, HEADER | dict(step=8), trained())
+    assert contents(path.parent).keys() == {"model.eqx"}
+    assert load(path)[0]["step"] == 8
+
+
+def test_require(path: Path):
+    header = {"env": "cube-double-play", "seeds": [0, 1], "run_dir": "runs/x"}
+    checkpoint.require(header, path, env="cube-double-play", seeds=(0, 1), run_dir=Path("runs/x"))
+    with pytest.raises(
+        UserError, match="made with env 'cube-double-play', this run has 'scene-play': pass the same env"
+    ):
+        checkpoint.require(header, path, env="scene-play")
+    with pytest.raises(UserError, match="made with horizon None, this run has 5: pass the same horizon"):
+        checkpoint.require(header, path, horizon=5)

@@ -1,0 +1,367 @@
+"""The command line: presets, and what a user can get wrong. Every mistake is one sentence with a remedy, and leaves
+the run directory as it was."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import contents, tiny_dataset
+
+import evor_bc
+import evor_infer
+import evor_value
+from common.errors import UserError, parse_args, run_cli
+
+SCRIPTS = (evor_bc, evor_value, evor_infer)
+ROOT = Path(evor_bc.__file__).parent
+ENV = "cube-single-play"
+
+# --- Presets -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize("preset", ["quick", "preview"])
+def test_presets_change_defaults(script, preset: str):
+    args = parse_args(script.Args, script.PRESETS, [f"--{preset}"])
+    expected = dataclasses.replace(script.Args(), **script.PRESETS[preset], **{preset: True})
+    assert args == expected != script.Args()
+    assert parse_args(script.Args, script.PRESETS, []) == script.Args()
+
+
+@pytest.mark.parametrize(
+    "argv", [["--quick", "--steps", "5000"], ["--steps", "5000", "--quick"], ["--quick", "--steps=5000"]]
+)
+def test_flags_override_their_preset(argv: list[str]):
+    args = parse_args(evor_value.Args, evor_value.PRESETS, [*argv, "--tasks", "1", "4"])
+    assert (args.steps, args.tasks, args.quick) == (5000, (1, 4), True)
+    assert args.width == evor_value.PRESETS["quick"]["width"]
+
+
+def test_a_flag_may_ask_for_the_default_against_its_preset():
+    default = evor_bc.Args().width
+    assert evor_bc.PRESETS["quick"]["width"] != default
+    assert parse_args(evor_bc.Args, evor_bc.PRESETS, ["--quick", "--width", str(default)]).width == default
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_presets_exclude_each_other(script):
+    with pytest.raises(UserError, match="--quick and --preview exclude each other: pass one of them"):
+        parse_args(script.Args, script.PRESETS, ["--preview", "--quick"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_every_flag_is_explained(script, capsys: pytest.CaptureFixture):
+    """`--help` comes out, and has the docstring of each field."""
+    with pytest.raises(SystemExit) as stop:
+        parse_args(script.Args, script.PRESETS, ["--help"])
+    assert stop.value.code == 0
+    words = "".join(c if c.isalnum() else " " for c in capsys.readouterr().out).split()
+    source = Path(script.__file__).read_text().split("class Args:")[1].split("\nclass ")[0]
+    docstrings = [line.strip().strip('"') for line in source.splitlines() if line.startswith('    """')][1:]
+    assert len(docstrings) == len(dataclasses.fields(script.Args))
+    for docstring in docstrings:
+        last = "".join(c if c.isalnum() else " " for c in docstring).split()[-1]
+        assert last in words, docstring
+
+
+def test_run_cli_says_a_users_mistake_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    def main(args):
+        raise UserError(f"steps {args.steps} are too many: pass fewer.")
+
+    monkeypatch.setattr(sys, "argv", ["script", "--steps", "7"])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(main, evor_bc.Args, evor_bc.PRESETS)
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("", "error: steps 7 are too many: pass fewer.\n")
+
+
+def test_run_cli_says_a_mistake_in_the_presets_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(sys, "argv", ["script", "--quick", "--preview"])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda args: None, evor_bc.Args, evor_bc.PRESETS)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_run_cli_hides_no_error_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """A ValueError that is no UserError is a bug of ours, and keeps its traceback."""
+
+    def main(args):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(ValueError, match="a bug"):
+        run_cli(main, evor_bc.Args, evor_bc.PRESETS)
+
+
+# --- Processes ---------------------------------------------------------------------------------------------------
+
+
+def run_python(*args: str, home: Path) -> subprocess.CompletedProcess:
+    env = os.environ | {"HOME": str(home), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run([sys.executable, *args], cwd=home, env=env, capture_output=True, text=True)
+
+
+def test_a_mistake_on_the_real_command_line(tmp_path: Path):
+    done = run_python(str(ROOT / "evor_value.py"), "--env", "nonsense", home=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: unknown environment 'nonsense'") and done.stderr.count("\n") == 1
+    assert "runs" not in os.listdir(tmp_path)
+
+
+def test_importing_the_scripts_does_nothing(tmp_path: Path):
+    """Fails if an import prints, touches a file, starts a JAX backend or parses the command line."""
+    code = (
+        "import evor_bc, evor_value, evor_infer\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()"
+    )
+    done = run_python("-W", "error", "-c", code, "--no-such-flag", home=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# --- Mistakes ----------------------------------------------------------------------------------------------------
+
+SMALL = dict(steps=4, chunk=2, width=8, depth=1, batch_size=4)
+SMALL_VALUE = SMALL | dict(eval_episodes=0, eval_every=0, num_next_actions=2, flow_steps=2, target_steps=2)
+
+
+def bc(**changes) -> Callable[[], object]:
+    """The command that trained the base policy, with changes."""
+    settings = dict(env=ENV, dataset=Path("data.npz"), run_dir=Path("run")) | SMALL
+    return lambda: evor_bc.main(evor_bc.Args(**settings | changes))
+
+
+def value(**changes) -> Callable[[], object]:
+    """The command that trained the reward model, with changes."""
+    settings = dict(env=ENV, dataset=Path("data.npz"), run_dir=Path("run")) | SMALL_VALUE
+    return lambda: evor_value.main(evor_value.Args(**settings | changes))
+
+
+def infer(**changes) -> Callable[[], object]:
+    settings = dict(env=ENV, run_dir=Path("run"), policy_run_dir=Path("run"), eval_episodes=1, workers=1)
+    return lambda: evor_infer.main(evor_infer.Args(**settings | changes))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`data.npz` with its own rewards, and `run/` with both stages trained on it for two chunks."""
+    folder = tmp_path_factory.mktemp("trained")
+    tiny_dataset(folder / "data.npz")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        bc()()
+        value()()
+    return folder
+
+
+@pytest.fixture
+def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a copy of `trained`, no other data, and a dataset host that does not answer."""
+    from ogbench import utils
+
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(utils, "DATASET_URL", "http://127.0.0.1:9")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def training_begins(*_):
+    raise AssertionError("training began before the mistake was seen")
+
+
+def fails_cleanly(command: Callable[[], object], directory: Path, words: str) -> None:
+    """`command` is a user's mistake: its message has all `words` (separated by |), and no file changes."""
+    before = contents(directory)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
+        for script in (evor_bc, evor_value):
+            patch.setattr(script, "train_chunk", training_begins)
+        command()
+    message = str(error.value)
+    assert all(word in message for word in words.split("|")), message
+    assert "\n" not in message and message.endswith((".", ")"))
+    after = contents(directory)
+    assert {name for name in before | after if before.get(name) != after.get(name)} == set()
+
+
+MISTAKES_OF_TRAINING = {
+    "no kind of data": (dict(env="nonsense", dataset=None), "unknown environment 'nonsense'|such as cube-double-play"),
+    "no such environment": (dict(env="cube-septuple-play", dataset=None), "'cube-septuple-play'|has|cube-double"),
+    "no such task": (dict(env="cube-double-play-singletask-task9-v0", dataset=None), "task 9|tasks 1 to 5"),
+    "no data to be had": (dict(env="scene-play", dataset=None), "scene-play-v0.npz|--dataset FILE"),
+    "nothing to collect": (dict(env="cube-triple-play", dataset=None, episodes=0), "episodes must be at least 1"),
+    "no such file": (dict(dataset=Path("missing.npz")), "missing.npz|check the path given to --dataset"),
+    "a folder as dataset": (dict(dataset=Path("run")), "no dataset file|--dataset"),
+    "a name for no run": (dict(env="../escape"), "--env '../escape'|use letters"),
+    "steps and chunk": (dict(steps=5), "--steps 5|--chunk 2|change one of them"),
+    "no steps": (dict(steps=0), "--steps 0|--chunk"),
+    "save_every and chunk": (dict(save_every=3), "--save-every 3|--chunk 2"),
+    "no chunk": (dict(chunk=0), "--chunk"),
+    "a negative chunk": (dict(chunk=-2), "--chunk"),
+    "seeds twice": (dict(seeds=(3, 3)), "--seeds|each of them once"),
+    "no seeds": (dict(seeds=()), "--seeds|at least one"),
+    "no horizon": (dict(horizon=0), "--horizon must be at least 1, not 0"),
+    "an empty batch": (dict(batch_size=0), "--batch-size"),
+    "no width": (dict(width=0), "--width"),
+    "no depth": (dict(depth=0), "--depth"),
+}
+MISTAKES_OF_VALUE = {
+    "another horizon": (
+        dict(horizon=5),
+        "run/bc/model.eqx was made with horizon 1, this run has 5|pass the same horizon",
+    ),
+    "another environment": (dict(env="cube-double-play"), "made with env 'cube-single-play'|'cube-double-play'"),
+    "a seed the policy lacks": (dict(seeds=(0, 5)), "no seed 5|evor_bc.py --seeds"),
+    "tasks twice": (dict(tasks=(1, 1)), "--tasks needs each task once"),
+    "tasks with own rewards": (dict(tasks=(2,)), "brings its own rewards|leave out --tasks"),
+    "eval_every and chunk": (dict(eval_every=3), "--eval-every 3|--chunk 2"),
+    "no discounting": (dict(discount=1.0), "--discount must be in [0, 1), not 1.0"),
+    "a return width of 0": (dict(return_width=0.0), "--return-width must be positive"),
+    "no next actions": (dict(num_next_actions=0), "--num-next-actions must be at least 1"),
+    "no target steps": (dict(target_steps=0), "--target-steps must be at least 1"),
+    "no flow steps": (dict(flow_steps=0), "--flow-steps must be at least 1"),
+    "no evaluated actions": (dict(num_actions=0), "--num-actions must be at least 1"),
+    "a negative return temperature": (dict(return_temperature=-0.1), "--return-temperature"),
+    "a negative action temperature": (dict(action_temperature=-0.1), "--action-temperature"),
+    "a negative backup temperature": (dict(backup_temperature=-0.1), "--backup-temperature"),
+    "a tau of 2": (dict(tau=2.0), "--tau"),
+}
+MISTAKES_OF_INFERENCE = {
+    "no kind of data": (dict(env="nonsense", run_dir=None), "unknown environment 'nonsense'"),
+    "no run": (dict(run_dir=None, env="scene-play"), "runs/scene-play/value/model.eqx|evor_value.py first"),
+    "no base policy": (dict(policy_run_dir=Path("elsewhere")), "elsewhere/bc/model.eqx|evor_bc.py first"),
+    "another environment": (dict(env="cube-double-play"), "made with env 'cube-single-play'|'cube-double-play'"),
+    "own rewards": (dict(), "was trained on rewards of its own|no environment"),
+    "a task not trained": (dict(tasks=(0, 3)), "has no task 3|[0]|evor_value.py"),
+    "a seed not trained": (dict(seeds=(7,)), "has no seed 7|[0]|evor_value.py"),
+    "nothing to sweep": (dict(num_actions=()), "--num-actions needs one or more numbers of at least 1"),
+    "no actions": (dict(num_actions=(4, 0)), "--num-actions needs one or more numbers of at least 1"),
+    "no returns": (dict(num_returns=(0,)), "--num-returns needs one or more numbers of at least 1"),
+    "a negative temperature": (dict(return_temperature=(-0.1,)), "--return-temperature needs|at least 0"),
+    "no episodes": (dict(eval_episodes=0), "--eval-episodes must be at least 1"),
+    "no flow steps": (dict(flow_steps=0), "--flow-steps must be at least 1"),
+    "fewer than no processes": (dict(workers=-1), "--workers"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES_OF_TRAINING)
+@pytest.mark.parametrize("command", [bc, value])
+def test_mistakes_of_training(here: Path, command: Callable, name: str):
+    changes, words = MISTAKES_OF_TRAINING[name]
+    fails_cleanly(command(**changes), here, words)
+
+
+@pytest.mark.parametrize("name", MISTAKES_OF_VALUE)
+def test_mistakes_of_the_value_stage(here: Path, name: str):
+    changes, words = MISTAKES_OF_VALUE[name]
+    fails_cleanly(value(**changes), here, words)
+
+
+@pytest.mark.parametrize("name", MISTAKES_OF_INFERENCE)
+def test_mistakes_of_inference(here: Path, name: str):
+    changes, words = MISTAKES_OF_INFERENCE[name]
+    fails_cleanly(infer(**changes), here, words)
+
+
+@pytest.mark.parametrize("command", [bc, value])
+def test_a_malformed_dataset(here: Path, command: Callable):
+    tiny_dataset(here / "bad.npz")
+    arrays = dict(np.load(here / "bad.npz"))
+    arrays["actions"][11, 1] = np.nan
+    np.savez(here / "bad.npz", **arrays)
+    fails_cleanly(command(dataset=Path("bad.npz")), here, "actions in bad.npz|row 11|remove or repair")
+    (here / "bad.npz").write_text("not a dataset")
+    fails_cleanly(command(dataset=Path("bad.npz")), here, "bad.npz|numpy.savez")
+
+
+def test_a_dataset_of_other_dimensions(here: Path):
+    tiny_dataset(here / "wide.npz", observation_dim=4)
+    fails_cleanly(value(dataset=Path("wide.npz")), here, "observation_dim 3, this run has 4|--run-dir")
+
+
+def test_a_dataset_without_rewards(here: Path):
+    tiny_dataset(here / "plain.npz", rewards=False)
+    fails_cleanly(value(dataset=Path("plain.npz")), here, "neither rewards nor qpos|add an array rewards")
+    fails_cleanly(value(dataset=Path("plain.npz"), env="my-robot"), here, "plain.npz|rewards")
+
+
+def test_a_task_that_does_not_exist(here: Path):
+    tiny_dataset(here / "plain.npz", rewards=False)
+    fails_cleanly(value(dataset=Path("plain.npz"), tasks=(7,)), here, "task 7|tasks 1 to 5")
+
+
+@pytest.mark.parametrize("command", [bc, value])
+def test_trajectories_shorter_than_a_chunk(here: Path, command: Callable):
+    tiny_dataset(here / "short.npz", length=5)
+    fails_cleanly(
+        command(dataset=Path("short.npz"), horizon=5, run_dir=Path("new")), here, "longer than 5 rows|--horizon"
+    )
+
+
+def test_trajectories_shorter_than_two_chunks(here: Path):
+    """`--next-action dataset` needs the next chunk in the data too. Fails if an earlier run's files are overwritten."""
+    tiny_dataset(here / "short.npz", length=8)
+    shutil.rmtree(here / "run" / "bc")
+    bc(dataset=Path("short.npz"), horizon=5, steps=2)()
+    changes = dict(dataset=Path("short.npz"), horizon=5, next_action="dataset")
+    fails_cleanly(value(**changes), here, "longer than 9 rows|--horizon")
+
+
+@pytest.mark.parametrize("command", [bc, value])
+def test_resuming_with_nothing_to_resume(here: Path, command: Callable):
+    """The value stage must see it before it trains a missing base policy."""
+    fails_cleanly(command(resume=True, run_dir=Path("new")), here, "start without --resume")
+
+
+@pytest.mark.parametrize("command", [bc, value])
+def test_resuming_with_other_settings_or_data(here: Path, command: Callable):
+    fails_cleanly(command(resume=True, learning_rate=0.5), here, "--resume|learning_rate 0.0003, not 0.5|start without")
+    fails_cleanly(command(resume=True, seeds=(0, 1)), here, "seed")
+    tiny_dataset(here / "data.npz", seed=1)
+    fails_cleanly(command(resume=True), here, "--resume|other data|start without")
+
+
+@pytest.mark.parametrize(("command", "stage"), [(value, "bc"), (infer, "bc"), (infer, "value")])
+def test_a_damaged_checkpoint(here: Path, command: Callable, stage: str):
+    path = here / "run" / stage / "model.eqx"
+    path.write_bytes(path.read_bytes()[:-200])
+    fails_cleanly(command(), here, f"run/{stage}/model.eqx is damaged|delete it and train again")
+
+
+@pytest.mark.parametrize(("stage", "other"), [("bc", "value"), ("value", "bc")])
+def test_checkpoints_in_each_others_place(here: Path, stage: str, other: str):
+    shutil.copy(here / "run" / other / "model.eqx", here / "run" / stage / "model.eqx")
+    fails_cleanly(infer(), here, f"of stage '{other}', not '{stage}'|run directory")
+
+
+def test_inference_with_a_base_policy_of_other_seeds(here: Path):
+    """Stage 1 was trained anew with seeds that stage 2 does not have."""
+    bc(seeds=(1, 2))()
+    fails_cleanly(infer(), here, "seed 0|evor_bc.py")
+
+
+def test_a_base_policy_that_was_not_trained_to_its_end(here: Path):
+    """Its training was interrupted after the first checkpoint: the value stage must not take it for the base policy."""
+    shutil.rmtree(here / "run")
+    train_chunk, calls = evor_bc.train_chunk, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train_chunk(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evor_bc, "train_chunk", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bc(save_every=2)()
+    assert (here / "run" / "bc" / "model.eqx").is_file()
+    fails_cleanly(value(), here, "run/bc|--resume")

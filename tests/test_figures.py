@@ -1,0 +1,89 @@
+"""Figures show the numbers they are given."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import figures
+from common.metrics import Metrics
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Collects figures instead of writing them."""
+    found = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: found.append(figure))
+    yield found
+    for figure in found:
+        figures.plt.close(figure)
+
+
+def summary_row(task: int, num_actions: int, success: float, **changes) -> dict:
+    row = dict(task=task, num_actions=num_actions, success=success, low=success - 0.1, high=success + 0.05)
+    return row | dict(num_returns=8, return_temperature=0.1, action_temperature=0.0) | changes
+
+
+def test_training_draws_one_line_per_replica_and_one_panel_per_metric(tmp_path: Path, drawn: list):
+    log = Metrics(tmp_path / "metrics.csv", stage="value", env="toy")
+    for step in (10, 20, 30):
+        log.log(step, [(1, 0), (2, 0)], {"loss": [step / 10, 1.0], "gradient_norm": [0.5, step]})
+    figures.training(tmp_path / "metrics.csv", tmp_path / "a.png", title="a run")
+    loss, norm = drawn[0].axes
+    assert (loss.get_title(), norm.get_title()) == ("loss", "gradient norm")
+    assert [line.get_label() for line in loss.get_lines()] == ["task 1, seed 0", "task 2, seed 0"]
+    assert [line.get_xydata().tolist() for line in loss.get_lines()] == [
+        [[10, 1], [20, 2], [30, 3]],
+        [[10, 1], [20, 1], [30, 1]],
+    ]
+
+
+def test_training_without_metrics_draws_nothing(tmp_path: Path, drawn: list):
+    Metrics(tmp_path / "metrics.csv", stage="value", env="toy")
+    figures.training(tmp_path / "metrics.csv", tmp_path / "a.png", title="a run")
+    assert drawn == []
+
+
+def test_success_draws_both_policies_of_each_task_with_intervals(tmp_path: Path, drawn: list):
+    rows = [summary_row(task, n, s) for task, n, s in ((2, 1, 0.1), (2, 16, 0.8), (4, 1, 0.2), (4, 16, 0.6))]
+    figures.success(rows, tmp_path / "a.png", title="a run")
+    axis = drawn[0].axes[0]
+    assert [bar.get_height() for bar in axis.patches] == pytest.approx([10, 20, 80, 60])
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["base policy alone", "EVOR, best of 16"]
+    ends = [segment[:, 1] for bars in axis.collections for segment in bars.get_segments()]
+    np.testing.assert_allclose(ends, [[0, 15], [10, 25], [70, 85], [50, 65]], atol=1e-9)
+
+
+def test_sweep_draws_one_panel_per_setting_that_varies(tmp_path: Path, drawn: list):
+    rows = [summary_row(2, n, n / 20, num_returns=m) for n in (1, 4, 16) for m in (2, 8)]
+    figures.sweep(rows, tmp_path / "a.png", title="a run")
+    assert [axis.get_xlabel() for axis in drawn[0].axes] == ["num_actions", "num_returns"]
+    curves = [container.lines[0].get_ydata().tolist() for container in drawn[0].axes[0].containers]
+    assert curves == [pytest.approx([5, 20, 80])] * 2
+    assert len(drawn[0].axes[1].containers) == 3
+
+
+def test_sweep_of_a_single_point_draws_it(tmp_path: Path, drawn: list):
+    figures.sweep([summary_row(2, 16, 0.5)], tmp_path / "a.png", title="a run")
+    assert [axis.get_xlabel() for axis in drawn[0].axes] == ["num_actions"]
+
+
+def test_calibration_draws_bins_and_shares(tmp_path: Path, drawn: list):
+    levels = np.array([0.1, 0.5, 0.9])
+    means = np.linspace(-3, 0, 30)
+    draws = means[:, None] + np.linspace(-1, 1, 11)
+    numbers = {"below_0.1": 0.2, "below_0.5": 0.4, "below_0.9": 0.8, "correlation": 0.5, "crps": 0.25}
+    figures.calibration([("task 2, seed 0", draws, means + 0.5, numbers)], levels, tmp_path / "a.png")
+    left, right = drawn[0].axes
+    points = left.containers[0].lines[0].get_xydata()
+    assert len(points) == 15
+    np.testing.assert_allclose(points[:, 1] - points[:, 0], 0.5, atol=1e-9)
+    assert right.get_lines()[1].get_xydata().tolist() == [[0.1, 0.2], [0.5, 0.4], [0.9, 0.8]]
+    assert right.get_title() == "correlation 0.50, crps 0.25"
+
+
+def test_save_writes_a_png_into_a_new_folder(tmp_path: Path):
+    figure, _ = figures.plt.subplots()
+    figures.save(figure, tmp_path / "new" / "a.png")
+    assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert not figures.plt.fignum_exists(figure.number)

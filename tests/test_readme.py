@@ -1,0 +1,43 @@
+"""Every command of the README and of the scripts' docstrings parses, so that none of their flags is made up."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from common.errors import parse_args
+
+ROOT = Path(__file__).parent.parent
+
+
+
+def commands(text: str) -> list[str]:
+    """Lines that run Python, continuation lines joined, comments and what follows a pipe or `&&` left out."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    found = re.findall(r"python3? ((?:-m )?[\w./]+[^\n`|&#;]*)", joined)
+    return [f.strip() for f in found if "venv" not in f and "pytest" not in f and "-c " not in f]
+
+
+def all_commands() -> list[str]:
+    texts = [(ROOT / "README.md").read_text()]
+    texts += [path.read_text() for path in sorted(ROOT.glob("results/*.sh"))]
+    texts += [re.match(r'"""(.*?)"""', path.read_text(), re.S)[1] for path in sorted(ROOT.glob("evor_*.py"))]
+    return sorted({c for text in texts for c in commands(text)})
+
+
+@pytest.mark.parametrize("command", all_commands())
+def test_command_parses(command):
+    words = shlex.split(command.replace("$ENV", "cube-double-play"))
+    module = words[1] if words[0] == "-m" else words[0].removesuffix(".py").replace("/", ".")
+    argv = words[2:] if words[0] == "-m" else words[1:]
+    script = importlib.import_module(module)
+    parse_args(script.Args, getattr(script, "PRESETS", {}), argv)
+
+
+def test_the_commands_are_found():
+    """The README names each script at least once; if this pattern finds none, the test above tests nothing."""
+    found = " ".join(all_commands())
+    for script in ("evor_bc.py", "evor_value.py", "evor_infer.py", "common.collect", "benchmarks.return_law"):
+        assert script in found

@@ -1,0 +1,207 @@
+"""What training loops share, on a toy: replicas, standardisation, and runs that can stop at any time."""
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import contents
+
+from common import checkpoint, training
+from common.errors import UserError
+from common.training import Run, Standardizer, learning_rate, stack_replicas
+
+# --- Parts -------------------------------------------------------------------------------------------------------
+
+
+def test_standardizer_by_hand():
+    """The second coordinate does not vary: it is centred and keeps its scale."""
+    rows = np.array([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]], np.float32)
+    standardizer = Standardizer.of(rows)
+    np.testing.assert_allclose(standardizer.mean, [3.0, 5.0])
+    np.testing.assert_allclose(standardizer.std, [np.sqrt(8 / 3), 1.0], rtol=1e-6)
+    assert standardizer.mean.dtype == standardizer.std.dtype == np.float32
+    np.testing.assert_allclose(standardizer(jnp.array([3.0 + np.sqrt(8 / 3), 7.0])), [1.0, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(standardizer.rows(rows), [standardizer(jnp.asarray(row)) for row in rows], rtol=1e-6)
+
+
+def test_standardizer_keeps_the_digits_of_many_rows():
+    """A million float32 values near 1000: a float32 sum would be off by more than the tolerance."""
+    observations = (1000 + 0.01 * np.random.default_rng(0).normal(size=(1_000_000, 1))).astype(np.float32)
+    standardizer = Standardizer.of(observations)
+    assert float(standardizer.mean[0]) == pytest.approx(observations.mean(dtype=np.float64), abs=1e-4)
+    assert float(standardizer.std[0]) == pytest.approx(0.01, rel=0.01)
+
+
+def test_learning_rate():
+    assert learning_rate(3e-4, "constant", 100) == 3e-4
+    schedule = learning_rate(2.0, "cosine", 100)
+    assert [float(schedule(step)) for step in (0, 25, 50, 100)] == pytest.approx([2.0, 1 + np.sqrt(0.5), 1.0, 0.0])
+
+
+def test_stacked_replicas_are_the_single_ones():
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def init(key):
+        return {"w": jax.random.normal(key, (2, 4)), "step": jnp.zeros((), jnp.int32)}
+
+    stacked = stack_replicas(init, keys)
+    for i in range(3):
+        for a, b in zip(jax.tree.leaves(init(keys[i])), jax.tree.leaves(stacked), strict=True):
+            np.testing.assert_array_equal(a, b[i])
+
+
+def test_shard_replicas_uses_as_many_devices_as_divide_the_replicas():
+    """In a process of its own with four virtual devices: 6 replicas go to three of them, 5 and 1 to a single one."""
+    code = """
+import jax, jax.numpy as jnp
+from common.training import shard_replicas
+counts = []
+for replicas in (6, 4, 5, 1):
+    tree = {"a": jnp.arange(2.0 * replicas).reshape(replicas, 2), "b": jnp.arange(replicas)}
+    sharded = shard_replicas(tree)
+    assert all((x == y).all() for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(sharded)))
+    assert sharded["a"].sharding.device_set == sharded["b"].sharding.device_set
+    counts.append(len(sharded["a"].sharding.device_set))
+print(len(jax.devices()), counts)
+"""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    root = Path(training.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "4 [3, 4, 1, 1]"
+
+
+# --- Runs --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    steps: int = 12
+    chunk: int = 2
+    save_every: int = 4
+    rate: float = 0.1
+    resume: bool = False
+    track: bool = False
+    run_dir: Path | None = None
+    policy_run_dir: Path | None = None
+
+
+class State(NamedTuple):
+    weight: Any
+    step: Any
+
+
+REPLICAS = [(1, 0), (2, 0)]
+
+
+def open_run(directory: Path, args: Args, *, sha256: str = "abc") -> Run:
+    header = dict(stage="toy", env="nowhere", data={"sha256": sha256}, args=args)
+    return Run(directory, header, replicas=REPLICAS, args=args)
+
+
+def train(directory: Path, args: Args, *, until: int | None = None, bad_step: int = 0, **settings) -> Run:
+    """Trains a toy whose weight depends on its whole past; `until` interrupts it, `bad_step` makes its loss NaN."""
+    run = open_run(directory, args)
+    state = run.restore(State(jnp.array([0.0, 1.0]), jnp.zeros(2, jnp.int32)))
+
+    def train_chunk(state: State):
+        if int(state.step[0]) == until:
+            raise KeyboardInterrupt
+        state = State(state.weight * 0.9 + jnp.sin(state.step.astype(jnp.float32)), state.step + args.chunk)
+        bad = jnp.array([False, True]) & (state.step == bad_step)
+        return state, {"loss": jnp.where(bad, jnp.nan, state.weight)}
+
+    run.train(state, train_chunk, model=lambda state: state.weight, **settings)
+    return run
+
+
+def without_header(path: Path) -> bytes:
+    return path.read_bytes().split(b"\n", 1)[1]
+
+
+@pytest.mark.parametrize("until", [4, 6, 10])
+def test_resuming_gives_the_same_files_as_not_stopping(tmp_path: Path, until: int):
+    """Interrupted right at a checkpoint, and one chunk behind one."""
+    train(tmp_path / "whole", Args())
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", Args(), until=until)
+    train(tmp_path / "stopped", Args(resume=True))
+    assert (tmp_path / "stopped/metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
+    for name in ("model.eqx", "train_state.eqx"):
+        assert without_header(tmp_path / "stopped" / name) == without_header(tmp_path / "whole" / name)
+
+
+def test_a_run_leaves_its_files_and_their_provenance(tmp_path: Path):
+    args = Args(run_dir=tmp_path)
+    run = train(tmp_path / "toy", args)
+    assert contents(tmp_path / "toy").keys() == {"config.json", "metrics.csv", "model.eqx", "train_state.eqx"}
+    config = json.loads((tmp_path / "toy" / "config.json").read_text())
+    assert config["args"] == dataclasses.asdict(args) | {"run_dir": str(tmp_path)}
+    assert config["versions"]["jax"] == jax.__version__ and config["git_revision"]
+    for path in (run.model_path, run.state_path):
+        assert checkpoint.read_header(path, stage="toy", remedy="") == config | {"step": 12}
+    assert int(run.state.step[0]) == 12
+
+
+def test_metrics_are_logged_once_per_chunk_and_replica(tmp_path: Path):
+    train(tmp_path, Args())
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        found = [(int(row["step"]), int(row["task"]), float(row["value"])) for row in csv.DictReader(file)]
+    weight, expected = np.array([0.0, 1.0]), []
+    for step in range(0, 12, 2):
+        weight = weight * 0.9 + np.sin(step)
+        expected += [(step + 2, 1, weight[0]), (step + 2, 2, weight[1])]
+    assert [row[:2] for row in found] == [row[:2] for row in expected]
+    np.testing.assert_allclose([row[2] for row in found], [row[2] for row in expected], rtol=1e-5)
+
+
+def test_evaluations_lie_between_the_first_and_the_last_step(tmp_path: Path):
+    """The one after the last step is the caller's: it also reports."""
+    calls = []
+    train(tmp_path, Args(), evaluate=lambda step, state: calls.append((step, int(state.step[0]))), evaluate_every=4)
+    assert calls == [(4, 4), (8, 8)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path):
+    with pytest.raises(FloatingPointError, match=r"loss of \(task, seed\) \(2, 0\) is not finite before step 6"):
+        train(tmp_path, Args(), bad_step=6)
+    assert checkpoint.read_header(tmp_path / "model.eqx", stage="toy", remedy="")["step"] == 4
+    assert "nan" not in (tmp_path / "metrics.csv").read_text()
+
+
+def test_resuming_refuses_what_is_not_the_same_run(tmp_path: Path):
+    with pytest.raises(UserError, match=r"no toy checkpoint at .*: start without --resume\."):
+        open_run(tmp_path, Args(resume=True))
+    assert contents(tmp_path) == {}
+    train(tmp_path, Args())
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"--resume: the run in .* has rate 0\.1, not 0\.2: pass the same arguments"):
+        open_run(tmp_path, Args(resume=True, rate=0.2))
+    with pytest.raises(UserError, match="was trained on other data: start without --resume"):
+        open_run(tmp_path, Args(resume=True), sha256="def")
+    assert contents(tmp_path) == before
+
+
+def test_a_moved_run_can_be_resumed(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "old", Args(run_dir=tmp_path / "old"), until=8)
+    (tmp_path / "old").rename(tmp_path / "new")
+    run = train(tmp_path / "new", Args(run_dir=tmp_path / "new", resume=True))
+    assert int(run.state.step[0]) == 12
+
+
+def test_tracking_gets_every_replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    logged = []
+    track = types.SimpleNamespace(log=lambda values, step: logged.append((step, *values)))
+    monkeypatch.setattr(training, "start_tracking", lambda project, name, config: track)
+    train(tmp_path, Args(steps=2, save_every=2, track=True))
+    assert logged == [(2, "toy/task1/seed0/loss"), (2, "toy/task2/seed0/loss")]

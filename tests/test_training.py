@@ -1,0 +1,168 @@
+"""Whole runs: resuming, one compile, replicas over devices, and the three stages in a row on real OGBench data."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tests.helpers import tiny_dataset
+
+import evor_bc
+import evor_infer
+import evor_value
+from common.metrics import Metrics
+
+ROOT = Path(__file__).parent.parent
+SMALL = dict(width=16, depth=2, batch_size=16, chunk=10, steps=60, save_every=20)
+
+
+class Interrupted(Exception):
+    """Stands for a kill between two checkpoints."""
+
+
+def interrupt_at(monkeypatch, step):
+    log = Metrics.log
+
+    def interrupted(self, at, *args):
+        if at == step:
+            raise Interrupted
+        log(self, at, *args)
+
+    monkeypatch.setattr(Metrics, "log", interrupted)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    path = tmp_path / "robot.npz"
+    tiny_dataset(path)
+    return path
+
+
+def files(run_dir, stage):
+    return {name: (run_dir / stage / name).read_bytes() for name in ("model.eqx", "metrics.csv")}
+
+
+def without_header(model):
+    return model.split(b"\n", 1)[1]
+
+
+def test_resumed_stages_equal_uninterrupted_ones(tmp_path, dataset, monkeypatch):
+    """Stopped at step 50, resumed from the checkpoint of step 40: the same parameters and the same metrics.csv."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for module, stage, extra in ((evor_bc, "bc", {}), (evor_value, "value", {"td_target": "velocity"})):
+        settings = dict(env="robot", dataset=dataset, seeds=(0, 1), **SMALL, **extra)
+        module.main(module.Args(run_dir=whole, **settings))
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 50)
+            with pytest.raises(Interrupted):
+                module.main(module.Args(run_dir=parts, **settings))
+        assert json.loads((parts / stage / "train_state.eqx").read_bytes().split(b"\n")[0])["step"] == 40
+        module.main(module.Args(run_dir=parts, resume=True, **settings))
+        expected, found = files(whole, stage), files(parts, stage)
+        assert expected["metrics.csv"] == found["metrics.csv"]
+        assert without_header(expected["model.eqx"]) == without_header(found["model.eqx"])
+
+
+def test_run_directory_of_own_data(tmp_path, dataset):
+    """One row per seed, step and metric; provenance in config.json; no environment is asked for anything."""
+    args = evor_value.Args(env="robot", dataset=dataset, run_dir=tmp_path / "run", seeds=(0, 1), **SMALL)
+    assert evor_value.main(args) == []
+    directory = tmp_path / "run" / "value"
+    with open(directory / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 * 2 * 3
+    assert {row["seed"] for row in rows} == {"0", "1"} and {row["task"] for row in rows} == {"0"}
+    config = json.loads((directory / "config.json").read_text())
+    assert config["data"]["source"] == "file" and len(config["data"]["sha256"]) == 64
+    assert config["versions"]["jax"] == jax.__version__ and config["args"]["discount"] == 0.99
+    agent = evor_infer.load_agent(tmp_path / "run", seed=1)
+    observations = np.zeros((5, 3), np.float32)
+    actions = agent.act(observations, key=jax.random.key(0), num_actions=4, num_returns=2)
+    assert actions.shape == (5, 1, 2) and np.abs(actions).max() <= 1.0
+    returns = agent.sample_returns(observations, actions[:, 0], 7, key=jax.random.key(0))
+    assert returns.shape == (5, 7) and np.isfinite(returns).all()
+
+
+def test_a_run_compiles_its_training_step_once(tmp_path, dataset):
+    before = evor_value.train_chunk._cache_size()
+    evor_value.main(evor_value.Args(env="robot", dataset=dataset, run_dir=tmp_path / "r", **SMALL | {"width": 8}))
+    assert evor_value.train_chunk._cache_size() == before + 1
+
+
+def test_bank_is_reused_only_with_what_it_was_made_of(tmp_path, dataset):
+    """The same policy and data: the file stays; another number of actions: another file."""
+    args = evor_value.Args(env="robot", dataset=dataset, run_dir=tmp_path / "r", **SMALL)
+    evor_value.main(args)
+    bank = tmp_path / "r" / "bc" / "bank-4.eqx"
+    stamp = bank.stat().st_mtime_ns
+    evor_value.main(args)
+    assert bank.stat().st_mtime_ns == stamp
+    evor_bc.main(evor_bc.Args(env="robot", dataset=dataset, run_dir=tmp_path / "r", **SMALL | {"steps": 20}))
+    evor_value.main(args)
+    assert bank.stat().st_mtime_ns != stamp, "a new policy makes a new bank"
+
+
+def test_replicas_are_sharded_over_devices(tmp_path, dataset):
+    """Two host devices and two seeds: the same numbers as on one device, and the work really spread."""
+    code = f"""
+import jax, evor_bc
+from common import training
+seen = []
+shard = training.shard_replicas
+def spy(tree):
+    tree = shard(tree)
+    seen.append(len(jax.tree.leaves(tree)[0].sharding.device_set))
+    return tree
+evor_bc.shard_replicas = spy
+from pathlib import Path
+evor_bc.main(evor_bc.Args(env="robot", dataset=Path({str(dataset)!r}), run_dir=Path("two"), seeds=(0, 1), **{SMALL!r}))
+print("devices", seen)
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "devices [2]" in done.stdout
+    evor_bc.main(evor_bc.Args(env="robot", dataset=dataset, run_dir=tmp_path / "one", seeds=(0, 1), **SMALL))
+    with open(tmp_path / "one/bc/metrics.csv") as one, open(tmp_path / "two/bc/metrics.csv") as two:
+        a, b = ([float(row["value"]) for row in csv.DictReader(file)] for file in (one, two))
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+def test_the_main_job_on_collected_data_with_chunks(tmp_path, monkeypatch, capsys):
+    """Everything from nothing, offline: collection, base policy, reward model, evaluation, figures, then a sweep."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("ogbench.utils.DATASET_URL", "http://127.0.0.1:9")
+    monkeypatch.chdir(tmp_path)
+    settings = SMALL | dict(steps=20, save_every=20)
+    bc = evor_bc.Args(env="cube-single-play", episodes=2, horizon=5, **settings)
+    evor_bc.main(bc)
+    args = evor_value.Args(
+        env="cube-single-play", episodes=2, horizon=5, tasks=(1, 2), eval_every=10, eval_episodes=2, num_actions=2,
+        num_returns=2, next_action="softmax", critic="trunk", **settings | {"depth": 3},
+    )  # fmt: skip
+    summary = evor_value.main(args)
+    printed = capsys.readouterr().out
+    assert "COLLECTED HERE" in printed and "base policy alone" in printed and "source: collected" in printed
+    assert {(row["task"], row["num_actions"]) for row in summary} == {(1, 1), (1, 2), (2, 1), (2, 2)}
+    run = tmp_path / "runs" / "cube-single-play"
+    for name in ("evaluation.csv", "calibration.csv", "training.png", "calibration.png", "evaluation.png"):
+        assert (run / "value" / name).stat().st_size > 0
+    with open(run / "value" / "evaluation.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 + 2 * 2 * 2, "two tasks x two episodes at step 10, twice that at the end"
+    assert {row["length"] for row in rows} <= {str(n) for n in range(1, 201)}
+    swept = evor_infer.main(
+        evor_infer.Args(
+            env="cube-single-play", tasks=(2,), num_actions=(1, 2), num_returns=(2,), return_temperature=(0.1, 0.0),
+            eval_episodes=2,
+        )
+    )  # fmt: skip
+    assert len(swept) == 4 and (run / "infer" / "sweep.png").stat().st_size > 0
+    base = {row["success"] for row in swept if row["num_actions"] == 1}
+    assert len(base) == 1, "the base policy does not depend on the temperature"
