@@ -18,8 +18,8 @@ No reward is used. The policy is never trained on the value: stage 2 and 3 keep 
 | a_1    | action (chunk)      | t      | t             |
 
 Reads a dataset; writes `runs/ENV/bc/{config.json, metrics.csv, model.eqx, train_state.eqx}`.
-Source: EVOR, arXiv 2510.08218, stage 1; flow matching, arXiv 2210.02747. *Ours*, because the paper does not disclose it:
-batch size, flow steps, standardised observations.
+Source: EVOR, arXiv 2510.08218, stage 1; flow matching, arXiv 2210.02747. *Ours*, because the paper does not disclose
+it: batch size, flow steps, standardised observations.
 """
 
 import dataclasses
@@ -165,7 +165,9 @@ def train_step(args: Args, state: TrainState, dataset: BCData, *, key: PRNGKeyAr
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def train_chunk(args: Args, state: TrainState, dataset: BCData, keys: Key[Array, " replicas"]) -> tuple[TrainState, dict]:
+def train_chunk(
+    args: Args, state: TrainState, dataset: BCData, keys: Key[Array, " replicas"]
+) -> tuple[TrainState, dict]:
     """`args.chunk` gradient steps of all replicas in one call; metrics are averaged over the chunk."""
 
     def steps_of_one(state, key):
@@ -194,7 +196,7 @@ def check_args(args: Any) -> None:
         if getattr(args, name) < 1 or getattr(args, name) % args.chunk:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(
-                f"{flag} {getattr(args, name)} is no multiple of --chunk {args.chunk}: change one of them so that it is."
+                f"{flag} {getattr(args, name)} is no multiple of --chunk {args.chunk}: change one of them."
             )
 
 

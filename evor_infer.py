@@ -155,7 +155,9 @@ def score_one(
     return log_mean_exp(critic.sample(observation, action, noise, flow_steps=flow_steps), temperature)
 
 
-def select(scores: Float[Array, " num_actions"], temperature: Float[ArrayLike, ""], *, key: PRNGKeyArray) -> Int[Array, ""]:
+def select(
+    scores: Float[Array, " num_actions"], temperature: Float[ArrayLike, ""], *, key: PRNGKeyArray
+) -> Int[Array, ""]:
     """An index with probability `softmax(scores / temperature)`; temperature 0: the largest score, inf: uniform."""
     drawn = jax.random.categorical(key, scores / jnp.where(temperature == 0, 1.0, temperature))
     return jnp.where(temperature == 0, jnp.argmax(scores), drawn)
@@ -222,7 +224,9 @@ def load_critic(run_dir: Path) -> tuple[dict[str, Any], tuple[FlowCritic, Return
 
     def build(header):
         keys = jax.random.split(jax.random.key(0), len(header["replicas"]))
-        return jax.vmap(lambda key: (make_critic(header, key=key), ReturnScale.of(0.0, 1.0, shift=0.0, width=1.0)))(keys)
+        return jax.vmap(lambda key: (make_critic(header, key=key), ReturnScale.of(0.0, 1.0, shift=0.0, width=1.0)))(
+            keys
+        )
 
     remedy = "train it with evor_value.py first."
     return checkpoint.load(run_dir / "value" / "model.eqx", build, stage="value", remedy=remedy)

@@ -33,8 +33,8 @@ Reads `runs/ENV/bc/model.eqx` (trained first if missing); writes `runs/ENV/value
 train_state.eqx, evaluation.csv, calibration.csv, *.png}`.
 
 Differences from the paper: (1) the default target is consistent, see above; (2) the bank; (3) the paper does not say
-which z_1 makes the `paper` target's z_t: we use z_1 = z_0 + u, u uniform on the possible returns, which covers the paths
-of its fixed point and is independent of r and a'; (4) bootstrapped returns are clipped to the possible ones.
+which z_1 makes the `paper` target's z_t: we use z_1 = z_0 + u, u uniform on the possible returns, which covers the
+paths of its fixed point and is independent of r and a'; (4) bootstrapped returns are clipped to the possible ones.
 Source: EVOR, arXiv 2510.08218, stage 2. *Ours*, not disclosed there: discount, tau, batch size, LayerNorm, flow steps.
 """
 
@@ -516,8 +516,8 @@ def last_screen(
     line = "-" * 100
     print(f"\n{line}\nEVOR on {name}: {info['name']} (source: {info['source']}, sha256 {info['sha256'][:12]})")
     print(
-        f"reward model: {args.td_target}, next action {args.next_action}, critic {args.critic}, horizon {args.horizon}, "
-        f"{args.steps:,} steps, seeds {list(args.seeds)}"
+        f"reward model: {args.td_target}, next action {args.next_action}, critic {args.critic}, "
+        f"horizon {args.horizon}, {args.steps:,} steps, seeds {list(args.seeds)}"
     )
     if args.quick:
         print("--quick is a smoke run: these numbers say that everything runs, not how good the method is.")
@@ -624,7 +624,9 @@ def main(args: Args) -> list[dict[str, Any]]:
         )
     missing = set(args.seeds) - set(policy_header["seeds"])
     if missing:
-        raise UserError(f"{policy_path} has no seed {min(missing)}: train it with evor_bc.py --seeds, or use its seeds.")
+        raise UserError(
+            f"{policy_path} has no seed {min(missing)}: train it with evor_bc.py --seeds, or use its seeds."
+        )
     if policy_header["data"]["sha256"] != info["sha256"]:
         print(f"NOTE: the base policy was trained on {policy_header['data']['name']}, not on {info['name']}.")
     policies = jax.tree.map(
@@ -658,7 +660,10 @@ def main(args: Args) -> list[dict[str, Any]]:
         bank = np.zeros((len(args.seeds), len(starts), 0, dims["action_dim"] * args.horizon), np.float16)
     else:
         made_of = dict(
-            policy_sha256=header["policy_sha256"], data_sha256=info["sha256"], flow_steps=args.flow_steps, seeds=args.seeds
+            policy_sha256=header["policy_sha256"],
+            data_sha256=info["sha256"],
+            flow_steps=args.flow_steps,
+            seeds=args.seeds,
         )
         bank_path = policy_run_dir / "bc" / f"bank-{args.num_next_actions}.eqx"
         settings = dict(seeds=args.seeds, path=bank_path, header=made_of)

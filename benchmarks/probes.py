@@ -126,7 +126,12 @@ def train(
     dataset = make_data(probe, copies=copies, num_next_actions=args.num_next_actions)
     args = dataclasses.replace(args, discount=probe.discount)
     header = dict(
-        observation_dim=probe.num_states, action_dim=1, horizon=1, width=args.width, depth=args.depth, critic=args.critic
+        observation_dim=probe.num_states,
+        action_dim=1,
+        horizon=1,
+        width=args.width,
+        depth=args.depth,
+        critic=args.critic,
     )
     rewards = np.asarray(dataset.rewards)
     bounds = data.return_bounds(rewards, probe.discount)[np.zeros(len(seeds), int)]
@@ -142,7 +147,13 @@ def train(
 
 
 def sample_returns(
-    critic: FlowCritic, scale: ReturnScale, probe: Probe, query: tuple[int, float], *, num: int = 512, flow_steps: int = 10
+    critic: FlowCritic,
+    scale: ReturnScale,
+    probe: Probe,
+    query: tuple[int, float],
+    *,
+    num: int = 512,
+    flow_steps: int = 10,
 ) -> np.ndarray:
     """Returns of one state-action pair in the probe's units, one row per seed, from normal quantiles."""
     observation = jnp.eye(probe.num_states)[query[0]]

@@ -110,8 +110,8 @@ def table(args: Args, rows: list[dict]) -> str:
     """The comparison as a Markdown table: probes by targets."""
     lines = [
         f"W1 distance to the exact law of the reward-to-go, mean over {len(args.seeds)} seeds (range). "
-        f"{args.critic}, {args.depth} x {args.width}, {args.steps:,} steps, noise standard deviation {args.noise_std:g}, "
-        f"{args.flow_steps} Euler steps.",
+        f"{args.critic}, {args.depth} x {args.width}, {args.steps:,} steps, "
+        f"noise standard deviation {args.noise_std:g}, {args.flow_steps} Euler steps.",
         "",
         "| probe | " + " | ".join(f"`{t}`" for t in args.targets) + " | `paper` to N(Q, sigma^2) |",
         "|---|" + "---|" * (len(args.targets) + 1),

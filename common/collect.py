@@ -77,9 +77,7 @@ def collect_episode(job: tuple[str, int, int, float, float, int]) -> dict[str, n
         import gymnasium
         from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle
 
-        env = gymnasium.make(
-            f"{env_name}-v0", terminate_at_goal=False, mode="data_collection", max_episode_steps=rows
-        )
+        env = gymnasium.make(f"{env_name}-v0", terminate_at_goal=False, mode="data_collection", max_episode_steps=rows)
         oracle = CubePlanOracle(env=env, noise=noise, noise_smoothing=noise_smoothing)
         _WORKER.update(key=(env_name, noise, noise_smoothing, rows), env=env, oracle=oracle)
     env, oracle = _WORKER["env"], _WORKER["oracle"]

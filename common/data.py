@@ -54,8 +54,8 @@ def find_files(env: str, dataset: Path | None, *, episodes: int) -> tuple[Path, 
         )
     banner = "!" * 100
     print(
-        f"{banner}\nOGBench's host does not answer, so {name.dataset} is COLLECTED HERE with OGBench's scripted oracles: "
-        f"{episodes} episodes.\nIt is not the published file. Results made with it say so.\n{banner}",
+        f"{banner}\nOGBench's host does not answer, so {name.dataset} is COLLECTED HERE with OGBench's "
+        f"scripted oracles: {episodes} episodes.\nIt is not the published file. Results made with it say so.\n{banner}",
         flush=True,
     )
     collect(name.dataset, collected, episodes=episodes)
@@ -104,7 +104,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not a readable .npz file without objects ({error}): make it with numpy.savez.") from None
+        raise UserError(
+            f"{path} is not a readable .npz file without objects ({error}): make it with numpy.savez."
+        ) from None
     for key, ndim in {"observations": 2, "actions": 2, "terminals": 1, "rewards": 1, "masks": 1}.items():
         if key not in arrays:
             if key in ("rewards", "masks"):
@@ -122,7 +124,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             row = int(np.argwhere(~np.isfinite(array))[0][0])
             raise UserError(f"{key} in {path} is not finite at row {row}: remove or repair that row.")
     if len(arrays["terminals"]) == 0 or not arrays["terminals"][-1]:
-        raise UserError(f"terminals in {path} must be true at the last row of each trajectory, so also at the last row.")
+        raise UserError(
+            f"terminals in {path} must be true at the last row of each trajectory, so also at the last row."
+        )
     if np.abs(arrays["actions"]).max() > 1.001:
         raise UserError(f"actions in {path} leave [-1, 1]: scale them to that range.")
     if "masks" in arrays and not np.isin(arrays["masks"], (0, 1)).all():
@@ -135,9 +139,7 @@ def has_rewards(path: Path) -> bool:
     return "rewards" in read_arrays(path)
 
 
-def load_trajectories(
-    path: Path, *, env: str, tasks: Sequence[int] = (), reward: str = "default"
-) -> Trajectories:
+def load_trajectories(path: Path, *, env: str, tasks: Sequence[int] = (), reward: str = "default") -> Trajectories:
     """Reads a file; with `tasks`, also the rewards and masks of those tasks.
 
     Args:
@@ -181,7 +183,9 @@ def relabel(gym_id: str, arrays: dict[str, np.ndarray], path: Path) -> tuple[np.
     try:
         relabel_dataset(gym_id, env, labels)
     except (IndexError, ValueError) as error:
-        raise UserError(f"{path} does not hold states of {gym_id} ({error}): pass the data of that environment.") from None
+        raise UserError(
+            f"{path} does not hold states of {gym_id} ({error}): pass the data of that environment."
+        ) from None
     finally:
         env.close()
     return labels["rewards"], labels["masks"]
@@ -216,7 +220,8 @@ def chunk_rewards(
 ) -> tuple[Float[np.ndarray, "tasks n"], Float[np.ndarray, "tasks n"]]:
     """Reward and bootstrap factor of each transition: `Z(x, a) = reward + bootstrap * Z(x', a')`.
 
-    `reward_i = sum_{k<h} discount^k (prod_{j<k} masks_{i+j}) rewards_{i+k}`, `bootstrap_i = discount^h prod_{k<h} masks_{i+k}`.
+    `reward_i = sum_{k<h} discount^k (prod_{j<k} masks_{i+j}) rewards_{i+k}`,
+    `bootstrap_i = discount^h prod_{k<h} masks_{i+k}`.
     With horizon 1: the row's reward, and discount * mask. A chunk in which the task is solved stops there, as the
     environment does; QC (arXiv 2507.07969) counts the later rewards of such a chunk.
     """

@@ -78,7 +78,14 @@ def calibration(
         law = np.array([np.quantile(draws[b], [0.1, 0.9]) for b in bins]).T
         left.fill_between(predicted, *law, alpha=0.2, label="predicted 10% to 90%")
         left.errorbar(
-            predicted, observed, np.abs(spread - observed), fmt="o", ms=3, lw=0.7, color="C1", label="observed, 10% to 90%"
+            predicted,
+            observed,
+            np.abs(spread - observed),
+            fmt="o",
+            ms=3,
+            lw=0.7,
+            color="C1",
+            label="observed, 10% to 90%",
         )
         ends = [min(predicted.min(), observed.min()), max(predicted.max(), observed.max())]
         left.plot(ends, ends, "k:", lw=1)

@@ -52,9 +52,7 @@ class MLP(eqx.Module):
     norms: tuple[LayerNorm, ...]
     output: Linear
 
-    def __init__(
-        self, inputs: int, outputs: int, *, width: int, depth: int, layer_norm: bool, key: PRNGKeyArray
-    ):
+    def __init__(self, inputs: int, outputs: int, *, width: int, depth: int, layer_norm: bool, key: PRNGKeyArray):
         hidden_key, output_key = jax.random.split(key)
         sizes = [inputs] + [width] * depth
         keys = jax.random.split(hidden_key, depth)
@@ -86,9 +84,7 @@ class FlowPolicy(eqx.Module):
     observation_dim: int = eqx.field(static=True)
     action_dim: int = eqx.field(static=True)
 
-    def __init__(
-        self, observation_dim: int, action_dim: int, *, width: int = 512, depth: int = 4, key: PRNGKeyArray
-    ):
+    def __init__(self, observation_dim: int, action_dim: int, *, width: int = 512, depth: int = 4, key: PRNGKeyArray):
         self.observation_dim, self.action_dim = observation_dim, action_dim
         inputs = observation_dim + action_dim + 1
         self.mlp = MLP(inputs, action_dim, width=width, depth=depth, layer_norm=False, key=key)
@@ -157,9 +153,7 @@ class FlowCritic(eqx.Module):
         first = self.head.hidden[0]
         return x @ first.weight[: self.inputs] + first.bias
 
-    def velocity(
-        self, features: Float[Array, " width"], z: Float[Array, ""], t: Float[Array, ""]
-    ) -> Float[Array, ""]:
+    def velocity(self, features: Float[Array, " width"], z: Float[Array, ""], t: Float[Array, ""]) -> Float[Array, ""]:
         weight = self.head.hidden[0].weight[self.inputs :]
         return self.head.from_first(features + z * weight[0] + t * weight[1])[0]
 

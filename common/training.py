@@ -140,7 +140,9 @@ class Run:
         """
         args, first = self.args, int(np.max(jax.device_get(state.step)))
         values: dict[str, Array] = {}
-        with tqdm(total=args.steps, initial=first, desc=f"{self.header['stage']} {self.header['env']}", unit="step") as bar:
+        with tqdm(
+            total=args.steps, initial=first, desc=f"{self.header['stage']} {self.header['env']}", unit="step"
+        ) as bar:
             for step in range(first + args.chunk, args.steps + 1, args.chunk):
                 began = time.monotonic()
                 state, values = train_chunk(state)

@@ -97,9 +97,9 @@ def test_candidates_share_their_return_noise():
     for independent in (False, True):
         settings = Extraction(num_returns=6, independent_noise=independent)
         z = evor_infer.return_noise(settings, key=jax.random.key(0))
-        score = jax.vmap(
-            lambda a, z=z: evor_infer.score_one(agent.critic, x, a, z, temperature=0.5, flow_steps=3)
-        )(jnp.zeros((4, 2)))
+        score = jax.vmap(lambda a, z=z: evor_infer.score_one(agent.critic, x, a, z, temperature=0.5, flow_steps=3))(
+            jnp.zeros((4, 2))
+        )
         np.testing.assert_array_equal(score, jnp.full(4, score[0]))
 
 
@@ -166,7 +166,9 @@ def test_stratified_noise_has_less_error_than_independent_noise():
 
 
 def test_summary_counts_and_intervals():
-    rows = [dict(task=1, success=float(i < 45), length=100) for i in range(50)] + [dict(task=2, success=0.0, length=200)]
+    rows = [dict(task=1, success=float(i < 45), length=100) for i in range(50)] + [
+        dict(task=2, success=0.0, length=200)
+    ]
     first, second = evor_infer.summarise(rows, ("task",))
     assert first["success"] == 0.9 and first["episodes"] == 50 and first["mean_length"] == 100
     assert first["low"] == pytest.approx(0.7864, abs=1e-3) and first["high"] == pytest.approx(0.9565, abs=1e-3)

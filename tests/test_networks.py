@@ -18,7 +18,9 @@ def reference(mlp, x):
     for i, layer in enumerate(mlp.hidden):
         x = gelu(x @ np.asarray(layer.weight, np.float64) + np.asarray(layer.bias))
         if mlp.norms:
-            x = (x - x.mean()) / np.sqrt(x.var() + 1e-6) * np.asarray(mlp.norms[i].scale) + np.asarray(mlp.norms[i].bias)
+            x = (x - x.mean()) / np.sqrt(x.var() + 1e-6) * np.asarray(mlp.norms[i].scale) + np.asarray(
+                mlp.norms[i].bias
+            )
     return x @ np.asarray(mlp.output.weight, np.float64) + np.asarray(mlp.output.bias)
 
 

@@ -12,7 +12,6 @@ from common.errors import parse_args
 ROOT = Path(__file__).parent.parent
 
 
-
 def commands(text: str) -> list[str]:
     """Lines that run Python, continuation lines joined, comments and what follows a pipe or `&&` left out."""
     joined = re.sub(r"\\\n\s*", " ", text)

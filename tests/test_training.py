@@ -10,12 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tests.helpers import tiny_dataset
 
 import evor_bc
 import evor_infer
 import evor_value
 from common.metrics import Metrics
+from tests.helpers import tiny_dataset
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(width=16, depth=2, batch_size=16, chunk=10, steps=60, save_every=20)

@@ -46,7 +46,7 @@ def expected(kind):
 
 @pytest.mark.parametrize("kind", TARGETS)
 def test_target_matches_its_formula(kind):
-    """Swapped noises, a missing discount, or an unmasked term changes these numbers; the second transition is terminal."""
+    """Swapped noises, a missing discount or an unmasked term changes these numbers; the second reward is terminal."""
     reward, bootstrap = jnp.asarray(REWARD, jnp.float32), jnp.asarray(BOOTSTRAP, jnp.float32)
     found = td_target(kind, reward, bootstrap, noise(), *linear_next(), **BOUNDS)
     for a, b in zip(found, expected(kind), strict=True):
