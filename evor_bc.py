@@ -195,9 +195,7 @@ def check_args(args: Any) -> None:
     for name in ("steps", "save_every"):
         if getattr(args, name) < 1 or getattr(args, name) % args.chunk:
             flag = f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"{flag} {getattr(args, name)} is no multiple of --chunk {args.chunk}: change one of them."
-            )
+            raise UserError(f"{flag} {getattr(args, name)} is no multiple of --chunk {args.chunk}: change one of them.")
 
 
 def main(args: Args) -> dict[str, float]:

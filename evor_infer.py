@@ -43,7 +43,7 @@ from common import checkpoint, figures
 from common.envs import check_env, parse_env, run_name
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes
-from common.metrics import write_csv
+from common.metrics import sha256, write_csv
 from common.networks import FlowCritic, FlowPolicy, ReturnScale, make_critic, make_policy, stratified_normal
 from common.statistics import success_interval
 from common.training import Standardizer, over_replicas
@@ -245,7 +245,9 @@ def load_agents(
         UserError: a stage is missing, was trained on something else, or has not the tasks or seeds asked for.
     """
     header, (critics, scales) = load_critic(run_dir)
-    policy_run_dir = policy_run_dir or Path(header["policy_run_dir"])
+    if policy_run_dir is None:  # beside the reward model, also if the directory was moved; else where it was trained
+        beside = (run_dir / "bc" / "model.eqx").is_file()
+        policy_run_dir = run_dir if beside else Path(header["policy_run_dir"])
     policy_path = policy_run_dir / "bc" / "model.eqx"
     policy_header, (policies, standardizer) = load_policy(policy_run_dir)
     for name in ("env", "horizon", "observation_dim", "action_dim"):
@@ -260,6 +262,11 @@ def load_agents(
             )
     chosen = [i for i, (t, s) in enumerate(replicas) if (not tasks or t in tasks) and (not seeds or s in seeds)]
     replicas = [replicas[i] for i in chosen]
+    if sha256(policy_path) != header["policy_sha256"]:
+        raise UserError(
+            f"{run_dir / 'value'} was trained with another base policy than {policy_path}: pass that one's run "
+            f"directory with --policy-run-dir, or train evor_value.py again."
+        )
     missing = {seed for _, seed in replicas} - set(policy_header["seeds"])
     if missing:
         raise UserError(f"{policy_path} has no seed {min(missing)}: train it with evor_bc.py --seeds.")

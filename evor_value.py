@@ -54,11 +54,11 @@ from tqdm import tqdm
 import evor_bc
 import evor_infer
 from common import checkpoint, data, figures
-from common.envs import parse_env, run_name, validation_path
+from common.envs import NUM_TASKS, parse_env, run_name, validation_path
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes
 from common.flow import integrate
-from common.metrics import sha256, write_csv
+from common.metrics import read_csv, sha256, write_csv
 from common.networks import FlowCritic, FlowPolicy, ReturnScale, make_critic, stratified_normal
 from common.statistics import calibration
 from common.training import Run, Standardizer, learning_rate, over_replicas, shard_replicas, stack_replicas
@@ -127,6 +127,8 @@ class Args:
     """Discount per environment step (ours)."""
     return_width: float = 4.0
     """Standard deviations of noise that the interval of possible returns is scaled to (ours)."""
+    clip_margin: float = 0.1
+    """How far beyond the possible returns bootstrapped ones may go, as a fraction of the return range (ours)."""
     target_steps: int = 4
     """Euler steps of the target network's flow (ours)."""
 
@@ -350,7 +352,11 @@ def train_step(
         return integrate(next_velocity, z_0, num_steps=args.target_steps, end_time=end_time)
 
     noise = draw_noise(args, replica.scale, key=noise_key)
-    low, high = replica.scale.to_model(replica.scale.low), replica.scale.to_model(replica.scale.high)
+    # Most returns of a sparse task lie at the lowest bound. Clipping right there cuts the errors below it and keeps
+    # those above, a bias that the bootstrap multiplies by 1 / (1 - discount): leave a margin.
+    margin = args.clip_margin * (replica.scale.high - replica.scale.low)
+    low = replica.scale.to_model(replica.scale.low - margin)
+    high = replica.scale.to_model(replica.scale.high + margin)
     z_t, target = td_target(args.td_target, reward, bootstrap, noise, next_velocity, next_flow, low=low, high=high)
 
     def loss_fn(critic):
@@ -565,6 +571,8 @@ def choose_tasks(args: Args, path: Path, own_rewards: bool) -> tuple[int, ...]:
             raise UserError(f"{path} brings its own rewards: leave out --tasks.")
         return (0,)
     if args.tasks:
+        if not set(args.tasks) <= set(range(1, NUM_TASKS + 1)):
+            raise UserError(f"--tasks {list(args.tasks)}: a task does not exist, OGBench has tasks 1 to {NUM_TASKS}.")
         return args.tasks
     try:
         return (parse_env(args.env).default_task,)
@@ -609,6 +617,9 @@ def main(args: Args) -> list[dict[str, Any]]:
     tasks = choose_tasks(args, path, own_rewards)
     trajectories = data.load_trajectories(path, env=args.env, tasks=tasks, reward=args.reward)
     data.print_summary(trajectories, info, tasks=tasks, discount=args.discount)
+    held_out = None
+    if validation_path(path).is_file():
+        held_out = data.load_trajectories(validation_path(path), env=args.env, tasks=tasks, reward=args.reward)
 
     policy_path = policy_run_dir / "bc" / "model.eqx"
     if not policy_path.is_file():
@@ -703,7 +714,10 @@ def main(args: Args) -> list[dict[str, Any]]:
     settings = evor_infer.Extraction(
         args.num_actions, args.num_returns, args.return_temperature, args.action_temperature, args.flow_steps
     )
+    evaluation_path = run.directory / "evaluation.csv"
     rows: list[dict[str, Any]] = []
+    if args.resume and evaluation_path.is_file():
+        rows = [row for row in read_csv(evaluation_path) if int(row["step"]) <= int(np.max(state.step))]
 
     def evaluate(step: int, state: TrainState) -> None:
         """Evaluates the extracted policy, and the base policy alone on the same episodes once, at the end."""
@@ -720,7 +734,7 @@ def main(args: Args) -> list[dict[str, Any]]:
                 if extraction is settings:
                     success = evor_infer.summarise(found, ("task", "seed"))
                     run.metrics.log(step, pairs, {"success": [row["success"] for row in success]})
-        write_csv(run.directory / "evaluation.csv", list(rows[0]), rows)
+        write_csv(evaluation_path, list(rows[0]), rows)
 
     evaluated = args.eval_episodes > 0 and not own_rewards
     run.train(
@@ -731,14 +745,12 @@ def main(args: Args) -> list[dict[str, Any]]:
         evaluate_every=args.eval_every,
     )
     figures.training(run.directory / "metrics.csv", run.directory / "training.png", title=f"{name}: {args.td_target}")
-    validation = validation_path(path)
-    if validation.is_file():
-        held_out = data.load_trajectories(validation, env=args.env, tasks=tasks, reward=args.reward)
+    if held_out is not None:
         calibrate(args, agents(run.state), pairs, held_out, tasks, run.directory)
     summary: list[dict[str, Any]] = []
     if evaluated:
         evaluate(args.steps, run.state)
-        final = [row for row in rows if row["step"] == args.steps]
+        final = [row for row in rows if int(row["step"]) == args.steps]
         summary = evor_infer.summarise(final, ("task", "num_actions"))
         figures.success(summary, run.directory / "evaluation.png", title=f"{name} ({info['source']} data)")
     elif own_rewards:

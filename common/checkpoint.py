@@ -14,19 +14,16 @@ import equinox as eqx
 import jax
 
 from common.errors import UserError
-from common.metrics import plain
+from common.metrics import atomic, plain
 
 
 def save(path: Path, header: dict[str, Any], tree: Any) -> None:
-    """Writes header and leaves under a temporary name and renames it: `path` is always a complete checkpoint."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
+    """Writes header and leaves atomically: `path` is always a complete checkpoint."""
+    with atomic(path) as temporary, open(temporary, "wb") as file:
         file.write((json.dumps(plain(header)) + "\n").encode())
         eqx.tree_serialise_leaves(file, jax.device_get(tree))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_header(path: Path, *, stage: str, remedy: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common.envs import collected_path, import_ogbench, parse_env
 from common.errors import UserError, run_cli
-from common.metrics import package_versions, write_json
+from common.metrics import atomic, package_versions, write_json
 
 # Probability range of stacking a cube on another one; one draw per episode.
 STACKING = {
@@ -140,30 +140,28 @@ def collect(
         results = pool.imap(collect_episode, jobs)
         results = list(tqdm(results, total=len(jobs), desc=f"collecting {dataset_name}", unit="episode"))
 
+    description = {
+        "dataset": dataset_name,
+        "source": "collected",
+        "episodes": episodes,
+        "validation_episodes": num_val,
+        "rows_per_episode": rows,
+        "seed": seed,
+        "noise": noise,
+        "noise_smoothing": noise_smoothing,
+        "versions": package_versions(),
+    }
+    write_json(train_path.with_suffix(".json"), description)
     paths = train_path.with_name(f"{train_path.stem}-val.npz"), train_path
     for path, part in zip(paths, (results[episodes:], results[:episodes]), strict=True):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
-        np.savez_compressed(temporary, **{key: np.concatenate([e[key] for e in part]) for key in KEYS})
-        if path == train_path:
-            write_json(
-                train_path.with_suffix(".json"),
-                {
-                    "dataset": dataset_name,
-                    "source": "collected",
-                    "episodes": episodes,
-                    "validation_episodes": num_val,
-                    "rows_per_episode": rows,
-                    "seed": seed,
-                    "noise": noise,
-                    "noise_smoothing": noise_smoothing,
-                    "versions": package_versions(),
-                },
-            )
-        os.replace(temporary, path)
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, **{key: np.concatenate([e[key] for e in part]) for key in KEYS})
 
 
 def main(args: Args) -> None:
     dataset_name = parse_env(args.env).dataset
+    if args.out is None and (args.noise, args.noise_smoothing) != (Args.noise, Args.noise_smoothing):
+        raise UserError("data with another noise than OGBench's must not stand under its name: pass --out FILE.")
     train_path = args.out or collected_path(dataset_name, args.episodes, args.seed)
     collect(
         dataset_name,

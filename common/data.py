@@ -8,9 +8,9 @@ A file may bring its own `rewards` and `masks`; otherwise OGBench's `relabel_dat
 A transition of horizon `h` starts at row `i` and ends at row `i + h` of the same trajectory.
 """
 
+import http.client
 import socket
 import urllib.request
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,7 +73,7 @@ def download(dataset: str, *, timeout: float = 10.0) -> bool:
             pass
         socket.setdefaulttimeout(60.0)  # OGBench's function sets none and would wait for ever.
         utils.download_datasets([dataset], str(data_dir()))
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         print(f"no download of {dataset}: {error}", flush=True)
         return False
     finally:
@@ -101,11 +101,13 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         UserError: not an `.npz` file, an array is missing, or of a wrong kind, shape or content.
     """
     try:
+        arrays, key = {}, "file"
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
+            for key in file.files:
+                arrays[key] = file[key]
+    except Exception as error:  # a damaged archive raises a dozen types, from zlib's to zipfile's
         raise UserError(
-            f"{path} is not a readable .npz file without objects ({error}): make it with numpy.savez."
+            f"{key} in {path} cannot be read ({error}): make the .npz file with numpy.savez, without objects."
         ) from None
     for key, ndim in {"observations": 2, "actions": 2, "terminals": 1, "rewards": 1, "masks": 1}.items():
         if key not in arrays:
@@ -113,7 +115,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
                 continue
             raise UserError(f"{path} has no array {key!r}: it needs observations, actions and terminals.")
         array = arrays[key]
-        if array.ndim != ndim or array.dtype.kind not in "biuf":
+        if array.ndim != ndim or array.dtype.kind not in "biuf" or 0 in array.shape[1:]:
             raise UserError(f"{key} in {path} must be a {ndim}-D array of numbers, not {array.dtype} {array.shape}.")
         if len(array) != len(arrays["observations"]):
             raise UserError(
@@ -158,13 +160,15 @@ def load_trajectories(path: Path, *, env: str, tasks: Sequence[int] = (), reward
     if not tasks:
         return trajectories
     if tuple(tasks) == (0,):
+        if "rewards" not in arrays:
+            raise UserError(f"{path} has no array 'rewards', unlike the training file: add it.")
         labels = [(arrays["rewards"], arrays.get("masks", np.ones(len(arrays["rewards"]))))]
     else:
         labels = [relabel(parse_env(env).gym_id(task), arrays, path) for task in tasks]
     rewards = np.stack([r for r, _ in labels]).astype(np.float32)
     masks = np.stack([m for _, m in labels]).astype(np.float32)
     if reward == "sparse":
-        rewards = -(rewards != 0).astype(np.float32)
+        rewards = -masks  # for OGBench's rewards the same as QC's -(rewards != 0)
     return trajectories._replace(rewards=rewards, masks=masks)
 
 
@@ -307,5 +311,5 @@ def print_summary(trajectories: Trajectories, info: dict[str, Any], *, tasks: Se
             f"  {label}: returns within [{bounds[i, 0]:.4g}, {bounds[i, 1]:.4g}] at discount {discount}; "
             f"solved in {solved.mean():.2%} of the rows, in {ever:,} of {episodes:,} episodes"
         )
-        if ever == 0:
+        if ever == 0 and (task or np.ptp(trajectories.rewards[i]) == 0):
             print(f"  WARNING: {label} is never solved in this data: its rewards cannot tell actions apart.")

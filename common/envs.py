@@ -9,7 +9,7 @@ from pathlib import Path
 from common.errors import UserError
 
 KINDS = "play|noisy|navigate|stitch|explore"
-DEFAULT_TASKS = {"cube": 2, "scene": 2, "puzzle": 4, "antsoccer": 4}  # every maze: 1
+DEFAULT_TASKS = {"cube": 2, "scene": 2, "puzzle-3x3": 4, "puzzle-4x4": 4, "puzzle": 2, "antsoccer": 4}  # mazes: 1
 NUM_TASKS = 5
 
 
@@ -44,7 +44,10 @@ def parse_env(env: str) -> EnvName:
             f"cube-double-play-singletask-task2-v0 (one of {KINDS.replace('|', ', ')} belongs to the name)."
         )
     prefix, kind = match["prefix"], match["kind"]
-    task = int(match["task"]) if match["task"] else DEFAULT_TASKS.get(prefix.split("-")[0], 1)
+    if prefix.startswith("visual-"):
+        raise UserError(f"{env!r} has images for observations: only state-based environments are supported.")
+    default = DEFAULT_TASKS.get(prefix, DEFAULT_TASKS.get(prefix.split("-")[0], 1))
+    task = int(match["task"]) if match["task"] else default
     if not 1 <= task <= NUM_TASKS:
         raise UserError(f"task {task} of {env!r} does not exist: OGBench has tasks 1 to {NUM_TASKS}.")
     return EnvName(f"{prefix}-{kind}", f"{prefix}-{kind}-v0", prefix, task)
@@ -52,8 +55,11 @@ def parse_env(env: str) -> EnvName:
 
 def run_name(env: str, dataset: Path | None) -> str:
     """The name of a run: the environment's short name, or, with a dataset of one's own, `env` as it is."""
-    if dataset is None:
+    try:
         return parse_env(env).short
+    except UserError:
+        if dataset is None:
+            raise
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", env):
         raise UserError(f"--env {env!r} cannot name a run: use letters, digits, '-', '_' and '.'.")
     return env

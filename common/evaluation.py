@@ -34,7 +34,8 @@ def seeded_reset(env: gymnasium.Env, seed: int) -> np.ndarray:
     """Resets `env` so that the whole episode depends on `seed` alone; returns the first observation.
 
     OGBench draws from three places: the environment's generator, NumPy's global one (mazes), and an unseeded action
-    space that it makes anew at each use (manipulation: two random steps before the episode leave traces in contacts).
+    space that it makes anew at each use (manipulation: the two random steps before an episode stay in the solver's
+    warm start).
     """
     np.random.seed(seed)
     space = env.unwrapped.action_space
@@ -93,7 +94,7 @@ class EpisodeRunner(gymnasium.Env):
         return self._copy(), {}
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
-        for r, j in np.argwhere(self.state["active"]):
+        for r, j in np.argwhere(self.state["active"]).tolist():
             self._execute(r, j, action[r, j])
         return self._copy(), 0.0, False, False, {}
 
@@ -154,7 +155,7 @@ class Episodes:
             workers: processes; one per core by default.
             probe: a function of a step's `info`, summed over each episode; importable, since it goes to the workers.
         """
-        workers = min(workers or len(os.sched_getaffinity(0)), num_episodes)
+        workers = min(workers or len(os.sched_getaffinity(0)), num_episodes, max(1, MAX_ENVIRONMENTS // len(gym_ids)))
         self.num_replicas, self.num_episodes = len(gym_ids), num_episodes
         per_worker = math.ceil(num_episodes / workers)
         per_worker = max(1, min(per_worker, MAX_ENVIRONMENTS // (len(gym_ids) * workers)))

@@ -1,6 +1,5 @@
 """Figures of runs. Each function draws one file from numbers that also stand in a CSV."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
 
+from common.metrics import read_csv
+
 
 def save(figure: plt.Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,11 +23,10 @@ def save(figure: plt.Figure, path: Path) -> None:
 def training(metrics_csv: Path, path: Path, *, title: str) -> None:
     """Every metric of a `metrics.csv` over gradient steps, one line per (task, seed)."""
     curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    with open(metrics_csv, newline="") as file:
-        for row in csv.DictReader(file):
-            label = f"task {row['task']}, seed {row['seed']}" if row["task"] else f"seed {row['seed']}"
-            points = curves.setdefault(row["metric"], {}).setdefault(label, [])
-            points.append((int(row["step"]), float(row["value"])))
+    for row in read_csv(metrics_csv):
+        label = f"task {row['task']}, seed {row['seed']}" if row["task"] else f"seed {row['seed']}"
+        points = curves.setdefault(row["metric"], {}).setdefault(label, [])
+        points.append((int(row["step"]), float(row["value"])))
     if not curves:
         return
     figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3), squeeze=False)

@@ -1,13 +1,15 @@
 """What a run leaves behind as plain files: `config.json` and `metrics.csv` (and, with `--track`, a W&B run)."""
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -52,17 +54,28 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+    if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes `content` under a temporary name and renames it, so that no reader sees half a file."""
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, renamed to `path` at the end, or removed if writing fails: no reader ever sees half
+    a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(plain(content), indent=2) + "\n")
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` as JSON, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(plain(content), indent=2) + "\n")
 
 
 class Metrics:
@@ -77,8 +90,8 @@ class Metrics:
         self.path, self.stage, self.env, self.track = path, stage, env, track
         kept = []
         if resume_step is not None and path.exists():
-            with open(path, newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= resume_step]
+            complete = path.read_text().rpartition("\n")[0]  # a kill may have cut the last line
+            kept = [row for row in csv.DictReader(complete.splitlines()) if int(row["step"]) <= resume_step]
         write_csv(path, FIELDS, kept)
 
     def log(
@@ -97,15 +110,18 @@ class Metrics:
                         self.track.log({f"{self.stage}/task{task}/seed{seed}/{metric}": float(value)}, step=step)
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file with a header."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes dictionaries as a CSV file, under a temporary name and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", newline="") as file:
+    """Writes dictionaries as a CSV file, atomically."""
+    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, path)
 
 
 def start_tracking(project: str, name: str, config: Mapping[str, Any]) -> Any:

@@ -96,13 +96,18 @@ class Run:
             old = checkpoint.read_header(self.state_path, stage=stage, remedy="start without --resume.")
             resume_step = old["step"]
             for field, value in checkpoint.plain(args).items():
-                if field not in ("resume", "track", "run_dir", "policy_run_dir") and old["args"].get(field) != value:
+                if (
+                    field not in ("resume", "track", "run_dir", "policy_run_dir", "dataset")
+                    and old["args"].get(field) != value
+                ):
                     raise UserError(
                         f"--resume: the run in {directory} has {field} {old['args'].get(field)!r}, not {value!r}: "
                         f"pass the same arguments, or start without --resume."
                     )
             if old["data"]["sha256"] != header["data"]["sha256"]:
                 raise UserError(f"--resume: the run in {directory} was trained on other data: start without --resume.")
+        else:
+            self.state_path.unlink(missing_ok=True)  # or a later --resume could continue the run before this one
         write_json(directory / "config.json", self.header)
         track = None
         if args.track:

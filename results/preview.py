@@ -8,14 +8,13 @@ policy alone with intervals, calibration, settings, data, versions) and `preview
 Runs at another scale or on other data never belong in the same table: it refuses to mix them.
 """
 
-import csv
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, run_cli
-from common.metrics import write_csv
+from common.metrics import read_csv, write_csv
 from evor_infer import summarise
 
 HERE = Path(__file__).parent
@@ -29,11 +28,6 @@ class Args:
     """Run directories."""
     name: str = "preview"
     """Prefix of the files."""
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

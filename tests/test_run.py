@@ -18,7 +18,7 @@ from helpers import contents
 
 from common import checkpoint, training
 from common.errors import UserError
-from common.training import Run, Standardizer, learning_rate, stack_replicas
+from common.training import Run, Standardizer, learning_rate, over_replicas, stack_replicas
 
 # --- Parts -------------------------------------------------------------------------------------------------------
 
@@ -58,6 +58,21 @@ def test_stacked_replicas_are_the_single_ones():
     for i in range(3):
         for a, b in zip(jax.tree.leaves(init(keys[i])), jax.tree.leaves(stacked), strict=True):
             np.testing.assert_array_equal(a, b[i])
+
+
+def test_over_replicas_applies_the_function_to_each_replica():
+    """Leaves of every argument are split along their first axis: fails if replicas are mixed or reordered."""
+
+    @jax.jit
+    def both(trees, scales):
+        return over_replicas(lambda tree, scale: {"y": tree["x"] @ tree["m"] * scale, "s": scale}, trees, scales)
+
+    trees = {"x": jnp.arange(12.0).reshape(3, 4), "m": jnp.arange(24.0).reshape(3, 4, 2)}
+    scales = jnp.array([1.0, -2.0, 0.5])
+    found = both(trees, scales)
+    assert found["s"].tolist() == [1.0, -2.0, 0.5]
+    for i in range(3):
+        np.testing.assert_allclose(found["y"][i], np.asarray(trees["x"][i]) @ np.asarray(trees["m"][i]) * scales[i])
 
 
 def test_shard_replicas_uses_as_many_devices_as_divide_the_replicas():
