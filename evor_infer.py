@@ -43,7 +43,7 @@ from common import checkpoint, figures
 from common.envs import check_env, parse_env, run_name
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes
-from common.metrics import sha256, write_csv
+from common.metrics import read_csv, sha256, write_csv
 from common.networks import FlowCritic, FlowPolicy, ReturnScale, make_critic, make_policy, stratified_normal
 from common.statistics import success_interval
 from common.training import Standardizer, over_replicas
@@ -267,9 +267,6 @@ def load_agents(
             f"{run_dir / 'value'} was trained with another base policy than {policy_path}: pass that one's run "
             f"directory with --policy-run-dir, or train evor_value.py again."
         )
-    missing = {seed for _, seed in replicas} - set(policy_header["seeds"])
-    if missing:
-        raise UserError(f"{policy_path} has no seed {min(missing)}: train it with evor_bc.py --seeds.")
     policy_index = np.array([policy_header["seeds"].index(seed) for _, seed in replicas])
     agents = AgentParams(
         policy=jax.tree.map(lambda x: jnp.asarray(x)[policy_index], policies),
@@ -417,6 +414,14 @@ def evaluate(
             )
         )
     return rows
+
+
+def read_episodes(path: Path) -> list[dict[str, Any]]:
+    """Rows of an `evaluation.csv` or `episodes.csv`, with numbers as numbers."""
+    words = ("env", "data_source", "data_sha256", "independent_noise")
+    whole = ("task", "seed", "step", "num_actions", "num_returns", "flow_steps", "episode", "length")
+    kinds = dict.fromkeys(words, str) | dict.fromkeys(whole, int)
+    return [{key: kinds.get(key, float)(value) for key, value in row.items()} for row in read_csv(path)]
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:

@@ -48,17 +48,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, ArrayLike, Float, Float16, Int, PRNGKeyArray
-from tqdm import tqdm
+from jaxtyping import Array, ArrayLike, Float, Float16, Int, Key, PRNGKeyArray
 
 import evor_bc
 import evor_infer
 from common import checkpoint, data, figures
+from common.bank import make_bank
 from common.envs import NUM_TASKS, parse_env, run_name, validation_path
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes
 from common.flow import integrate
-from common.metrics import read_csv, sha256, write_csv
+from common.metrics import sha256, write_csv
 from common.networks import FlowCritic, FlowPolicy, ReturnScale, make_critic, stratified_normal
 from common.statistics import calibration
 from common.training import Run, Standardizer, learning_rate, over_replicas, shard_replicas, stack_replicas
@@ -396,72 +396,6 @@ def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> Trai
     return TrainState(critic, target, make_optimizer(args).init(critic), jnp.zeros((), jnp.int32))
 
 
-# --- The next-action bank ----------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnames=("num", "flow_steps"))
-def sample_next_actions(
-    policy: FlowPolicy,
-    observations: Float[Array, "batch observation"],
-    index: Int[Array, " batch"],
-    num: int,
-    flow_steps: int,
-    *,
-    key: PRNGKeyArray,
-) -> Float16[Array, "batch num action"]:
-    """`num` actions of the base policy in each (standardised) observation. Half precision: the rounding, 5e-4 of the
-    range at most, is far below what ten Euler steps leave."""
-
-    def one(observation, i):
-        noise = jax.random.normal(jax.random.fold_in(key, i), (num, policy.action_dim))
-        return policy.sample(observation, noise, flow_steps=flow_steps).astype(jnp.float16)
-
-    return jax.vmap(one)(observations, index)
-
-
-def make_bank(
-    args: Args,
-    policies: FlowPolicy,
-    observations: Float[Array, "rows observation"],
-    ends: Int[np.ndarray, " n"],
-    *,
-    seeds: Sequence[int],
-    path: Path,
-    header: dict[str, Any],
-) -> Float16[np.ndarray, "seeds n K chunk"]:
-    """Draws the bank, or reads it from `path` if one with the same `header` stands there."""
-    chunk_dim = policies.action_dim
-
-    def empty(_):
-        return jnp.zeros((len(seeds), len(ends), args.num_next_actions, chunk_dim), jnp.float16)
-
-    header = checkpoint.plain({"stage": "bank", **header})
-    if path.is_file() and checkpoint.read_header(path, stage="bank", remedy="delete it.") == header:
-        return np.asarray(checkpoint.load(path, empty, stage="bank", remedy="delete it.")[1])
-    batch = min(4096, len(ends))
-    parts = []
-    with tqdm(total=len(seeds) * len(ends), desc="next-action bank", unit="state", unit_scale=True) as bar:
-        for i, seed in enumerate(seeds):
-            policy = jax.tree.map(lambda x, i=i: x[i], policies)
-            for first in range(0, len(ends), batch):
-                # The last batch is filled up, so that one shape is compiled.
-                index = np.minimum(np.arange(first, first + batch), len(ends) - 1)
-                drawn = sample_next_actions(
-                    policy,
-                    observations[ends[index]],
-                    jnp.asarray(index),
-                    args.num_next_actions,
-                    args.flow_steps,
-                    key=jax.random.key(seed),
-                )
-                used = min(batch, len(ends) - first)
-                parts.append(np.asarray(drawn)[:used])
-                bar.update(used)
-    bank = np.concatenate(parts).reshape(len(seeds), len(ends), args.num_next_actions, chunk_dim)
-    checkpoint.save(path, header, bank)
-    return bank
-
-
 # --- Reports -----------------------------------------------------------------------------------------------------
 
 
@@ -472,47 +406,35 @@ def calibrate(
     validation: data.Trajectories,
     tasks: Sequence[int],
     directory: Path,
-    *,
-    rows: int = 2_000,
-    tolerance: float = 0.01,
-) -> list[dict[str, Any]]:
+) -> None:
     """Predicted reward-to-go against Monte-Carlo returns of the validation episodes, as numbers and as a figure.
 
-    Rows count by their place in the episode alone: those with so many steps after them that what a cut-off return may
-    still lack is at most `tolerance` of the return range, `discount^steps * range`. Choosing the rows whose return
-    happens to be complete would choose the successful ones. The returns are those of the policy that made the data,
-    which `--next-action base` and `dataset` model; with `softmax` the predictions should be higher.
+    The returns are those of the policy that made the data, which `--next-action base` and `dataset` model; with
+    `softmax` the predictions should be higher.
     """
-    terminals, horizon = validation.terminals, args.horizon
-    margin = int(np.ceil(np.log(tolerance) / np.log(args.discount))) if args.discount > 0 else 1
-    left = data.last_rows(terminals) - np.arange(len(terminals))
-    candidates = np.flatnonzero(left >= max(margin, horizon))
-    if len(candidates) == 0:
-        print(f"calibration skipped: no validation episode has the {margin} steps a complete return needs.")
-        return []
-    chosen = np.sort(np.random.default_rng(0).choice(candidates, min(rows, len(candidates)), replace=False))
-    observations = jnp.asarray(validation.observations[chosen])
-    actions = evor_bc.action_chunks(jnp.asarray(validation.actions), jnp.asarray(chosen), horizon)
+    rows = data.rows_with_complete_returns(validation.terminals, discount=args.discount, horizon=args.horizon)
+    if len(rows) == 0:
+        print("calibration skipped: no validation episode is long enough for a complete return.")
+        return
+    observations = jnp.asarray(validation.observations[rows])
+    actions = evor_bc.action_chunks(jnp.asarray(validation.actions), jnp.asarray(rows), args.horizon)
     levels = np.linspace(0.1, 0.9, 9)
     out, panels = [], []
     for i, (task, seed) in enumerate(replicas):
-        agent = evor_infer.Agent(jax.tree.map(lambda x, i=i: x[i], agents), horizon)
+        agent = evor_infer.Agent(jax.tree.map(lambda x, i=i: x[i], agents), args.horizon)
         draws = agent.sample_returns(observations, actions, 64, flow_steps=args.flow_steps, key=jax.random.key(0))
-        k = list(tasks).index(task)
-        returns, _ = data.monte_carlo_returns(
-            validation.rewards[k], validation.masks[k], terminals, discount=args.discount
-        )
-        numbers = calibration(np.asarray(draws), returns[chosen], levels)
+        rewards, masks = (labels[list(tasks).index(task)] for labels in (validation.rewards, validation.masks))
+        returns, _ = data.monte_carlo_returns(rewards, masks, validation.terminals, discount=args.discount)
+        numbers = calibration(np.asarray(draws), returns[rows], levels)
         out += [dict(task=task, seed=seed, metric=m, value=v) for m, v in numbers.items()]
-        panels.append((f"task {task}, seed {seed}", np.asarray(draws), returns[chosen], numbers))
+        panels.append((f"task {task}, seed {seed}", np.asarray(draws), returns[rows], numbers))
         print(
             f"calibration, task {task}, seed {seed}: mean {numbers['mean_predicted']:.2f} predicted, "
             f"{numbers['mean_observed']:.2f} observed; correlation {numbers['correlation']:.2f}; "
-            f"crps {numbers['crps']:.2f} ({int(numbers['n'])} validation states)"
+            f"crps {numbers['crps']:.2f} ({len(rows)} validation states)"
         )
     write_csv(directory / "calibration.csv", ("task", "seed", "metric", "value"), out)
     figures.calibration(panels, levels, directory / "calibration.png")
-    return out
 
 
 def last_screen(
@@ -601,6 +523,45 @@ def bc_args(args: Args, policy_run_dir: Path) -> evor_bc.Args:
     )
 
 
+def load_base_policy(args: Args, policy_run_dir: Path, **expected: Any) -> tuple[FlowPolicy, Standardizer, str]:
+    """The base policies of `args.seeds` (leading axis), the standardizer, and the sha256 of their file; trains them
+    where none stand.
+
+    Raises:
+        UserError: what stands there was trained for something else, not to its end, or not for these seeds.
+    """
+    path = policy_run_dir / "bc" / "model.eqx"
+    if not path.is_file():
+        print(f"no base policy at {path}: training it first.", flush=True)
+        evor_bc.main(bc_args(args, policy_run_dir))
+    header, (policies, standardizer) = evor_infer.load_policy(policy_run_dir)
+    checkpoint.require(header, path, horizon=args.horizon, **expected)
+    if header["step"] < header["args"]["steps"]:
+        raise UserError(
+            f"the base policy at {path} stopped at step {header['step']} of {header['args']['steps']}: "
+            f"finish it with evor_bc.py --resume."
+        )
+    missing = set(args.seeds) - set(header["seeds"])
+    if missing:
+        raise UserError(f"{path} has no seed {min(missing)}: train it with evor_bc.py --seeds, or use its seeds.")
+    index = np.array([header["seeds"].index(seed) for seed in args.seeds])
+    return jax.tree.map(lambda x: jnp.asarray(x)[index], policies), standardizer, sha256(path)
+
+
+def make_replicas(
+    args: Args, dataset: ValueData, bounds: Float[np.ndarray, "tasks 2"], tasks: Sequence[int]
+) -> tuple[list[tuple[int, int]], Replica, Key[Array, " replicas"]]:
+    """The (task, seed) pairs, what distinguishes them, and the keys that initialise them."""
+    pairs = [(task, seed) for task in tasks for seed in args.seeds]
+    task, seed = (np.repeat(np.arange(len(tasks)), len(args.seeds)), np.tile(np.arange(len(args.seeds)), len(tasks)))
+    shift = data.mean_return(np.asarray(dataset.rewards), np.asarray(dataset.bootstraps))[task]
+    scale = ReturnScale.of(bounds[task, 0], bounds[task, 1], shift=shift, width=args.return_width)
+    # A replica's randomness depends on its task and seed, not on what is trained beside it.
+    keys = [jax.random.split(jax.random.fold_in(jax.random.key(s), t)) for t, s in pairs]
+    init_keys, train_keys = jnp.stack([k[0] for k in keys]), jnp.stack([k[1] for k in keys])
+    return pairs, Replica(jnp.asarray(task), jnp.asarray(seed), scale, train_keys), init_keys
+
+
 def main(args: Args) -> list[dict[str, Any]]:
     """Data, base policy, reward models, evaluation, report; returns the summary of the last evaluation."""
     args = dataclasses.replace(args, save_every=min(args.save_every, args.steps))
@@ -611,40 +572,25 @@ def main(args: Args) -> list[dict[str, Any]]:
     if args.resume:
         state_path = run_dir / "value" / "train_state.eqx"
         checkpoint.read_header(state_path, stage="value", remedy="start without --resume.")
+
+    # Data.
     path, source = data.find_files(args.env, args.dataset, episodes=args.episodes)
     info = data.describe(path, source)
     own_rewards = args.dataset is not None and data.has_rewards(path)
     tasks = choose_tasks(args, path, own_rewards)
-    trajectories = data.load_trajectories(path, env=args.env, tasks=tasks, reward=args.reward)
+    load = functools.partial(data.load_trajectories, env=args.env, tasks=tasks, reward=args.reward)
+    trajectories = load(path)
+    validation = load(validation_path(path)) if validation_path(path).is_file() else None
     data.print_summary(trajectories, info, tasks=tasks, discount=args.discount)
-    held_out = None
-    if validation_path(path).is_file():
-        held_out = data.load_trajectories(validation_path(path), env=args.env, tasks=tasks, reward=args.reward)
-
-    policy_path = policy_run_dir / "bc" / "model.eqx"
-    if not policy_path.is_file():
-        print(f"no base policy at {policy_path}: training it first.", flush=True)
-        evor_bc.main(bc_args(args, policy_run_dir))
-    policy_header, (policies, standardizer) = evor_infer.load_policy(policy_run_dir)
-    dims = dict(observation_dim=trajectories.observations.shape[1], action_dim=trajectories.actions.shape[1])
-    checkpoint.require(policy_header, policy_path, env=name, horizon=args.horizon, **dims)
-    if policy_header["step"] < policy_header["args"]["steps"]:
-        raise UserError(
-            f"the base policy at {policy_path} stopped at step {policy_header['step']} of "
-            f"{policy_header['args']['steps']}: finish it with evor_bc.py --resume."
-        )
-    missing = set(args.seeds) - set(policy_header["seeds"])
-    if missing:
-        raise UserError(
-            f"{policy_path} has no seed {min(missing)}: train it with evor_bc.py --seeds, or use its seeds."
-        )
-    if policy_header["data"]["sha256"] != info["sha256"]:
-        print(f"NOTE: the base policy was trained on {policy_header['data']['name']}, not on {info['name']}.")
-    policies = jax.tree.map(
-        lambda x: jnp.asarray(x)[np.array([policy_header["seeds"].index(s) for s in args.seeds])], policies
+    extra = args.horizon - 1 if args.next_action == "dataset" else 0  # the next chunk has to be in the data too
+    starts = data.transition_starts(trajectories.terminals, args.horizon, extra=extra)
+    rewards, bootstraps = data.chunk_rewards(
+        trajectories.rewards, trajectories.masks, starts, horizon=args.horizon, discount=args.discount
     )
 
-    pairs = [(task, seed) for task in tasks for seed in args.seeds]
+    # Base policy and its next actions.
+    dims = dict(observation_dim=trajectories.observations.shape[1], action_dim=trajectories.actions.shape[1])
+    policies, standardizer, policy_sha256 = load_base_policy(args, policy_run_dir, env=name, **dims)
     header = dict(
         stage="value",
         env=name,
@@ -653,63 +599,39 @@ def main(args: Args) -> list[dict[str, Any]]:
         width=args.width,
         depth=args.depth,
         critic=args.critic,
-        replicas=pairs,
+        replicas=[(task, seed) for task in tasks for seed in args.seeds],
         data=info,
         policy_run_dir=policy_run_dir.resolve(),
-        policy_sha256=sha256(policy_path),
+        policy_sha256=policy_sha256,
         args=args,
     )
-    extra = args.horizon - 1 if args.next_action == "dataset" else 0  # the next chunk has to be in the data too
-    starts = data.transition_starts(trajectories.terminals, args.horizon, extra=extra)
-    run = Run(run_dir / "value", header, replicas=pairs, args=args)
-
-    rewards, bootstraps = data.chunk_rewards(
-        trajectories.rewards, trajectories.masks, starts, horizon=args.horizon, discount=args.discount
-    )
+    run = Run(run_dir / "value", header, replicas=header["replicas"], args=args)
     observations = jnp.asarray(standardizer.rows(trajectories.observations))
-    if args.next_action == "dataset":
-        bank = np.zeros((len(args.seeds), len(starts), 0, dims["action_dim"] * args.horizon), np.float16)
-    else:
-        made_of = dict(
-            policy_sha256=header["policy_sha256"],
-            data_sha256=info["sha256"],
-            flow_steps=args.flow_steps,
+    bank = np.zeros((len(args.seeds), len(starts), 0, policies.action_dim), np.float16)
+    if args.next_action != "dataset":
+        bank = make_bank(
+            policies,
+            observations,
+            starts + args.horizon,
             seeds=args.seeds,
+            num_actions=args.num_next_actions,
+            flow_steps=args.flow_steps,
+            path=policy_run_dir / "bc" / f"bank-{args.num_next_actions}.eqx",
+            made_of=dict(policy_sha256=policy_sha256, data_sha256=info["sha256"]),
         )
-        bank_path = policy_run_dir / "bc" / f"bank-{args.num_next_actions}.eqx"
-        settings = dict(seeds=args.seeds, path=bank_path, header=made_of)
-        bank = make_bank(args, policies, observations, starts + args.horizon, **settings)
-    dataset = ValueData(
-        observations=observations,
-        actions=jnp.asarray(trajectories.actions),
-        starts=jnp.asarray(starts),
-        rewards=jnp.asarray(rewards),
-        bootstraps=jnp.asarray(bootstraps),
-        bank=jnp.asarray(bank),
-    )
 
+    # Training.
+    arrays = (trajectories.actions, starts, rewards, bootstraps, bank)
+    dataset = ValueData(observations, *(jnp.asarray(array) for array in arrays))
     bounds = data.return_bounds(trajectories.rewards, args.discount)
-    task_index = np.array([list(tasks).index(task) for task, _ in pairs])
-    shift = data.mean_return(rewards, bootstraps)[task_index]
-    scale = ReturnScale.of(bounds[task_index, 0], bounds[task_index, 1], shift=shift, width=args.return_width)
-    replica_keys = jax.vmap(lambda t, s: jax.random.fold_in(jax.random.key(s), t))(
-        np.array([t for t, _ in pairs]), np.array([s for _, s in pairs])
-    )
-    keys = jax.vmap(lambda key: jax.random.split(key))(replica_keys)
-    replicas = Replica(
-        task=jnp.asarray(task_index),
-        seed=jnp.asarray([list(args.seeds).index(seed) for _, seed in pairs]),
-        scale=scale,
-        key=keys[:, 1],
-    )
-    state = stack_replicas(lambda key: init_state(args, header, key=key), keys[:, 0])
-    state = run.restore(state)
+    pairs, replicas, init_keys = make_replicas(args, dataset, bounds, tasks)
+    state = run.restore(stack_replicas(lambda key: init_state(args, header, key=key), init_keys))
     state, replicas = shard_replicas((state, replicas))
 
     def agents(state: TrainState) -> evor_infer.AgentParams:
-        standardizers: Standardizer = jax.tree.map(lambda x: jnp.stack([x] * len(pairs)), standardizer)
+        standardizers = jax.tree.map(lambda x: jnp.stack([x] * len(pairs)), standardizer)
         policy = jax.tree.map(lambda x: x[replicas.seed], policies)
-        return evor_infer.AgentParams(policy, state.critic, standardizers, scale)
+        return evor_infer.AgentParams(policy, state.critic, standardizers, replicas.scale)
 
     settings = evor_infer.Extraction(
         args.num_actions, args.num_returns, args.return_temperature, args.action_temperature, args.flow_steps
@@ -717,42 +639,45 @@ def main(args: Args) -> list[dict[str, Any]]:
     evaluation_path = run.directory / "evaluation.csv"
     rows: list[dict[str, Any]] = []
     if args.resume and evaluation_path.is_file():
-        rows = [row for row in read_csv(evaluation_path) if int(row["step"]) <= int(np.max(state.step))]
+        # The last evaluation is done anew at the end.
+        done = min(int(np.max(state.step)), args.steps - 1)
+        rows = [row for row in evor_infer.read_episodes(evaluation_path) if row["step"] <= done]
 
-    def evaluate(step: int, state: TrainState) -> None:
-        """Evaluates the extracted policy, and the base policy alone on the same episodes once, at the end."""
-        which = [settings]
-        if step == args.steps and args.num_actions > 1:
-            which.insert(0, dataclasses.replace(settings, num_actions=1))
+    def evaluate(step: int, state: TrainState) -> list[dict[str, Any]]:
+        """Evaluates the extracted policy and, at the end, the base policy alone on the same episodes."""
+        with_base = step == args.steps and args.num_actions > 1
+        sweep = [dataclasses.replace(settings, num_actions=1)] * with_base + [settings]
         gym_ids = [parse_env(args.env).gym_id(task) for task, _ in pairs]
+        found = []
         with Episodes(gym_ids, num_episodes=args.eval_episodes, horizon=args.horizon) as episodes:
-            for extraction in which:
-                found = evor_infer.evaluate(
+            for extraction in sweep:
+                found += evor_infer.evaluate(
                     agents(state), episodes, extraction, replicas=pairs, horizon=args.horizon, seed=0
                 )
-                rows.extend(dict(env=name, data_source=info["source"], step=step) | row for row in found)
-                if extraction is settings:
-                    success = evor_infer.summarise(found, ("task", "seed"))
-                    run.metrics.log(step, pairs, {"success": [row["success"] for row in success]})
+        rows.extend(dict(env=name, data_source=source, step=step) | row for row in found)
         write_csv(evaluation_path, list(rows[0]), rows)
+        extracted = [row for row in found if row["num_actions"] == args.num_actions]
+        success = [row["success"] for row in evor_infer.summarise(extracted, ("task", "seed"))]
+        run.metrics.log(step, pairs, {"success": success})
+        return found
 
     evaluated = args.eval_episodes > 0 and not own_rewards
     run.train(
         state,
         lambda state: train_chunk(args, state, dataset, replicas),
-        model=lambda state: (state.critic, scale),
+        model=lambda state: (state.critic, replicas.scale),
         evaluate=evaluate if evaluated else None,
         evaluate_every=args.eval_every,
     )
+
+    # Report.
     figures.training(run.directory / "metrics.csv", run.directory / "training.png", title=f"{name}: {args.td_target}")
-    if held_out is not None:
-        calibrate(args, agents(run.state), pairs, held_out, tasks, run.directory)
+    if validation is not None:
+        calibrate(args, agents(run.state), pairs, validation, tasks, run.directory)
     summary: list[dict[str, Any]] = []
     if evaluated:
-        evaluate(args.steps, run.state)
-        final = [row for row in rows if int(row["step"]) == args.steps]
-        summary = evor_infer.summarise(final, ("task", "num_actions"))
-        figures.success(summary, run.directory / "evaluation.png", title=f"{name} ({info['source']} data)")
+        summary = evor_infer.summarise(evaluate(args.steps, run.state), ("task", "num_actions"))
+        figures.success(summary, run.directory / "evaluation.png", title=f"{name} ({source} data)")
     elif own_rewards:
         print("evaluation skipped: the dataset brings its own rewards, so there is no environment to evaluate in.")
     last_screen(args, name, info, summary, run.directory, policy_run_dir)

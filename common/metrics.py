@@ -85,13 +85,25 @@ class Metrics:
     are, so equal runs leave equal files.
     """
 
-    def __init__(self, path: Path, *, stage: str, env: str, resume_step: int | None = None, track: Any = None):
-        """Starts a new file, or, with `resume_step`, keeps the rows of the steps up to it."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        stage: str,
+        env: str,
+        resume_step: int | None = None,
+        finished: bool = False,
+        track: Any = None,
+    ):
+        """Starts a new file, or, with `resume_step`, keeps the rows of the steps up to it. `finished`: that was the
+        last step, whose evaluation is done anew."""
         self.path, self.stage, self.env, self.track = path, stage, env, track
         kept = []
         if resume_step is not None and path.exists():
             complete = path.read_text().rpartition("\n")[0]  # a kill may have cut the last line
             kept = [row for row in csv.DictReader(complete.splitlines()) if int(row["step"]) <= resume_step]
+            if finished:
+                kept = [row for row in kept if (row["metric"], row["step"]) != ("success", str(resume_step))]
         write_csv(path, FIELDS, kept)
 
     def log(

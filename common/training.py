@@ -117,6 +117,7 @@ class Run:
             stage=header["stage"],
             env=header["env"],
             resume_step=resume_step,
+            finished=resume_step == args.steps,
             track=track,
         )
 

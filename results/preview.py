@@ -15,7 +15,7 @@ from typing import Any
 
 from common.errors import UserError, run_cli
 from common.metrics import read_csv, write_csv
-from evor_infer import summarise
+from evor_infer import read_episodes, summarise
 
 HERE = Path(__file__).parent
 
@@ -60,17 +60,16 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         git_revision=config["git_revision"],
         **{f"version_{k}": v for k, v in versions.items()},
     )
-    episodes = [row for row in read_csv(directory / "evaluation.csv") if int(row["step"]) == args["steps"]]
+    episodes = [row for row in read_episodes(directory / "evaluation.csv") if row["step"] == args["steps"]]
     if not episodes:
         raise UserError(f"{run} has no evaluation of its last checkpoint: let it finish.")
-    numbers = [row | dict(success=float(row["success"]), length=float(row["length"])) for row in episodes]
     by_method = {
-        (row["task"], row["seed"], int(row["num_actions"]) == 1): row
-        for row in summarise(numbers, ("task", "seed", "num_actions"))
+        (row["task"], row["seed"], row["num_actions"] == 1): row
+        for row in summarise(episodes, ("task", "seed", "num_actions"))
     }
     calibration = {}
     for row in read_csv(directory / "calibration.csv"):
-        calibration.setdefault((row["task"], row["seed"]), {})[row["metric"]] = float(row["value"])
+        calibration.setdefault((int(row["task"]), int(row["seed"])), {})[row["metric"]] = float(row["value"])
     rows = []
     for task, seed in sorted({(task, seed) for task, seed, _ in by_method}):
         evor, base = by_method[task, seed, False], by_method[task, seed, True]

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import contents
 
 from common import checkpoint
 from common.errors import UserError
 from common.networks import ReturnScale, make_critic
+from tests.helpers import contents
 
 HEADER = dict(stage="value", observation_dim=3, action_dim=2, horizon=1, width=8, depth=2, critic="mlp", step=7)
 REMEDY = "train it first."

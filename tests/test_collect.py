@@ -8,10 +8,10 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
-from helpers import contents
 
 from common import collect, envs
 from common.errors import UserError, parse_args
+from tests.helpers import contents
 
 ROWS = 40
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
-from helpers import contents, tiny_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common import data, envs
 from common.collect import collect
 from common.errors import UserError
+from tests.helpers import contents, tiny_dataset
 
 # --- Names -------------------------------------------------------------------------------------------------------
 
@@ -201,7 +201,7 @@ def test_read_arrays_refuses_what_is_no_npz_file(tmp_path: Path):
     empty.touch()
     np.save(single, np.zeros((6, 2)))
     for path in (text, empty, single):
-        with pytest.raises(UserError, match=rf"{path.name} is not a readable \.npz file.*numpy\.savez"):
+        with pytest.raises(UserError, match=rf"{path.name} cannot be read.*numpy\.savez"):
             data.read_arrays(path)
 
 
@@ -221,7 +221,7 @@ def test_read_arrays_refuses_a_damaged_file(tmp_path: Path, save):
             refused += 1
     assert refused > len(good) // 12
     path.write_bytes(good[: len(good) // 2])
-    with pytest.raises(UserError, match="not a readable"):
+    with pytest.raises(UserError, match="cannot be read"):
         data.read_arrays(path)
 
 
@@ -286,6 +286,7 @@ def collected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     path = tmp_path_factory.mktemp(request.param) / "data.npz"
     collect(f"{request.param}-play-v0", path, episodes=1, rows=40, workers=1)
     arrays = dict(np.load(path))
+    envs.import_ogbench()
     env = gymnasium.make(f"{request.param}-singletask-task2-v0")
     goals = env.unwrapped.task_infos[1]["goal_xyzs"]
     env.close()

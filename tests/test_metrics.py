@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import contents
 
 from common import metrics
 from common.errors import UserError
 from common.metrics import Metrics, plain, start_tracking, write_csv, write_json
+from tests.helpers import contents
 
 REPLICAS = [(1, 0), (1, 3), (2, 0), (2, 3)]
 

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import contents
 
 from common import checkpoint, training
 from common.errors import UserError
 from common.training import Run, Standardizer, learning_rate, over_replicas, stack_replicas
+from tests.helpers import contents
 
 # --- Parts -------------------------------------------------------------------------------------------------------
 

@@ -70,7 +70,9 @@ def test_resumed_stages_equal_uninterrupted_ones(tmp_path, dataset, monkeypatch)
 
 def test_run_directory_of_own_data(tmp_path, dataset):
     """One row per seed, step and metric; provenance in config.json; no environment is asked for anything."""
-    args = evor_value.Args(env="robot", dataset=dataset, run_dir=tmp_path / "run", seeds=(0, 1), **SMALL)
+    settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "run", seeds=(0, 1), **SMALL)
+    evor_bc.main(evor_bc.Args(**settings))
+    args = evor_value.Args(**settings)
     assert evor_value.main(args) == []
     directory = tmp_path / "run" / "value"
     with open(directory / "metrics.csv", newline="") as file:
@@ -89,14 +91,18 @@ def test_run_directory_of_own_data(tmp_path, dataset):
 
 
 def test_a_run_compiles_its_training_step_once(tmp_path, dataset):
+    settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "r", **SMALL | {"width": 8})
+    evor_bc.main(evor_bc.Args(**settings))
     before = evor_value.train_chunk._cache_size()
-    evor_value.main(evor_value.Args(env="robot", dataset=dataset, run_dir=tmp_path / "r", **SMALL | {"width": 8}))
+    evor_value.main(evor_value.Args(**settings))
     assert evor_value.train_chunk._cache_size() == before + 1
 
 
 def test_bank_is_reused_only_with_what_it_was_made_of(tmp_path, dataset):
     """The same policy and data: the file stays; another number of actions: another file."""
-    args = evor_value.Args(env="robot", dataset=dataset, run_dir=tmp_path / "r", **SMALL)
+    settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "r", **SMALL)
+    evor_bc.main(evor_bc.Args(**settings))
+    args = evor_value.Args(**settings)
     evor_value.main(args)
     bank = tmp_path / "r" / "bc" / "bank-4.eqx"
     stamp = bank.stat().st_mtime_ns
