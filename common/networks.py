@@ -2,7 +2,7 @@
 
 Numerics follow the FQL code base, the lineage of EVOR's paper, not Equinox's defaults: Glorot-uniform kernels, zero
 biases, tanh-approximate GELU, LayerNorm *after* the activation with eps 1e-6 in critics and none in policies, the raw
-time `t` appended to the input.
+time `t` appended to the input. One thing differs: critics start with an output layer a hundred times smaller.
 """
 
 from typing import Any
@@ -135,14 +135,17 @@ class FlowCritic(eqx.Module):
         inputs = observation_dim + action_dim
         if kind == "mlp":
             self.trunk, self.inputs = None, inputs
-            self.head = MLP(inputs + 2, 1, width=width, depth=depth, layer_norm=True, key=head_key)
+            head = MLP(inputs + 2, 1, width=width, depth=depth, layer_norm=True, key=head_key)
         elif kind == "trunk":
             # All but one of the layers see (x, a) alone; the head is a quarter as wide, two layers deep.
             self.inputs = width
             self.trunk = MLP(inputs, width, width=width, depth=depth - 1, layer_norm=True, key=trunk_key)
-            self.head = MLP(width + 2, 1, width=width // 4, depth=2, layer_norm=True, key=head_key)
+            head = MLP(width + 2, 1, width=width // 4, depth=2, layer_norm=True, key=head_key)
         else:
             raise ValueError(f"critic must be 'mlp' or 'trunk', not {kind!r}.")
+        # A small output: after LayerNorm a Glorot output layer starts off by about one unit, half the possible returns,
+        # and a bootstrapped level takes 1 / (tau (1 - discount)) steps to mend by a factor e.
+        self.head = eqx.tree_at(lambda mlp: mlp.output.weight, head, 0.01 * head.output.weight)
 
     def features(
         self, observation: Float[Array, " observation"], action: Float[Array, " action"]

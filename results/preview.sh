@@ -12,8 +12,8 @@ python -m benchmarks.base_policy --env cube-double-play --out results/base_polic
 # Reward models: the published target and the default one, each with the base and the softmax backup.
 python evor_value.py --env cube-single-play --preview --tasks 2 1 4 --td-target paper --next-action base --run-dir runs/preview/single-paper-base --policy-run-dir runs/cube-single-play
 python evor_value.py --env cube-single-play --preview --tasks 2 1 4 --td-target shared-noise --next-action base --run-dir runs/preview/single-shared-base --policy-run-dir runs/cube-single-play
-python evor_value.py --env cube-single-play --preview --tasks 2 1 4 --td-target paper --next-action softmax --run-dir runs/preview/single-paper-softmax --policy-run-dir runs/cube-single-play
-python evor_value.py --env cube-single-play --preview --tasks 2 1 4 --td-target shared-noise --next-action softmax --run-dir runs/preview/single-shared-softmax --policy-run-dir runs/cube-single-play
+python evor_value.py --env cube-single-play --preview --tasks 2 --td-target paper --next-action softmax --run-dir runs/preview/single-paper-softmax --policy-run-dir runs/cube-single-play
+python evor_value.py --env cube-single-play --preview --tasks 2 --td-target shared-noise --next-action softmax --run-dir runs/preview/single-shared-softmax --policy-run-dir runs/cube-single-play
 python evor_value.py --env cube-double-play --preview --horizon 5 --td-target paper --next-action base --run-dir runs/preview/double-paper-base --policy-run-dir runs/cube-double-play
 python evor_value.py --env cube-double-play --preview --horizon 5 --td-target shared-noise --next-action base --run-dir runs/preview/double-shared-base --policy-run-dir runs/cube-double-play
 python evor_value.py --env cube-double-play --preview --horizon 5 --td-target paper --next-action softmax --run-dir runs/preview/double-paper-softmax --policy-run-dir runs/cube-double-play
