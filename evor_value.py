@@ -71,7 +71,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_actions=8, num_returns=4,
     ),
     "preview": dict(
-        steps=20_000, schedule="cosine", learning_rate=1e-3, tau=0.01, critic="trunk", num_actions=16, num_returns=8,
+        steps=20_000, schedule="cosine", learning_rate=1e-3, tau=0.02, critic="trunk", num_actions=16, num_returns=8,
     ),
 }  # fmt: skip
 
