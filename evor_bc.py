@@ -34,7 +34,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from common import data
-from common.envs import run_name
+from common.envs import default_run_dir, run_name
 from common.errors import UserError, run_cli
 from common.networks import FlowPolicy, make_policy
 from common.training import Run, Standardizer, learning_rate, over_replicas, shard_replicas, stack_replicas
@@ -55,9 +55,11 @@ class Args:
     seeds: tuple[int, ...] = (0,)
     """One policy per seed, all trained in one program."""
     run_dir: Path | None = None
-    """Where the run goes; runs/ENV by default. This stage writes to its folder bc/."""
+    """Where the run goes; runs/ENV (runs/ENV-quick) by default. This stage writes to its folder bc/."""
     resume: bool = False
     """Continue from the last checkpoint in the run directory."""
+    overwrite: bool = False
+    """Start anew where a run stands already."""
     track: bool = False
     """Also log to Weights & Biases."""
     quick: bool = False
@@ -227,7 +229,12 @@ def main(args: Args) -> dict[str, float]:
         data=info,
         args=args,
     )
-    run = Run((args.run_dir or Path("runs") / name) / "bc", header, replicas=[("", s) for s in args.seeds], args=args)
+    run = Run(
+        (args.run_dir or default_run_dir(name, quick=args.quick)) / "bc",
+        header,
+        replicas=[("", s) for s in args.seeds],
+        args=args,
+    )
 
     replica_keys = jax.vmap(jax.random.key)(np.asarray(args.seeds))
     keys = jax.vmap(lambda key: jax.random.split(key))(replica_keys)

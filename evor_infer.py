@@ -18,7 +18,8 @@ Both temperatures are given as fractions of the width of the interval of possibl
 same in every environment; tables also state them in the environment's units. `num_actions = 1` is the base policy.
 
 Lists on the command line are a sweep: every combination is evaluated on the same episodes, without retraining.
-Reads `runs/ENV/{bc,value}/model.eqx`; writes `runs/ENV/infer/{episodes.csv, summary.csv, sweep.png}`.
+Reads `runs/ENV/{bc,value}/model.eqx`; writes `runs/ENV/infer/{config.json, episodes.csv,
+summary.csv, sweep.png}`.
 
 Differences from the paper: (1) log-*mean*-exp instead of log-sum-exp: the same softmax at equal N, and comparable
 across N. (2) All candidates share their return noise z_0, stratified normal quantiles by default: independent draws
@@ -40,10 +41,10 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PRNGKeyArray
 
 from common import checkpoint, figures
-from common.envs import check_env, parse_env, run_name
+from common.envs import check_env, default_run_dir, parse_env, run_name
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes
-from common.metrics import read_csv, sha256, write_csv
+from common.metrics import git_revision, package_versions, read_csv, sha256, write_csv, write_json
 from common.networks import FlowCritic, FlowPolicy, ReturnScale, make_critic, make_policy, stratified_normal
 from common.statistics import success_interval
 from common.training import Standardizer, over_replicas
@@ -66,7 +67,7 @@ class Args:
     seeds: tuple[int, ...] = ()
     """Seeds to evaluate; all that stage 2 trained by default."""
     run_dir: Path | None = None
-    """The run directory of stage 2; runs/ENV by default."""
+    """The run directory of stage 2; runs/ENV (runs/ENV-quick) by default."""
     policy_run_dir: Path | None = None
     """The run directory of stage 1; the one stage 2 was trained with by default."""
     quick: bool = False
@@ -95,6 +96,8 @@ class Args:
     """Seed of the initial states."""
     workers: int | None = None
     """Processes that step environments; all cores by default."""
+    out: str = "infer"
+    """Folder of the run directory to write to; another name keeps an earlier sweep."""
 
 
 class AgentParams(NamedTuple):
@@ -308,28 +311,48 @@ class Agent:
     params: AgentParams
     horizon: int = 1
 
+    def _check(self, observations: Any, actions: Any = None) -> Any:
+        """Actions as one vector per chunk.
+
+        Raises:
+            ValueError: shapes that would broadcast into nonsense, such as a single observation without a batch axis.
+        """
+        policy = self.params.policy
+        if np.ndim(observations) != 2 or np.shape(observations)[1] != policy.observation_dim:
+            raise ValueError(f"observations must be (batch, {policy.observation_dim}), not {np.shape(observations)}.")
+        if actions is None:
+            return None
+        if len(actions) != len(observations) or np.size(actions) != len(observations) * policy.action_dim:
+            raise ValueError(
+                f"actions must be ({len(observations)}, {policy.action_dim}), or the same with an axis for the steps "
+                f"of a chunk, not {np.shape(actions)}."
+            )
+        return jnp.reshape(jnp.asarray(actions), (len(observations), policy.action_dim))
+
     def act(
-        self, observations: Float[Array | np.ndarray, "batch observation"], *, key: PRNGKeyArray, **settings
+        self, observations: Float[Array | np.ndarray, "..."], *, key: PRNGKeyArray, **settings
     ) -> Float[Array, "batch horizon action"]:
         """Extracted action chunks. Settings: the fields of `Extraction`."""
+        self._check(observations)
         actions = _act(self.params, observations, Extraction(**settings), key=key)
         return actions.reshape(len(actions), self.horizon, -1)
 
     def sample_actions(
         self,
-        observations: Float[Array | np.ndarray, "batch observation"],
+        observations: Float[Array | np.ndarray, "..."],
         num_actions: int,
         *,
         flow_steps: int = 10,
         key: PRNGKeyArray,
     ) -> Float[Array, "batch num_actions chunk"]:
         """Candidates of the base policy, in [-1, 1]; a chunk of h actions is one vector."""
+        self._check(observations)
         return _sample_actions(self.params, observations, num_actions, flow_steps, key=key)
 
     def sample_returns(
         self,
-        observations: Float[Array | np.ndarray, "batch observation"],
-        actions: Float[Array | np.ndarray, "batch chunk"],
+        observations: Float[Array | np.ndarray, "..."],
+        actions: Float[Array | np.ndarray, "batch *chunk"],
         num_returns: int,
         *,
         independent_noise: bool = False,
@@ -337,13 +360,14 @@ class Agent:
         key: PRNGKeyArray,
     ) -> Float[Array, "batch num_returns"]:
         """Draws of the reward-to-go; by default those of the normal quantiles, in rising order of the noise."""
+        actions = self._check(observations, actions)
         settings = Extraction(num_returns=num_returns, flow_steps=flow_steps, independent_noise=independent_noise)
         return _sample_returns(self.params, observations, actions, settings, key=key)
 
     def q_value(
         self,
-        observations: Float[Array | np.ndarray, "batch observation"],
-        actions: Float[Array | np.ndarray, "batch chunk"],
+        observations: Float[Array | np.ndarray, "..."],
+        actions: Float[Array | np.ndarray, "batch *chunk"],
         *,
         num_returns: int = 16,
         return_temperature: float = 0.1,
@@ -419,7 +443,7 @@ def evaluate(
 def read_episodes(path: Path) -> list[dict[str, Any]]:
     """Rows of an `evaluation.csv` or `episodes.csv`, with numbers as numbers."""
     words = ("env", "data_source", "data_sha256", "independent_noise")
-    whole = ("task", "seed", "step", "num_actions", "num_returns", "flow_steps", "episode", "length")
+    whole = ("task", "seed", "step", "eval_seed", "num_actions", "num_returns", "flow_steps", "episode", "length")
     kinds = dict.fromkeys(words, str) | dict.fromkeys(whole, int)
     return [{key: kinds.get(key, float)(value) for key, value in row.items()} for row in read_csv(path)]
 
@@ -456,7 +480,7 @@ def check_args(args: Args) -> None:
 def main(args: Args) -> list[dict[str, Any]]:
     """Evaluates every combination of the lists; returns the summary rows."""
     check_args(args)
-    run_dir = args.run_dir or Path("runs") / run_name(args.env, None)
+    run_dir = args.run_dir or default_run_dir(run_name(args.env, None), quick=args.quick)
     header, replicas, agents = load_agents(
         run_dir, tasks=args.tasks, seeds=args.seeds, policy_run_dir=args.policy_run_dir
     )
@@ -489,10 +513,24 @@ def main(args: Args) -> list[dict[str, Any]]:
                 f"tau_R={settings.return_temperature:g} tau_Q={settings.action_temperature:g}",
             )
     common = dict(env=name.short, data_source=header["data"]["source"], data_sha256=header["data"]["sha256"])
+    common |= dict(eval_seed=args.eval_seed)
     rows = [common | row for row in rows]
     by = ("env", "data_source", *(field.name for field in dataclasses.fields(Extraction)), "task")
     summary = summarise(rows, by)
-    out = run_dir / "infer"
+    out = run_dir / args.out
+    write_json(
+        out / "config.json",
+        dict(
+            stage="infer",
+            env=name.short,
+            args=args,
+            data=header["data"],
+            policy_sha256=header["policy_sha256"],
+            critic_sha256=sha256(run_dir / "value" / "model.eqx"),
+            versions=package_versions(),
+            git_revision=git_revision(),
+        ),
+    )
     write_csv(out / "episodes.csv", list(rows[0]), rows)
     write_csv(out / "summary.csv", list(summary[0]), summary)
     figures.sweep(summary, out / "sweep.png", title=f"{name.short} ({header['data']['source']} data)")

@@ -54,7 +54,7 @@ import evor_bc
 import evor_infer
 from common import checkpoint, data, figures
 from common.bank import make_bank
-from common.envs import NUM_TASKS, parse_env, run_name, validation_path
+from common.envs import NUM_TASKS, default_run_dir, parse_env, run_name, validation_path
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes
 from common.flow import integrate
@@ -88,11 +88,13 @@ class Args:
     seeds: tuple[int, ...] = (0,)
     """One reward model per task and seed, all trained in one program."""
     run_dir: Path | None = None
-    """Where the run goes; runs/ENV by default. This stage writes to its folder value/."""
+    """Where the run goes; runs/ENV (runs/ENV-quick) by default. This stage writes to its folder value/."""
     policy_run_dir: Path | None = None
     """The run directory with the base policy; --run-dir by default."""
     resume: bool = False
     """Continue from the last checkpoint in the run directory."""
+    overwrite: bool = False
+    """Start anew where a run stands already."""
     track: bool = False
     """Also log to Weights & Biases."""
     quick: bool = False
@@ -438,9 +440,11 @@ def calibrate(
 
 
 def last_screen(
-    args: Args, name: str, info: dict[str, Any], summary: list[dict[str, Any]], directory: Path, policy_run_dir: Path
+    args: Args, name: str, info: dict[str, Any], episodes: list[dict[str, Any]], directory: Path, policy_run_dir: Path
 ) -> None:
     """What was trained on what, how well it does, and where everything is."""
+    summary = evor_infer.summarise(episodes, ("task", "num_actions"))
+    by_seed = evor_infer.summarise(episodes, ("task", "num_actions", "seed"))
     line = "-" * 100
     print(f"\n{line}\nEVOR on {name}: {info['name']} (source: {info['source']}, sha256 {info['sha256'][:12]})")
     print(
@@ -455,8 +459,11 @@ def last_screen(
         what = "base policy alone" if row["num_actions"] == 1 else f"EVOR, best of {row['num_actions']}"
         print(
             f"  task {row['task']}  {what:<20} success {row['success']:6.1%}  "
-            f"95% interval [{row['low']:.1%}, {row['high']:.1%}]  ({row['episodes']} episodes)"
+            f"95% interval over episodes [{row['low']:.1%}, {row['high']:.1%}]  ({row['episodes']} episodes)"
         )
+        for seed in by_seed:
+            if len(args.seeds) > 1 and (seed["task"], seed["num_actions"]) == (row["task"], row["num_actions"]):
+                print(f"      seed {seed['seed']}: {seed['success']:6.1%}")
     print(f"base policy:  {policy_run_dir / 'bc' / 'model.eqx'}\nreward model: {directory / 'model.eqx'}")
     for file in sorted(directory.glob("*.csv")) + sorted(directory.glob("*.png")):
         print(f"              {file}")
@@ -479,6 +486,8 @@ def check_args(args: Args) -> None:
         raise UserError(f"--discount must be in [0, 1), not {args.discount}.")
     if len(set(args.tasks)) != len(args.tasks):
         raise UserError("--tasks needs each task once.")
+    if not set(args.tasks) <= set(range(1, NUM_TASKS + 1)):
+        raise UserError(f"--tasks {list(args.tasks)}: a task does not exist, OGBench has tasks 1 to {NUM_TASKS}.")
     if args.return_width <= 0:
         raise UserError(f"--return-width must be positive, not {args.return_width}.")
     for field in ("num_next_actions", "backup_returns", "target_steps", "flow_steps", "num_actions", "num_returns"):
@@ -493,8 +502,6 @@ def choose_tasks(args: Args, path: Path, own_rewards: bool) -> tuple[int, ...]:
             raise UserError(f"{path} brings its own rewards: leave out --tasks.")
         return (0,)
     if args.tasks:
-        if not set(args.tasks) <= set(range(1, NUM_TASKS + 1)):
-            raise UserError(f"--tasks {list(args.tasks)}: a task does not exist, OGBench has tasks 1 to {NUM_TASKS}.")
         return args.tasks
     try:
         return (parse_env(args.env).default_task,)
@@ -523,27 +530,43 @@ def bc_args(args: Args, policy_run_dir: Path) -> evor_bc.Args:
     )
 
 
-def load_base_policy(args: Args, policy_run_dir: Path, **expected: Any) -> tuple[FlowPolicy, Standardizer, str]:
-    """The base policies of `args.seeds` (leading axis), the standardizer, and the sha256 of their file; trains them
-    where none stand.
+def load_base_policy(
+    args: Args, policy_run_dir: Path, *, env: str, data_sha256: str, **dims: int
+) -> tuple[FlowPolicy, Standardizer, str]:
+    """The base policies of `args.seeds` (leading axis), the standardizer, and the sha256 of their file.
+
+    Where none stand in this run's own directory they are trained; a training that was interrupted is continued.
 
     Raises:
-        UserError: what stands there was trained for something else, not to its end, or not for these seeds.
+        UserError: what stands there was trained for something else, or not for these seeds.
     """
     path = policy_run_dir / "bc" / "model.eqx"
-    if not path.is_file():
-        print(f"no base policy at {path}: training it first.", flush=True)
-        evor_bc.main(bc_args(args, policy_run_dir))
-    header, (policies, standardizer) = evor_infer.load_policy(policy_run_dir)
-    checkpoint.require(header, path, horizon=args.horizon, **expected)
-    if header["step"] < header["args"]["steps"]:
-        raise UserError(
-            f"the base policy at {path} stopped at step {header['step']} of {header['args']['steps']}: "
-            f"finish it with evor_bc.py --resume."
-        )
-    missing = set(args.seeds) - set(header["seeds"])
+    missing = not path.is_file()
+    if missing and args.policy_run_dir is not None:
+        raise UserError(f"there is no base policy at {path}: train it with evor_bc.py, or leave out --policy-run-dir.")
+    if not missing:
+        header = checkpoint.read_header(path, stage="bc", remedy="")
+        missing = header["step"] < header["args"]["steps"]
+        if missing and args.policy_run_dir is not None:
+            raise UserError(f"the base policy at {path} is not trained to its end: finish it with evor_bc.py --resume.")
     if missing:
-        raise UserError(f"{path} has no seed {min(missing)}: train it with evor_bc.py --seeds, or use its seeds.")
+        resume = path.is_file()
+        print(f"{'unfinished' if resume else 'no'} base policy at {path}: training it first.", flush=True)
+        evor_bc.main(dataclasses.replace(bc_args(args, policy_run_dir), resume=resume))
+    header, (policies, standardizer) = evor_infer.load_policy(policy_run_dir)
+    checkpoint.require(header, path, env=env, horizon=args.horizon, **dims)
+    print(
+        f"base policy: {path}, {header['step']:,} steps, {header['depth']} x {header['width']}, "
+        f"trained on {header['data']['name']} (sha256 {header['data']['sha256'][:12]})"
+    )
+    if header["data"]["sha256"] != data_sha256 and args.policy_run_dir is None:
+        raise UserError(
+            f"the base policy at {path} was trained on other data, {header['data']['name']}: pass another --run-dir, "
+            f"or --policy-run-dir {policy_run_dir} if that is meant."
+        )
+    unknown = set(args.seeds) - set(header["seeds"])
+    if unknown:
+        raise UserError(f"{path} has no seed {min(unknown)}: train it with evor_bc.py --seeds, or use its seeds.")
     index = np.array([header["seeds"].index(seed) for seed in args.seeds])
     return jax.tree.map(lambda x: jnp.asarray(x)[index], policies), standardizer, sha256(path)
 
@@ -567,7 +590,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     args = dataclasses.replace(args, save_every=min(args.save_every, args.steps))
     check_args(args)
     name = run_name(args.env, args.dataset)
-    run_dir = args.run_dir or Path("runs") / name
+    run_dir = args.run_dir or default_run_dir(name, quick=args.quick)
     policy_run_dir = args.policy_run_dir or run_dir
     if args.resume:
         state_path = run_dir / "value" / "train_state.eqx"
@@ -590,7 +613,9 @@ def main(args: Args) -> list[dict[str, Any]]:
 
     # Base policy and its next actions.
     dims = dict(observation_dim=trajectories.observations.shape[1], action_dim=trajectories.actions.shape[1])
-    policies, standardizer, policy_sha256 = load_base_policy(args, policy_run_dir, env=name, **dims)
+    policies, standardizer, policy_sha256 = load_base_policy(
+        args, policy_run_dir, env=name, data_sha256=info["sha256"], **dims
+    )
     header = dict(
         stage="value",
         env=name,
@@ -623,7 +648,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     # Training.
     arrays = (trajectories.actions, starts, rewards, bootstraps, bank)
     dataset = ValueData(observations, *(jnp.asarray(array) for array in arrays))
-    bounds = data.return_bounds(trajectories.rewards, args.discount)
+    bounds = data.return_bounds(trajectories.rewards[:, ~trajectories.terminals], args.discount)
     pairs, replicas, init_keys = make_replicas(args, dataset, bounds, tasks)
     state = run.restore(stack_replicas(lambda key: init_state(args, header, key=key), init_keys))
     state, replicas = shard_replicas((state, replicas))
@@ -674,13 +699,13 @@ def main(args: Args) -> list[dict[str, Any]]:
     figures.training(run.directory / "metrics.csv", run.directory / "training.png", title=f"{name}: {args.td_target}")
     if validation is not None:
         calibrate(args, agents(run.state), pairs, validation, tasks, run.directory)
-    summary: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = evaluate(args.steps, run.state) if evaluated else []
+    summary = evor_infer.summarise(found, ("task", "num_actions"))
     if evaluated:
-        summary = evor_infer.summarise(evaluate(args.steps, run.state), ("task", "num_actions"))
         figures.success(summary, run.directory / "evaluation.png", title=f"{name} ({source} data)")
     elif own_rewards:
         print("evaluation skipped: the dataset brings its own rewards, so there is no environment to evaluate in.")
-    last_screen(args, name, info, summary, run.directory, policy_run_dir)
+    last_screen(args, name, info, found, run.directory, policy_run_dir)
     return summary
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 import evor_infer
 from common import data
-from common.envs import parse_env
+from common.envs import default_run_dir, parse_env
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes
 from common.metrics import write_csv
@@ -41,7 +41,7 @@ class Args:
     flow_steps: int = 10
     """Euler steps of the policy."""
     out: Path | None = None
-    """CSV file to append nothing to and write anew; none by default."""
+    """CSV file to write; none by default."""
 
 
 def cube_lifted(info: dict[str, Any]) -> float:
@@ -60,7 +60,7 @@ def main(args: Args) -> dict[str, float]:
     name = parse_env(args.env)
     if not name.prefix.startswith("cube"):
         raise UserError(f"{args.env} has no cubes to lift: name a cube environment.")
-    run_dir = args.run_dir or Path("runs") / name.short
+    run_dir = args.run_dir or default_run_dir(name.short, quick=False)
     header, (policies, standardizer) = evor_infer.load_policy(run_dir)
     policy = jax.tree.map(lambda x: jnp.asarray(x)[0], policies)
     sample = jax.jit(

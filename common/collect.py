@@ -18,13 +18,12 @@ Source: Park et al., "OGBench: Benchmarking Offline Goal-Conditioned RL", arXiv 
 
 import dataclasses
 import multiprocessing
-import os
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common.envs import collected_path, import_ogbench, parse_env
+from common.envs import collected_path, import_ogbench, num_cores, parse_env
 from common.errors import UserError, run_cli
 from common.metrics import atomic, package_versions, write_json
 
@@ -133,7 +132,7 @@ def collect(
     env_name = dataset_name.removesuffix("-v0").rpartition("-")[0]
     num_val = max(1, episodes // 10)
     jobs = [(env_name, seed, i, noise, noise_smoothing, rows) for i in range(episodes + num_val)]
-    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    workers = min(workers or num_cores(), len(jobs))
     train_path.parent.mkdir(parents=True, exist_ok=True)
 
     with multiprocessing.get_context("spawn").Pool(workers) as pool:

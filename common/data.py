@@ -137,8 +137,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def has_rewards(path: Path) -> bool:
-    """Whether a file brings its own rewards."""
-    return "rewards" in read_arrays(path)
+    """Whether a file brings its own rewards; its content is checked where it is loaded."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return "rewards" in file.files
+    except Exception:  # not an .npz file at all: reading it says so in one sentence
+        return "rewards" in read_arrays(path)
 
 
 def load_trajectories(path: Path, *, env: str, tasks: Sequence[int] = (), reward: str = "default") -> Trajectories:
@@ -316,14 +320,20 @@ def print_summary(trajectories: Trajectories, info: dict[str, Any], *, tasks: Se
     if trajectories.rewards is None:
         return
     episode_of = np.searchsorted(np.flatnonzero(terminals), np.arange(len(terminals)))
-    bounds = return_bounds(trajectories.rewards, discount)
+    bounds = return_bounds(trajectories.rewards[:, ~terminals], discount)
     for i, task in enumerate(tasks):
-        solved = trajectories.masks[i] == 0
+        solved = (trajectories.masks[i] == 0) & ~terminals
         ever = len(np.unique(episode_of[solved]))
         label = f"task {task}" if task else "own rewards"
         print(
             f"  {label}: returns within [{bounds[i, 0]:.4g}, {bounds[i, 1]:.4g}] at discount {discount}; "
-            f"solved in {solved.mean():.2%} of the rows, in {ever:,} of {episodes:,} episodes"
+            f"solved in {solved[~terminals].mean():.2%} of the transitions, in {ever:,} of {episodes:,} episodes"
         )
-        if ever == 0 and (task or np.ptp(trajectories.rewards[i]) == 0):
+        last = (trajectories.masks[i] == 0) & terminals
+        if ever == 0 and last.any():
+            print(
+                f"  WARNING: {label} is solved in last rows alone ({last.sum():,}). A last row is no transition: its "
+                f"reward and mask are not used. Append the final observation as one more row."
+            )
+        elif ever == 0 and (task or np.ptp(trajectories.rewards[i, ~terminals]) == 0):
             print(f"  WARNING: {label} is never solved in this data: its rewards cannot tell actions apart.")

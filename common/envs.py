@@ -65,6 +65,16 @@ def run_name(env: str, dataset: Path | None) -> str:
     return env
 
 
+def default_run_dir(name: str, *, quick: bool) -> Path:
+    """`runs/NAME`; smoke runs go to `runs/NAME-quick`, where no real run takes their base policy for its own."""
+    return Path("runs") / (f"{name}-quick" if quick else name)
+
+
+def num_cores() -> int:
+    """Cores this process may use, also in a container, also where the system cannot tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def import_ogbench() -> None:
     """Imports `ogbench`, which registers its environments with Gymnasium, without looking for a display."""
     if "mujoco" not in sys.modules:

@@ -10,7 +10,6 @@ replicas and all settings of a sweep see the same episodes, whatever the number 
 
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
@@ -19,9 +18,12 @@ import gymnasium
 import numpy as np
 from tqdm import tqdm
 
-from common.envs import import_ogbench
+from common.envs import import_ogbench, num_cores
 
-MAX_ENVIRONMENTS = 64  # A MuJoCo environment takes about 40 MB and half a second to build.
+ENVIRONMENTS = (
+    64  # in all, if every process has one of each replica then; one takes about 40 MB and half a second to build
+)
+MAX_ENVIRONMENTS = 256
 
 
 def make_env(gym_id: str) -> gymnasium.Env:
@@ -155,10 +157,10 @@ class Episodes:
             workers: processes; one per core by default.
             probe: a function of a step's `info`, summed over each episode; importable, since it goes to the workers.
         """
-        workers = min(workers or len(os.sched_getaffinity(0)), num_episodes, max(1, MAX_ENVIRONMENTS // len(gym_ids)))
+        workers = min(workers or num_cores(), num_episodes, max(1, MAX_ENVIRONMENTS // len(gym_ids)))
         self.num_replicas, self.num_episodes = len(gym_ids), num_episodes
         per_worker = math.ceil(num_episodes / workers)
-        per_worker = max(1, min(per_worker, MAX_ENVIRONMENTS // (len(gym_ids) * workers)))
+        per_worker = max(1, min(per_worker, ENVIRONMENTS // (len(gym_ids) * workers)))
         settings = dict(
             num_slots=workers * per_worker, num_episodes=num_episodes, horizon=horizon, seed=seed, probe=probe
         )

@@ -4,20 +4,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # No display is needed, and none may be there.
-import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from common.metrics import read_csv
 
 
-def save(figure: plt.Figure, path: Path) -> None:
+def subplots(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes, without pyplot: no display is needed and nobody's backend is changed."""
+    figure = Figure(figsize=(width, height), layout="tight")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    figure.savefig(path, dpi=120)
 
 
 def training(metrics_csv: Path, path: Path, *, title: str) -> None:
@@ -29,7 +32,7 @@ def training(metrics_csv: Path, path: Path, *, title: str) -> None:
         points.append((int(row["step"]), float(row["value"])))
     if not curves:
         return
-    figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3), squeeze=False)
+    figure, axes = subplots(1, len(curves), width=4.0 * len(curves), height=3.0)
     for axis, (metric, lines) in zip(axes[0], curves.items(), strict=True):
         for label, points in lines.items():
             axis.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 3 else None, lw=1)
@@ -37,7 +40,6 @@ def training(metrics_csv: Path, path: Path, *, title: str) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=7)
     figure.suptitle(title)
-    figure.tight_layout()
     save(figure, path)
 
 
@@ -45,7 +47,8 @@ def success(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> 
     """Success rates with 95% intervals: base policy alone beside the extracted policy, per task."""
     tasks = sorted({row["task"] for row in summary})
     methods = sorted({row["num_actions"] for row in summary})
-    figure, axis = plt.subplots(figsize=(1.5 + 1.3 * len(tasks), 3))
+    figure, axes = subplots(1, 1, width=3.0 + 1.3 * len(tasks), height=3.0)
+    axis: Axes = axes[0, 0]
     for i, number in enumerate(methods):
         rows = {row["task"]: row for row in summary if row["num_actions"] == number}
         height = np.array([100 * rows[t]["success"] for t in tasks])
@@ -56,7 +59,7 @@ def success(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> 
         axis.bar(place, height, 0.34, yerr=np.abs([low, high]), capsize=3, label=label)
     axis.set(ylabel="success (%)", ylim=(0, 105), xticks=range(len(tasks)), title=title)
     axis.set_xticklabels([f"task {t}" for t in tasks])
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)
 
 
@@ -67,7 +70,7 @@ def calibration(
 ) -> None:
     """Per replica: predicted mean against observed return (states binned by prediction, with the spread of both), and
     the share of observed returns below each predicted quantile."""
-    figure, axes = plt.subplots(len(panels), 2, figsize=(8, 3.4 * len(panels)), squeeze=False)
+    figure, axes = subplots(len(panels), 2, width=8.0, height=3.4 * len(panels))
     for (title, draws, returns, numbers), (left, right) in zip(panels, axes, strict=True):
         mean = draws.mean(axis=1)
         order = np.argsort(mean)
@@ -100,7 +103,6 @@ def calibration(
             ylim=(0, 1),
             title=f"correlation {numbers['correlation']:.2f}, crps {numbers['crps']:.2f}",
         )
-    figure.tight_layout()
     save(figure, path)
 
 
@@ -108,7 +110,7 @@ def sweep(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> No
     """Success over each swept setting that takes more than one value; one line per task and rest of the settings."""
     names = ("num_actions", "num_returns", "return_temperature", "action_temperature")
     swept = [n for n in names if len({row[n] for row in summary}) > 1] or ["num_actions"]
-    figure, axes = plt.subplots(1, len(swept), figsize=(4.5 * len(swept), 3.3), squeeze=False)
+    figure, axes = subplots(1, len(swept), width=4.5 * len(swept), height=3.3)
     for axis, name in zip(axes[0], swept, strict=True):
         others = [n for n in (*names, "task") if n != name]
         shown = [n for n in others if n == "task" or n in swept]
@@ -127,5 +129,4 @@ def sweep(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> No
         axis.grid(alpha=0.3)
         axis.legend(fontsize=6)
     figure.suptitle(title)
-    figure.tight_layout()
     save(figure, path)

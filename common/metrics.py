@@ -148,4 +148,4 @@ def start_tracking(project: str, name: str, config: Mapping[str, Any]) -> Any:
         import wandb
     except ImportError:
         raise UserError("--track needs Weights & Biases: install it with `pip install wandb`.") from None
-    return wandb.init(project=project, name=name, config=plain(config))
+    return wandb.init(project=project, name=name, config=plain(config), reinit="finish_previous")

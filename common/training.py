@@ -85,7 +85,8 @@ class Run:
         """Opens the directory; a state left by an earlier run is only continued with `args.resume`.
 
         Raises:
-            UserError: `--resume` with nothing to resume, or with other settings than the run had.
+            UserError: `--resume` with nothing to resume, or with other settings than the run had; a run stands here and
+                neither `--resume` nor `--overwrite` is given.
         """
         self.directory, self.replicas, self.args = directory, list(replicas), args
         self.header = {**header, "versions": package_versions(), "git_revision": git_revision()}
@@ -97,7 +98,7 @@ class Run:
             resume_step = old["step"]
             for field, value in checkpoint.plain(args).items():
                 if (
-                    field not in ("resume", "track", "run_dir", "policy_run_dir", "dataset")
+                    field not in ("resume", "overwrite", "track", "run_dir", "policy_run_dir", "dataset")
                     and old["args"].get(field) != value
                 ):
                     raise UserError(
@@ -106,8 +107,15 @@ class Run:
                     )
             if old["data"]["sha256"] != header["data"]["sha256"]:
                 raise UserError(f"--resume: the run in {directory} was trained on other data: start without --resume.")
+            if old.get("policy_sha256") != header.get("policy_sha256"):
+                raise UserError(f"--resume: the run in {directory} had another base policy: start without --resume.")
+        elif self.state_path.is_file() and not args.overwrite:
+            raise UserError(f"a run stands in {directory}: pass --resume, --overwrite, or another --run-dir.")
         else:
-            self.state_path.unlink(missing_ok=True)  # or a later --resume could continue the run before this one
+            # Nothing of an earlier run may be taken for this one's. (The bank says itself what it was made of.)
+            for path in directory.glob("*"):
+                if path.is_file() and not path.name.startswith("bank-"):
+                    path.unlink()
         write_json(directory / "config.json", self.header)
         track = None
         if args.track:

@@ -127,6 +127,8 @@ def main(args: Args) -> None:
         mixed = [env for env, values in per_env.items() if len(values) > 1]
         if mixed:
             raise UserError(f"the runs of {mixed[0]} differ in {field}: numbers of different scales share no table.")
+    if len({row["data_source"] for row in rows}) > 1:
+        raise UserError("some runs are on collected and some on official data: their numbers share no table.")
     write_csv(HERE / f"{args.name}_episodes.csv", list(raw[0]), raw)
     write_csv(HERE / f"{args.name}_runs.csv", list(rows[0]), rows)
     (HERE / f"{args.name}.md").write_text(table(rows))

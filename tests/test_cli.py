@@ -295,7 +295,7 @@ def test_a_dataset_without_rewards(here: Path):
 
 def test_a_task_that_does_not_exist(here: Path):
     tiny_dataset(here / "plain.npz", rewards=False)
-    fails_cleanly(value(dataset=Path("plain.npz"), tasks=(7,)), here, "task 7|tasks 1 to 5")
+    fails_cleanly(value(dataset=Path("plain.npz"), tasks=(7,)), here, "--tasks [7]|tasks 1 to 5")
 
 
 @pytest.mark.parametrize("command", [bc, value])
@@ -326,7 +326,7 @@ def test_resuming_with_other_settings_or_data(here: Path, command: Callable):
     fails_cleanly(command(resume=True, learning_rate=0.5), here, "--resume|learning_rate 0.0003, not 0.5|start without")
     fails_cleanly(command(resume=True, seeds=(0, 1)), here, "seed")
     tiny_dataset(here / "data.npz", seed=1)
-    fails_cleanly(command(resume=True), here, "--resume|other data|start without")
+    fails_cleanly(command(resume=True), here, "other data")
 
 
 @pytest.mark.parametrize(("command", "stage"), [(value, "bc"), (infer, "bc"), (infer, "value")])
@@ -344,7 +344,7 @@ def test_checkpoints_in_each_others_place(here: Path, stage: str, other: str):
 
 def test_inference_with_another_base_policy(here: Path):
     """Stage 1 was trained anew after stage 2: its actions are no longer those the reward model knows."""
-    bc(steps=2)()
+    bc(steps=2, overwrite=True)()
     fails_cleanly(infer(), here, "another base policy than run/bc/model.eqx|--policy-run-dir")
 
 

@@ -477,8 +477,36 @@ def test_print_summary_counts_success_and_warns(capsys: pytest.CaptureFixture):
     assert "data.npz (source: collected, sha256 0123456789ab)" in printed
     assert "7 transitions in 3 episodes, observations 3-D, actions 2-D" in printed
     assert "task 1: returns within [-10, -1]" in printed
-    assert "solved in 30.00% of the rows, in 2 of 3 episodes" in printed
+    assert "solved in 42.86% of the transitions, in 2 of 3 episodes" in printed
     assert "WARNING: task 4 is never solved" in printed and "WARNING: task 1" not in printed
+
+
+def test_success_in_last_rows_alone_is_no_success(capsys: pytest.CaptureFixture):
+    """A last row is no transition: its reward and mask are never trained on, and that has to be said."""
+    terminals = ends_at([4, 4])
+    masks = np.where(terminals, 0.0, 1.0).astype(np.float32)[None]
+    trajectories = data.Trajectories(
+        np.zeros((8, 3), np.float32), np.zeros((8, 2), np.float32), terminals, 1.0 - masks, masks
+    )
+    data.print_summary(trajectories, {"name": "a", "source": "file", "sha256": "0" * 64}, tasks=(0,), discount=0.9)
+    printed = capsys.readouterr().out
+    assert "solved in 0.00% of the transitions, in 0 of 2 episodes" in printed
+    assert "returns within [0, 0]" in printed
+    assert "solved in last rows alone (2)" in printed
+
+
+def test_mean_return_solves_the_average_bellman_equation():
+    rewards, bootstraps = np.array([[-1.0, -1.0, 0.0, -1.0]]), np.array([[0.9, 0.9, 0.0, 0.9]])
+    np.testing.assert_allclose(data.mean_return(rewards, bootstraps), [-0.75 / (1 - 0.675)])
+
+
+def test_rows_with_complete_returns_are_chosen_by_their_place_alone():
+    """0.5^7 < 0.01: seven steps after a row are enough; the last seven rows of each trajectory are out."""
+    terminals = ends_at([20, 5, 12])
+    rows = data.rows_with_complete_returns(terminals, discount=0.5, horizon=1)
+    assert rows.tolist() == [*range(13), *range(25, 30)]
+    assert len(data.rows_with_complete_returns(terminals, discount=0.5, horizon=1, most=4)) == 4
+    assert data.rows_with_complete_returns(terminals, discount=0.99, horizon=1).tolist() == []
 
 
 def test_describe_holds_the_hash_of_the_file(tmp_path: Path):

@@ -1,5 +1,7 @@
 """Figures show the numbers they are given."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
     """Collects figures instead of writing them."""
     found = []
     monkeypatch.setattr(figures, "save", lambda figure, path: found.append(figure))
-    yield found
-    for figure in found:
-        figures.plt.close(figure)
+    return found
 
 
 def summary_row(task: int, num_actions: int, success: float, **changes) -> dict:
@@ -83,7 +83,15 @@ def test_calibration_draws_bins_and_shares(tmp_path: Path, drawn: list):
 
 
 def test_save_writes_a_png_into_a_new_folder(tmp_path: Path):
-    figure, _ = figures.plt.subplots()
+    figure, _ = figures.subplots(1, 1, width=2.0, height=2.0)
     figures.save(figure, tmp_path / "new" / "a.png")
     assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert not figures.plt.fignum_exists(figure.number)
+
+
+def test_drawing_leaves_the_callers_backend_alone():
+    """Importing the project in a notebook must not switch off its inline plots."""
+    code = (
+        "import matplotlib; matplotlib.use('svg'); import evor_infer, evor_value, sys; "
+        "assert matplotlib.get_backend().lower() == 'svg' and 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(figures.__file__).parent.parent, check=True)

@@ -105,6 +105,7 @@ class Args:
     save_every: int = 4
     rate: float = 0.1
     resume: bool = False
+    overwrite: bool = False
     track: bool = False
     run_dir: Path | None = None
     policy_run_dir: Path | None = None

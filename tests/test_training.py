@@ -14,8 +14,9 @@ import pytest
 import evor_bc
 import evor_infer
 import evor_value
+from common.errors import UserError
 from common.metrics import Metrics
-from tests.helpers import tiny_dataset
+from tests.helpers import contents, tiny_dataset
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(width=16, depth=2, batch_size=16, chunk=10, steps=60, save_every=20)
@@ -102,15 +103,47 @@ def test_bank_is_reused_only_with_what_it_was_made_of(tmp_path, dataset):
     """The same policy and data: the file stays; another number of actions: another file."""
     settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "r", **SMALL)
     evor_bc.main(evor_bc.Args(**settings))
-    args = evor_value.Args(**settings)
+    args = evor_value.Args(**settings, overwrite=True)
     evor_value.main(args)
     bank = tmp_path / "r" / "bc" / "bank-4.eqx"
     stamp = bank.stat().st_mtime_ns
     evor_value.main(args)
     assert bank.stat().st_mtime_ns == stamp
-    evor_bc.main(evor_bc.Args(env="robot", dataset=dataset, run_dir=tmp_path / "r", **SMALL | {"steps": 20}))
+    evor_bc.main(evor_bc.Args(**settings | {"steps": 20}, overwrite=True))
     evor_value.main(args)
     assert bank.stat().st_mtime_ns != stamp, "a new policy makes a new bank"
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(tmp_path, dataset):
+    """Only --overwrite starts over, and then nothing of the earlier run is left."""
+    settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "r", **SMALL)
+    evor_bc.main(evor_bc.Args(**settings))
+    before = contents(tmp_path / "r")
+    with pytest.raises(UserError, match="--resume, --overwrite"):
+        evor_bc.main(evor_bc.Args(**settings))
+    assert contents(tmp_path / "r") == before
+    (tmp_path / "r" / "bc" / "old.csv").write_text("left over")
+    evor_bc.main(evor_bc.Args(**settings, overwrite=True))
+    assert set(contents(tmp_path / "r")) == set(before)
+
+
+def test_the_main_job_trains_finishes_or_refuses_the_base_policy(tmp_path, dataset, monkeypatch):
+    """None: train it. Interrupted: continue it. Of other data: refuse it."""
+    tiny = {field: SMALL[field] for field in ("width", "depth", "batch_size", "chunk", "steps", "save_every")}
+    monkeypatch.setitem(evor_bc.PRESETS, "quick", tiny)
+    settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "r", quick=True, num_next_actions=2, **SMALL)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 50)
+        with pytest.raises(Interrupted):
+            evor_value.main(evor_value.Args(**settings))
+    evor_value.main(evor_value.Args(**settings))
+    header = json.loads((tmp_path / "r" / "bc" / "model.eqx").read_bytes().split(b"\n")[0])
+    assert header["step"] == 60
+    tiny_dataset(dataset, seed=1)
+    with pytest.raises(UserError, match="trained on other data"):
+        evor_value.main(evor_value.Args(**settings, overwrite=True))
+    with pytest.raises(UserError, match="no base policy"):
+        evor_value.main(evor_value.Args(**settings, policy_run_dir=tmp_path / "elsewhere"))
 
 
 def test_replicas_are_sharded_over_devices(tmp_path, dataset):
