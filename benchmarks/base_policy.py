@@ -3,7 +3,8 @@
     python -m benchmarks.base_policy --env cube-single-play
 
 Success after value learning is bounded by what the base policy can do at all, so look here first. Rolls the base policy
-out (`num_actions = 1`) and counts the steps at which some cube is more than 3 cm above where it would lie.
+out (`num_actions = 1`) and counts the steps at which some cube is more than 3 cm above where it would lie. And measures
+how well it aims: the horizontal distance to the nearest cube when the open gripper first comes down.
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ import evor_infer
 from common import data
 from common.envs import default_run_dir, parse_env
 from common.errors import UserError, run_cli
-from common.evaluation import Episodes
-from common.metrics import write_csv
+from common.evaluation import Episodes, make_env, seeded_reset
+from common.metrics import git_revision, write_csv
 
 LIFTED = 0.05  # metres; a cube's centre lies at 0.02 on the table
 
@@ -50,6 +51,26 @@ def cube_lifted(info: dict[str, Any]) -> float:
     return float(max(heights) > LIFTED)
 
 
+def first_pick_error(act_one, gym_id: str, *, seed: int, steps: int = 100) -> float:
+    """Metres between effector and nearest cube, horizontally, when the open gripper first comes below 5 cm; NaN if it
+    does not within `steps` steps. `act_one(observation, episode, step)` returns a chunk `(horizon, action)`."""
+    env = make_env(gym_id)
+    observation, step = seeded_reset(env, seed), 0
+    while step < steps:
+        for action in np.asarray(act_one(jnp.asarray(observation, jnp.float32), seed, step)):
+            observation, _, terminated, truncated, info = env.step(action)
+            step += 1
+            effector = info["proprio/effector_pos"]
+            if effector[2] < 0.05 and info["proprio/gripper_opening"][0] < 0.15:
+                cubes = np.array(
+                    [v for k, v in info.items() if k.startswith("privileged/block_") and k.endswith("_pos")]
+                )
+                return float(np.linalg.norm((cubes - effector)[:, :2], axis=1).min())
+            if terminated or truncated:
+                return float("nan")
+    return float("nan")
+
+
 def lifted_rows(qpos: np.ndarray) -> np.ndarray:
     """Whether some cube is lifted in each row of a dataset: cube i's height is `qpos[14 + 7 i + 2]`."""
     return (qpos[:, 16::7] > LIFTED).any(axis=1)
@@ -77,6 +98,8 @@ def main(args: Args) -> dict[str, float]:
         [name.gym_id(task)], num_episodes=args.num_episodes, horizon=header["horizon"], probe=cube_lifted
     ) as episodes:
         rows = episodes.run(lambda *x: np.asarray(act(*x)).reshape(1, x[0].shape[1], header["horizon"], -1))
+    chunk = jax.jit(lambda *x: act_one(*x).reshape(header["horizon"], -1))
+    errors = [first_pick_error(chunk, name.gym_id(task), seed=seed) for seed in range(args.num_episodes)]
     path, source = data.find_files(args.env, None, episodes=args.episodes)
     arrays = data.read_arrays(path)
     in_data = lifted_rows(arrays["qpos"])
@@ -90,9 +113,12 @@ def main(args: Args) -> dict[str, float]:
         episodes=len(rows),
         policy_steps_lifted=sum(r["probe"] for r in rows) / sum(r["length"] for r in rows),
         policy_episodes_lifted=float(np.mean([r["probe"] > 0 for r in rows])),
+        first_pick_error_median_m=float(np.nanmedian(errors)),
+        first_picks_within_2cm=float(np.nanmean(np.array(errors) < 0.02)),
         policy_success=float(np.mean([r["success"] for r in rows])),
         data_steps_lifted=float(in_data.mean()),
         data_episodes_lifted=float(per_episode.mean()),
+        git_revision=git_revision(),
     )
     for key, value in result.items():
         print(f"{key:<24} {value if not isinstance(value, float) else format(value, '.3f')}")
