@@ -114,7 +114,7 @@ class Run:
         else:
             # Nothing of an earlier run may be taken for this one's. (The bank says itself what it was made of.)
             for path in directory.glob("*"):
-                if path.is_file() and not path.name.startswith("bank-"):
+                if path.suffix in (".json", ".csv", ".eqx", ".png") and not path.name.startswith("bank-"):
                     path.unlink()
         write_json(directory / "config.json", self.header)
         track = None
