@@ -32,7 +32,7 @@ class Args:
     """mlp or trunk."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds."""
-    steps: int = 10_000
+    steps: int = 3_000
     """Gradient steps."""
     width: int = 128
     """Units per hidden layer."""
