@@ -110,6 +110,7 @@ def main(args: Args) -> dict[str, float]:
         data_source=source,
         horizon=header["horizon"],
         bc_steps=header["step"],
+        flow_steps=args.flow_steps,
         episodes=len(rows),
         policy_steps_lifted=sum(r["probe"] for r in rows) / sum(r["length"] for r in rows),
         policy_episodes_lifted=float(np.mean([r["probe"] > 0 for r in rows])),

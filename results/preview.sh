@@ -8,6 +8,9 @@ python evor_bc.py --env cube-single-play --preview
 python evor_bc.py --env cube-double-play --preview --horizon 5 --steps 250000
 python -m benchmarks.base_policy --env cube-single-play --out results/base_policy_cube-single-play.csv
 python -m benchmarks.base_policy --env cube-double-play --out results/base_policy_cube-double-play.csv
+python -m benchmarks.base_policy --env cube-double-play --flow-steps 100 --out results/base_policy_cube-double-play_100-euler-steps.csv
+python evor_bc.py --env cube-double-play --preview --horizon 5 --run-dir runs/cube-double-play-100k
+python -m benchmarks.base_policy --env cube-double-play --run-dir runs/cube-double-play-100k --out results/base_policy_cube-double-play_100k.csv
 
 # Reward models: the published target and the default one, each with the base and the softmax backup.
 python evor_value.py --env cube-single-play --preview --tasks 2 1 4 --td-target paper --next-action base --run-dir runs/preview/single-paper-base --policy-run-dir runs/cube-single-play
