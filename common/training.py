@@ -54,7 +54,7 @@ def over_replicas(function: Callable, *trees: Any) -> Any:
     """Applies `function` to each replica, the leading axis of every leaf of `trees`; for use inside `jit`.
 
     On accelerators this is `vmap`: one wide kernel serves all replicas. A single CPU device runs them one after the
-    other instead: XLA's batched matrix product is slower there than as many plain ones (1.5 times, at one replica).
+    other instead: XLA's batched matrix product is slower there than as many plain ones, even at one replica.
     """
     if jax.default_backend() == "cpu" and jax.device_count() == 1:
         return jax.lax.map(lambda leaves: function(*leaves), trees)

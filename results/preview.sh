@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything behind results/preview.md, one command a line. On two cores: about three hours.
+# Everything behind results/preview.md, one command a line.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
