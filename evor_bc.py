@@ -52,8 +52,10 @@ class Args:
     # --- experiment ---
     env: str = "cube-double-play"
     """OGBench dataset: a short name or a full id. With --dataset, only a name for the run."""
-    seeds: tuple[int, ...] = (0,)
-    """One policy per seed, all trained in one program."""
+    seeds: int = 1
+    """Number of seeds: one policy for each, all trained in one program."""
+    first_seed: int = 0
+    """The first seed; the others follow it."""
     run_dir: Path | None = None
     """Where the run goes; runs/ENV (runs/ENV-quick) by default. This stage writes to its folder bc/."""
     resume: bool = False
@@ -92,6 +94,10 @@ class Args:
     """Gradient steps per compiled call; metrics are averages over it."""
     save_every: int = 10_000
     """Gradient steps between checkpoints."""
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        return tuple(range(self.first_seed, self.first_seed + self.seeds))
 
 
 class BCData(NamedTuple):
@@ -187,13 +193,13 @@ def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> Trai
 
 def check_args(args: Any) -> None:
     """Raises `UserError` for settings of stage 1 or 2 that cannot work together."""
-    for name in ("horizon", "width", "depth", "batch_size", "chunk", "episodes"):
+    for name in ("seeds", "horizon", "width", "depth", "batch_size", "chunk", "episodes"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     if not args.learning_rate > 0:
         raise UserError(f"--learning-rate must be positive, not {args.learning_rate}.")
-    if not args.seeds or len(set(args.seeds)) != len(args.seeds):
-        raise UserError("--seeds needs at least one seed, each of them once.")
+    if args.first_seed < 0:
+        raise UserError(f"--first-seed must not be negative: {args.first_seed}.")
     for name in ("steps", "save_every"):
         if getattr(args, name) < 1 or getattr(args, name) % args.chunk:
             flag = f"--{name.replace('_', '-')}"
@@ -225,18 +231,18 @@ def main(args: Args) -> dict[str, float]:
         horizon=args.horizon,
         width=args.width,
         depth=args.depth,
-        seeds=args.seeds,
+        seeds=args.all_seeds,
         data=info,
         args=args,
     )
     run = Run(
         (args.run_dir or default_run_dir(name, quick=args.quick)) / "bc",
         header,
-        replicas=[("", s) for s in args.seeds],
+        replicas=[("", s) for s in args.all_seeds],
         args=args,
     )
 
-    replica_keys = jax.vmap(jax.random.key)(np.asarray(args.seeds))
+    replica_keys = jax.vmap(jax.random.key)(np.asarray(args.all_seeds))
     keys = jax.vmap(lambda key: jax.random.split(key))(replica_keys)
     init_keys, train_keys = keys[:, 0], keys[:, 1]
     state = stack_replicas(lambda key: init_state(args, header, key=key), init_keys)

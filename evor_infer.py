@@ -44,6 +44,7 @@ from common import checkpoint, figures
 from common.envs import check_env, default_run_dir, parse_env, run_name
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes
+from common.flow import Solver
 from common.metrics import git_revision, package_versions, read_csv, sha256, write_csv, write_json
 from common.networks import FlowCritic, FlowPolicy, ReturnScale, make_critic, make_policy, stratified_normal
 from common.statistics import success_interval
@@ -64,8 +65,10 @@ class Args:
     """OGBench dataset: a short name or a full id."""
     tasks: tuple[int, ...] = ()
     """Tasks to evaluate; all that stage 2 trained by default."""
-    seeds: tuple[int, ...] = ()
-    """Seeds to evaluate; all that stage 2 trained by default."""
+    seeds: int | None = None
+    """Number of seeds to evaluate; all that stage 2 trained by default."""
+    first_seed: int = 0
+    """The first of them, with --seeds."""
     run_dir: Path | None = None
     """The run directory of stage 2; runs/ENV (runs/ENV-quick) by default."""
     policy_run_dir: Path | None = None
@@ -85,7 +88,9 @@ class Args:
     action_temperature: tuple[float, ...] = (0.0,)
     """tau_Q as a fraction of the return range (ours); 0 takes the best candidate."""
     flow_steps: int = 10
-    """Euler steps of both flows (ours)."""
+    """Steps of both flows (ours)."""
+    solver: Solver = "euler"
+    """How both flows are solved; midpoint and heun cost two evaluations a step, tsit5 six."""
     independent_noise: bool = False
     """Draw the return noise at random, still shared by all candidates, instead of normal quantiles."""
 
@@ -118,6 +123,7 @@ class Extraction(eqx.Module):
     return_temperature: float = 0.1
     action_temperature: float = 0.0
     flow_steps: int = eqx.field(static=True, default=10)
+    solver: Solver = eqx.field(static=True, default="euler")
     independent_noise: bool = eqx.field(static=True, default=False)
 
 
@@ -153,9 +159,10 @@ def score_one(
     *,
     temperature: Float[ArrayLike, ""],
     flow_steps: int,
+    solver: Solver = "euler",
 ) -> Float[Array, ""]:
     """`Q*(x, a)` in the model's units, from the returns that the flow makes of `noise`; `temperature` likewise."""
-    return log_mean_exp(critic.sample(observation, action, noise, flow_steps=flow_steps), temperature)
+    return log_mean_exp(critic.sample(observation, action, noise, flow_steps=flow_steps, solver=solver), temperature)
 
 
 def select(
@@ -173,15 +180,12 @@ def act_one(
     candidate_key, noise_key, select_key = jax.random.split(key, 3)
     observation = agent.standardizer(observation)
     noise = jax.random.normal(candidate_key, (settings.num_actions, agent.policy.action_dim))
-    candidates = agent.policy.sample(observation, noise, flow_steps=settings.flow_steps)
+    ode = dict(flow_steps=settings.flow_steps, solver=settings.solver)
+    candidates = agent.policy.sample(observation, noise, **ode)
     if settings.num_actions == 1:
         return candidates[0]
     returns_noise = return_noise(settings, key=noise_key)
-    score = functools.partial(
-        score_one,
-        temperature=settings.return_temperature * agent.scale.width,
-        flow_steps=settings.flow_steps,
-    )
+    score = functools.partial(score_one, temperature=settings.return_temperature * agent.scale.width, **ode)
     scores = jax.vmap(score, (None, None, 0, None))(agent.critic, observation, candidates, returns_noise)
     best = select(scores, settings.action_temperature * agent.scale.width, key=select_key)
     return candidates[best]
@@ -289,17 +293,17 @@ def _act(agent, observations, settings, *, key):
     return jax.vmap(lambda x, k: act_one(agent, x, settings, key=k))(observations, keys)
 
 
-@functools.partial(jax.jit, static_argnames=("num_actions", "flow_steps"))
-def _sample_actions(agent, observations, num_actions, flow_steps, *, key):
-    noise = jax.random.normal(key, (len(observations), num_actions, agent.policy.action_dim))
-    sample = functools.partial(agent.policy.sample, flow_steps=flow_steps)
+@jax.jit
+def _sample_actions(agent, observations, settings, *, key):
+    noise = jax.random.normal(key, (len(observations), settings.num_actions, agent.policy.action_dim))
+    sample = functools.partial(agent.policy.sample, flow_steps=settings.flow_steps, solver=settings.solver)
     return jax.vmap(lambda x, z: sample(agent.standardizer(x), z))(observations, noise)
 
 
 @jax.jit
 def _sample_returns(agent, observations, actions, settings, *, key):
     noise = return_noise(settings, key=key)
-    sample = functools.partial(agent.critic.sample, flow_steps=settings.flow_steps)
+    sample = functools.partial(agent.critic.sample, flow_steps=settings.flow_steps, solver=settings.solver)
     draws = jax.vmap(lambda x, a: sample(agent.standardizer(x), a, noise))(observations, actions)
     return agent.scale.to_environment(draws)
 
@@ -343,11 +347,13 @@ class Agent:
         num_actions: int,
         *,
         flow_steps: int = 10,
+        solver: Solver = "euler",
         key: PRNGKeyArray,
     ) -> Float[Array, "batch num_actions chunk"]:
         """Candidates of the base policy, in [-1, 1]; a chunk of h actions is one vector."""
         self._check(observations)
-        return _sample_actions(self.params, observations, num_actions, flow_steps, key=key)
+        settings = Extraction(num_actions=num_actions, flow_steps=flow_steps, solver=solver)
+        return _sample_actions(self.params, observations, settings, key=key)
 
     def sample_returns(
         self,
@@ -357,11 +363,14 @@ class Agent:
         *,
         independent_noise: bool = False,
         flow_steps: int = 10,
+        solver: Solver = "euler",
         key: PRNGKeyArray,
     ) -> Float[Array, "batch num_returns"]:
         """Draws of the reward-to-go; by default those of the normal quantiles, in rising order of the noise."""
         actions = self._check(observations, actions)
-        settings = Extraction(num_returns=num_returns, flow_steps=flow_steps, independent_noise=independent_noise)
+        settings = Extraction(
+            num_returns=num_returns, flow_steps=flow_steps, solver=solver, independent_noise=independent_noise
+        )
         return _sample_returns(self.params, observations, actions, settings, key=key)
 
     def q_value(
@@ -442,7 +451,7 @@ def evaluate(
 
 def read_episodes(path: Path) -> list[dict[str, Any]]:
     """Rows of an `evaluation.csv` or `episodes.csv`, with numbers as numbers."""
-    words = ("env", "data_source", "data_sha256", "independent_noise")
+    words = ("env", "data_source", "data_sha256", "solver", "independent_noise")
     whole = ("task", "seed", "step", "eval_seed", "num_actions", "num_returns", "flow_steps", "episode", "length")
     kinds = dict.fromkeys(words, str) | dict.fromkeys(whole, int)
     return [{key: kinds.get(key, float)(value) for key, value in row.items()} for row in read_csv(path)]
@@ -472,7 +481,7 @@ def check_args(args: Args) -> None:
         lowest = 0.0 if name.endswith("temperature") else 1
         if not values or min(values) < lowest:
             raise UserError(f"{flag} needs one or more numbers of at least {lowest}.")
-    for name in ("eval_episodes", "flow_steps", "workers"):
+    for name in ("seeds", "eval_episodes", "flow_steps", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1.".replace("_", "-"))
 
@@ -481,9 +490,8 @@ def main(args: Args) -> list[dict[str, Any]]:
     """Evaluates every combination of the lists; returns the summary rows."""
     check_args(args)
     run_dir = args.run_dir or default_run_dir(run_name(args.env, None), quick=args.quick)
-    header, replicas, agents = load_agents(
-        run_dir, tasks=args.tasks, seeds=args.seeds, policy_run_dir=args.policy_run_dir
-    )
+    seeds = () if args.seeds is None else range(args.first_seed, args.first_seed + args.seeds)
+    header, replicas, agents = load_agents(run_dir, tasks=args.tasks, seeds=seeds, policy_run_dir=args.policy_run_dir)
     name = parse_env(args.env)
     checkpoint.require(header, run_dir / "value" / "model.eqx", env=name.short)
     check_env(name)
@@ -491,7 +499,8 @@ def main(args: Args) -> list[dict[str, Any]]:
         raise UserError(f"{run_dir} was trained on rewards of its own: there is no environment to evaluate it in.")
 
     grid = itertools.product(args.num_actions, args.num_returns, args.return_temperature, args.action_temperature)
-    sweep = list(dict.fromkeys(Extraction(*point, args.flow_steps, args.independent_noise) for point in grid))
+    ode = (args.flow_steps, args.solver)
+    sweep = list(dict.fromkeys(Extraction(*point, *ode, args.independent_noise) for point in grid))
     gym_ids = [name.gym_id(task) for task, _ in replicas]
     rows: list[dict[str, Any]] = []
     with Episodes(

@@ -59,7 +59,7 @@ from common.errors import UserError, run_cli
 from common.evaluation import Episodes
 from common.flow import integrate
 from common.metrics import sha256, write_csv
-from common.networks import FlowCritic, FlowPolicy, ReturnScale, make_critic, stratified_normal
+from common.networks import CRITIC_FIELDS, FlowCritic, FlowPolicy, ReturnScale, make_critic, stratified_normal
 from common.statistics import calibration
 from common.training import Run, Standardizer, learning_rate, over_replicas, shard_replicas, stack_replicas
 
@@ -85,8 +85,10 @@ class Args:
     """OGBench dataset: a short name or a full id. With --dataset, only a name for the run."""
     tasks: tuple[int, ...] = ()
     """OGBench's single tasks; the environment's default task by default."""
-    seeds: tuple[int, ...] = (0,)
-    """One reward model per task and seed, all trained in one program."""
+    seeds: int = 1
+    """Number of seeds: one reward model per task and seed, all trained in one program."""
+    first_seed: int = 0
+    """The first seed; the others follow it."""
     run_dir: Path | None = None
     """Where the run goes; runs/ENV (runs/ENV-quick) by default. This stage writes to its folder value/."""
     policy_run_dir: Path | None = None
@@ -119,12 +121,18 @@ class Args:
     """Whose reward-to-go: the base policy's, the data's, or the extracted policy's."""
     num_next_actions: int = 4
     """K: banked next actions per transition."""
+    redraw_bank: int = 0
+    """Gradient steps after which the bank is drawn anew; 0 keeps the first."""
     backup_temperature: float = 0.0
     """Temperature of the softmax backup, as a fraction of the return range; 0 takes the best of K."""
     backup_returns: int = 4
     """Return draws per banked action in the softmax backup."""
     critic: Literal["mlp", "trunk"] = "mlp"
     """The paper's MLP, or features of (x, a) with a small flow head."""
+    head_width: int = 128
+    """Units per hidden layer of the trunk critic's head."""
+    head_depth: int = 2
+    """Hidden layers of the trunk critic's head."""
     discount: float = 0.99
     """Discount per environment step (ours)."""
     return_width: float = 4.0
@@ -169,6 +177,10 @@ class Args:
     """tau_Q at evaluation, as a fraction of the return range (ours)."""
     flow_steps: int = 10
     """Euler steps of the policy's and the evaluated reward model's flow (ours)."""
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        return tuple(range(self.first_seed, self.first_seed + self.seeds))
 
 
 class ValueData(NamedTuple):
@@ -449,7 +461,7 @@ def last_screen(
     print(f"\n{line}\nEVOR on {name}: {info['name']} (source: {info['source']}, sha256 {info['sha256'][:12]})")
     print(
         f"reward model: {args.td_target}, next action {args.next_action}, critic {args.critic}, "
-        f"horizon {args.horizon}, {args.steps:,} steps, seeds {list(args.seeds)}"
+        f"horizon {args.horizon}, {args.steps:,} steps, seeds {list(args.all_seeds)}"
     )
     if args.quick:
         print("--quick is a smoke run: these numbers say that everything runs, not how good the method is.")
@@ -462,7 +474,7 @@ def last_screen(
             f"95% interval over episodes [{row['low']:.1%}, {row['high']:.1%}]  ({row['episodes']} episodes)"
         )
         for seed in by_seed:
-            if len(args.seeds) > 1 and (seed["task"], seed["num_actions"]) == (row["task"], row["num_actions"]):
+            if args.seeds > 1 and (seed["task"], seed["num_actions"]) == (row["task"], row["num_actions"]):
                 print(f"      seed {seed['seed']}: {seed['success']:6.1%}")
     print(f"base policy:  {policy_run_dir / 'bc' / 'model.eqx'}\nreward model: {directory / 'model.eqx'}")
     for file in sorted(directory.glob("*.csv")) + sorted(directory.glob("*.png")):
@@ -475,6 +487,8 @@ def check_args(args: Args) -> None:
     evor_bc.check_args(args)
     if args.eval_every < 0 or args.eval_every % args.chunk:
         raise UserError(f"--eval-every {args.eval_every} is no multiple of --chunk {args.chunk}: change one of them.")
+    if args.redraw_bank < 0 or args.redraw_bank % args.chunk:
+        raise UserError(f"--redraw-bank {args.redraw_bank} is no multiple of --chunk {args.chunk}: change one of them.")
     if args.eval_episodes < 0:
         raise UserError(f"--eval-episodes must not be negative: {args.eval_episodes}; 0 skips evaluation.")
     if not 0.0 < args.tau <= 1.0:
@@ -488,9 +502,12 @@ def check_args(args: Args) -> None:
         raise UserError("--tasks needs each task once.")
     if not set(args.tasks) <= set(range(1, NUM_TASKS + 1)):
         raise UserError(f"--tasks {list(args.tasks)}: a task does not exist, OGBench has tasks 1 to {NUM_TASKS}.")
+    if args.critic == "trunk" and args.depth < 2:
+        raise UserError(f"--critic trunk needs --depth 2 or more, not {args.depth}: its last layer is the head.")
     if args.return_width <= 0:
         raise UserError(f"--return-width must be positive, not {args.return_width}.")
-    for field in ("num_next_actions", "backup_returns", "target_steps", "flow_steps", "num_actions", "num_returns"):
+    counts = ("head_width", "head_depth", "num_next_actions", "backup_returns", "target_steps")
+    for field in (*counts, "flow_steps", "num_actions", "num_returns"):
         if getattr(args, field) < 1:
             raise UserError(f"--{field.replace('_', '-')} must be at least 1, not {getattr(args, field)}.")
 
@@ -521,6 +538,7 @@ def bc_args(args: Args, policy_run_dir: Path) -> evor_bc.Args:
         | dict(
             env=args.env,
             seeds=args.seeds,
+            first_seed=args.first_seed,
             run_dir=policy_run_dir,
             dataset=args.dataset,
             episodes=args.episodes,
@@ -533,7 +551,7 @@ def bc_args(args: Args, policy_run_dir: Path) -> evor_bc.Args:
 def load_base_policy(
     args: Args, policy_run_dir: Path, *, env: str, data_sha256: str, **dims: int
 ) -> tuple[FlowPolicy, Standardizer, str]:
-    """The base policies of `args.seeds` (leading axis), the standardizer, and the sha256 of their file.
+    """The base policies of `args.all_seeds` (leading axis), the standardizer, and the sha256 of their file.
 
     Where none stand in this run's own directory they are trained; a training that was interrupted is continued.
 
@@ -564,10 +582,12 @@ def load_base_policy(
             f"the base policy at {path} was trained on other data, {header['data']['name']}: pass another --run-dir, "
             f"or --policy-run-dir {policy_run_dir} if that is meant."
         )
-    unknown = set(args.seeds) - set(header["seeds"])
+    unknown = set(args.all_seeds) - set(header["seeds"])
     if unknown:
-        raise UserError(f"{path} has no seed {min(unknown)}: train it with evor_bc.py --seeds, or use its seeds.")
-    index = np.array([header["seeds"].index(seed) for seed in args.seeds])
+        raise UserError(
+            f"{path} has no seed {min(unknown)}: train it with evor_bc.py --seeds {args.seeds}, or use its seeds."
+        )
+    index = np.array([header["seeds"].index(seed) for seed in args.all_seeds])
     return jax.tree.map(lambda x: jnp.asarray(x)[index], policies), standardizer, sha256(path)
 
 
@@ -575,8 +595,8 @@ def make_replicas(
     args: Args, dataset: ValueData, bounds: Float[np.ndarray, "tasks 2"], tasks: Sequence[int]
 ) -> tuple[list[tuple[int, int]], Replica, Key[Array, " replicas"]]:
     """The (task, seed) pairs, what distinguishes them, and the keys that initialise them."""
-    pairs = [(task, seed) for task in tasks for seed in args.seeds]
-    task, seed = (np.repeat(np.arange(len(tasks)), len(args.seeds)), np.tile(np.arange(len(args.seeds)), len(tasks)))
+    pairs = [(task, seed) for task in tasks for seed in args.all_seeds]
+    task, seed = (np.repeat(np.arange(len(tasks)), args.seeds), np.tile(np.arange(args.seeds), len(tasks)))
     shift = data.mean_return(np.asarray(dataset.rewards), np.asarray(dataset.bootstraps))[task]
     scale = ReturnScale.of(bounds[task, 0], bounds[task, 1], shift=shift, width=args.return_width)
     # A replica's randomness depends on its task and seed, not on what is trained beside it.
@@ -621,10 +641,9 @@ def main(args: Args) -> list[dict[str, Any]]:
         env=name,
         **dims,
         horizon=args.horizon,
-        width=args.width,
-        depth=args.depth,
         critic=args.critic,
-        replicas=[(task, seed) for task in tasks for seed in args.seeds],
+        **{field: getattr(args, field) for field in CRITIC_FIELDS},
+        replicas=[(task, seed) for task in tasks for seed in args.all_seeds],
         data=info,
         policy_run_dir=policy_run_dir.resolve(),
         policy_sha256=policy_sha256,
@@ -632,26 +651,40 @@ def main(args: Args) -> list[dict[str, Any]]:
     )
     run = Run(run_dir / "value", header, replicas=header["replicas"], args=args)
     observations = jnp.asarray(standardizer.rows(trajectories.observations))
-    bank = np.zeros((len(args.seeds), len(starts), 0, policies.action_dim), np.float16)
-    if args.next_action != "dataset":
-        bank = make_bank(
+
+    def bank(draw: int) -> Float16[np.ndarray, "seeds n K chunk"]:
+        """The next-action bank; the first draw is kept in a file."""
+        if args.next_action == "dataset":
+            return np.zeros((args.seeds, len(starts), 0, policies.action_dim), np.float16)
+        return make_bank(
             policies,
             observations,
             starts + args.horizon,
-            seeds=args.seeds,
+            seeds=args.all_seeds,
             num_actions=args.num_next_actions,
             flow_steps=args.flow_steps,
-            path=policy_run_dir / "bc" / f"bank-{args.num_next_actions}.eqx",
+            draw=draw,
+            path=None if draw else policy_run_dir / "bc" / f"bank-{args.num_next_actions}.eqx",
             made_of=dict(policy_sha256=policy_sha256, data_sha256=info["sha256"]),
         )
 
     # Training.
-    arrays = (trajectories.actions, starts, rewards, bootstraps, bank)
+    arrays = (trajectories.actions, starts, rewards, bootstraps, bank(0))
     dataset = ValueData(observations, *(jnp.asarray(array) for array in arrays))
     bounds = data.return_bounds(trajectories.rewards[:, ~trajectories.terminals], args.discount)
     pairs, replicas, init_keys = make_replicas(args, dataset, bounds, tasks)
     state = run.restore(stack_replicas(lambda key: init_state(args, header, key=key), init_keys))
     state, replicas = shard_replicas((state, replicas))
+
+    drawn = 0
+
+    def next_chunk(state: TrainState) -> tuple[TrainState, dict]:
+        """`train_chunk`, with a new bank where one is due; which one depends on the step alone."""
+        nonlocal dataset, drawn
+        due = int(state.step[0]) // args.redraw_bank if args.redraw_bank else 0
+        if due != drawn:
+            dataset, drawn = dataset._replace(bank=jnp.asarray(bank(due))), due
+        return train_chunk(args, state, dataset, replicas)
 
     def agents(state: TrainState) -> evor_infer.AgentParams:
         standardizers = jax.tree.map(lambda x: jnp.stack([x] * len(pairs)), standardizer)
@@ -689,7 +722,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     evaluated = args.eval_episodes > 0 and not own_rewards
     run.train(
         state,
-        lambda state: train_chunk(args, state, dataset, replicas),
+        next_chunk,
         model=lambda state: (state.critic, replicas.scale),
         evaluate=evaluate if evaluated else None,
         evaluate_every=args.eval_every,

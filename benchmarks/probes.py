@@ -14,7 +14,7 @@ from scipy import stats
 
 import evor_value
 from common import data
-from common.networks import FlowCritic, ReturnScale, stratified_normal
+from common.networks import CRITIC_FIELDS, FlowCritic, ReturnScale, stratified_normal
 from common.training import stack_replicas
 
 Atoms = tuple[Sequence[float], Sequence[float]]  # values, probabilities
@@ -129,9 +129,8 @@ def train(
         observation_dim=probe.num_states,
         action_dim=1,
         horizon=1,
-        width=args.width,
-        depth=args.depth,
         critic=args.critic,
+        **{field: getattr(args, field) for field in CRITIC_FIELDS},
     )
     rewards = np.asarray(dataset.rewards)
     bounds = data.return_bounds(rewards, probe.discount)[np.zeros(len(seeds), int)]

@@ -1,6 +1,8 @@
 """The next-action bank: actions of frozen policies, drawn once for many states and kept in a file."""
 
 import functools
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,38 +46,61 @@ def make_bank(
     seeds: Sequence[int],
     num_actions: int,
     flow_steps: int,
-    path: Path,
+    draw: int = 0,
+    path: Path | None = None,
     made_of: dict[str, Any],
 ) -> Float16[np.ndarray, "seeds n num_actions action"]:
     """`num_actions` draws of each seed's policy in the rows `states`, in half precision.
 
     The rounding, at most 5e-4 for actions in [-1, 1], is far below the error of ten Euler steps. The bank is read from
     `path` if one stands there that was made of the same things (`made_of`: the policy, the data), else made and saved.
+    Prints what it takes before it starts: memory, and the time, from a first batch.
 
     Args:
         policies: one policy per seed, along a leading axis.
         observations: standardised, all rows of the dataset.
+        draw: another number draws other actions.
+        path: where the bank is kept; nowhere if None.
     """
     header = dict(
-        stage="bank", seeds=seeds, num_actions=num_actions, flow_steps=flow_steps, states=len(states), **made_of
-    )
+        stage="bank", seeds=seeds, num_actions=num_actions, flow_steps=flow_steps, draw=draw, states=len(states),
+        **made_of,
+    )  # fmt: skip
     header = checkpoint.plain(header)
     shape = (len(seeds), len(states), num_actions, policies.action_dim)
-    if path.is_file() and checkpoint.read_header(path, stage="bank", remedy="delete it.") == header:
+    if (
+        path is not None
+        and path.is_file()
+        and checkpoint.read_header(path, stage="bank", remedy="delete it.") == header
+    ):
         _, bank = checkpoint.load(path, lambda _: jnp.zeros(shape, jnp.float16), stage="bank", remedy="delete it.")
         return np.asarray(bank)
     bank = np.empty(shape, np.float16)
     batch = min(BATCH, len(states))
+
+    def draw_batch(replica: int, first: int) -> np.ndarray:
+        policy = jax.tree.map(lambda x: x[replica], policies)
+        # The last batch is filled up, so that one shape is compiled.
+        index = np.minimum(np.arange(first, first + batch), len(states) - 1)
+        key = jax.random.fold_in(jax.random.key(seeds[replica]), draw)
+        inputs = observations[states[index]], jnp.asarray(index)
+        return np.asarray(sample_actions(policy, *inputs, num_actions, flow_steps, key=key))[: len(states) - first]
+
+    draw_batch(0, 0)  # compiles
+    began = time.monotonic()
+    draw_batch(0, 0)
+    seconds = (time.monotonic() - began) * len(seeds) * math.ceil(len(states) / batch)
+    print(
+        f"next-action bank: {num_actions} actions in each of {len(states):,} states, {len(seeds)} policies: "
+        f"{bank.nbytes / 2**20:,.0f} MiB, about {seconds:,.0f} s",
+        flush=True,
+    )
     with tqdm(total=len(seeds) * len(states), desc="next-action bank", unit="state", unit_scale=True) as bar:
-        for i, seed in enumerate(seeds):
-            policy = jax.tree.map(lambda x, i=i: x[i], policies)
+        for replica in range(len(seeds)):
             for first in range(0, len(states), batch):
-                # The last batch is filled up, so that one shape is compiled.
-                index = np.minimum(np.arange(first, first + batch), len(states) - 1)
-                inputs = observations[states[index]], jnp.asarray(index)
-                drawn = sample_actions(policy, *inputs, num_actions, flow_steps, key=jax.random.key(seed))
-                used = min(batch, len(states) - first)
-                bank[i, first : first + used] = np.asarray(drawn)[:used]
-                bar.update(used)
-    checkpoint.save(path, header, bank)
+                drawn = draw_batch(replica, first)
+                bank[replica, first : first + batch] = drawn
+                bar.update(len(drawn))
+    if path is not None:
+        checkpoint.save(path, header, bank)
     return bank

@@ -10,6 +10,7 @@ replicas and all settings of a sweep see the same episodes, whatever the number 
 
 import functools
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
@@ -181,15 +182,21 @@ class Episodes:
 
         Shapes: observations (R, n, d), episodes and steps (R, n), chunks (R, n, h, a). Returns one row per episode,
         ordered by replica and episode: `replica, episode, success, length, total` (undiscounted return), `probe`.
+        The progress bar shows the share of the time in which environments wait for `act`; it stays in `policy_share`.
         """
         state, _ = self.vector.reset()
+        began, acting = time.monotonic(), 0.0
         with tqdm(total=self.num_replicas * self.num_episodes, desc=desc, unit="episode") as bar:
             while state["active"].any():
                 # (workers, R, m, ...) -> (R, workers * m, ...): `act` sees replicas, not processes.
                 merged = {key: self._merge(value) for key, value in state.items()}
+                asked = time.monotonic()
                 chunks = np.asarray(act(merged["observation"], merged["episode"], merged["step"]))
+                acting += time.monotonic() - asked
                 state, *_ = self.vector.step(self._split(chunks, state["active"].shape[0]))
                 finished = np.minimum(state["episode"] // self.num_slots, self._quota(state)).sum()
+                self.policy_share = acting / (time.monotonic() - began)
+                bar.set_postfix(policy=f"{self.policy_share:.0%}", refresh=False)
                 bar.update(int(finished) - bar.n)
         rows = [row for results in self.vector.call("results") for row in results]
         return sorted(rows, key=lambda row: (row["replica"], row["episode"]))

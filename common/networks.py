@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from common.flow import integrate
+from common.flow import Solver, integrate
 
 
 class Linear(eqx.Module):
@@ -100,24 +100,30 @@ class FlowPolicy(eqx.Module):
         return self.mlp.from_first(features + jnp.append(action, t) @ weight)
 
     def sample(
-        self, observation: Float[Array, " observation"], noise: Float[Array, "num action"], *, flow_steps: int
+        self,
+        observation: Float[Array, " observation"],
+        noise: Float[Array, "num action"],
+        *,
+        flow_steps: int,
+        solver: Solver = "euler",
     ) -> Float[Array, "num action"]:
-        """Actions `psi_1(noise | x)`, by `flow_steps` Euler steps, clipped to [-1, 1]."""
+        """Actions `psi_1(noise | x)`, by `flow_steps` steps of the solver, clipped to [-1, 1]."""
         features = self.features(observation)
         velocity = jax.vmap(self.velocity, (None, 0, None))
-        actions = integrate(lambda a, t: velocity(features, a, t), noise, num_steps=flow_steps)
+        actions = integrate(lambda a, t: velocity(features, a, t), noise, num_steps=flow_steps, solver=solver)
         return jnp.clip(actions, -1.0, 1.0)
 
 
 class FlowCritic(eqx.Module):
     """Velocity field `s(z_t, t | x, a)` of the reward-to-go law, in the model's units.
 
-    kind `mlp`: one MLP on `[x, a, z_t, t]`, the paper's. kind `trunk`: an MLP computes features of `(x, a)` and a
-    small head maps `(features, z_t, t)` to the velocity, so that many draws of the return cost little more than one.
-    In both, `features` is computed once per `(x, a)` and `velocity` once per step and draw.
+    kind `mlp`: one MLP on `[x, a, z_t, t]`, the paper's. kind `trunk`: hidden layers compute features of `(x, a)` and a
+    small MLP, the head, maps `[features, z_t, t]` to the velocity, so that many draws of the return, and many steps
+    each, cost little more than one. In both, `features` is computed once per `(x, a)`, `velocity` once per step and
+    draw, and the first linear layer that meets `z_t` is split so that `features` does its larger part.
     """
 
-    trunk: MLP | None
+    trunk: tuple[tuple[Linear, LayerNorm], ...]
     head: MLP
     inputs: int = eqx.field(static=True)
 
@@ -129,18 +135,26 @@ class FlowCritic(eqx.Module):
         kind: str = "mlp",
         width: int = 512,
         depth: int = 4,
+        head_width: int = 128,
+        head_depth: int = 2,
         key: PRNGKeyArray,
     ):
+        """`mlp` has `depth` hidden layers of `width` units; `trunk` has one less, and in the place of the last a head
+        of `head_depth` layers of `head_width` units."""
         trunk_key, head_key = jax.random.split(key)
         inputs = observation_dim + action_dim
         if kind == "mlp":
-            self.trunk, self.inputs = None, inputs
+            self.trunk, self.inputs = (), inputs
             head = MLP(inputs + 2, 1, width=width, depth=depth, layer_norm=True, key=head_key)
         elif kind == "trunk":
-            # All but one of the layers see (x, a) alone; the head is a quarter as wide, two layers deep.
+            if depth < 2:
+                raise ValueError(f"a trunk critic needs a depth of at least 2, not {depth}: use 'mlp'.")
+            sizes, keys = [inputs] + [width] * (depth - 1), jax.random.split(trunk_key, depth - 1)
+            self.trunk = tuple(
+                (Linear(size, width, key=k), LayerNorm(width)) for size, k in zip(sizes[:-1], keys, strict=True)
+            )
             self.inputs = width
-            self.trunk = MLP(inputs, width, width=width, depth=depth - 1, layer_norm=True, key=trunk_key)
-            head = MLP(width + 2, 1, width=width // 4, depth=2, layer_norm=True, key=head_key)
+            head = MLP(width + 2, 1, width=head_width, depth=head_depth, layer_norm=True, key=head_key)
         else:
             raise ValueError(f"critic must be 'mlp' or 'trunk', not {kind!r}.")
         # A small output: after LayerNorm a Glorot output layer starts off by about one unit, half the possible returns,
@@ -151,8 +165,8 @@ class FlowCritic(eqx.Module):
         self, observation: Float[Array, " observation"], action: Float[Array, " action"]
     ) -> Float[Array, " width"]:
         x = jnp.concatenate([observation, action])
-        if self.trunk is not None:
-            x = jax.nn.gelu(self.trunk(x))
+        for linear, norm in self.trunk:
+            x = norm(jax.nn.gelu(linear(x)))
         first = self.head.hidden[0]
         return x @ first.weight[: self.inputs] + first.bias
 
@@ -167,11 +181,12 @@ class FlowCritic(eqx.Module):
         noise: Float[Array, " num"],
         *,
         flow_steps: int,
+        solver: Solver = "euler",
     ) -> Float[Array, " num"]:
-        """Returns `psi_1(noise | x, a)` in the model's units, by `flow_steps` Euler steps."""
+        """Returns `psi_1(noise | x, a)` in the model's units, by `flow_steps` steps of the solver."""
         features = self.features(observation, action)
         velocity = jax.vmap(self.velocity, (None, 0, None))
-        return integrate(lambda z, t: velocity(features, z, t), noise, num_steps=flow_steps)
+        return integrate(lambda z, t: velocity(features, z, t), noise, num_steps=flow_steps, solver=solver)
 
 
 class ReturnScale(eqx.Module):
@@ -225,8 +240,11 @@ def make_policy(header: dict[str, Any], *, key: PRNGKeyArray) -> FlowPolicy:
     return FlowPolicy(header["observation_dim"], chunk_dim, width=header["width"], depth=header["depth"], key=key)
 
 
+CRITIC_FIELDS = ("width", "depth", "head_width", "head_depth")  # of a checkpoint header, beside `critic`, its kind
+
+
 def make_critic(header: dict[str, Any], *, key: PRNGKeyArray) -> FlowCritic:
     """An untrained critic with the dimensions of a checkpoint header."""
     chunk_dim = header["action_dim"] * header["horizon"]
-    dims = dict(width=header["width"], depth=header["depth"])
+    dims = {name: header[name] for name in CRITIC_FIELDS}
     return FlowCritic(header["observation_dim"], chunk_dim, kind=header["critic"], **dims, key=key)

@@ -17,7 +17,10 @@ from common.errors import UserError
 from common.networks import ReturnScale, make_critic
 from tests.helpers import contents
 
-HEADER = dict(stage="value", observation_dim=3, action_dim=2, horizon=1, width=8, depth=2, critic="mlp", step=7)
+HEADER = dict(
+    stage="value", observation_dim=3, action_dim=2, horizon=1, width=8, depth=2, head_width=4, head_depth=2,
+    critic="mlp", step=7,
+)  # fmt: skip
 REMEDY = "train it first."
 
 

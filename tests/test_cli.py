@@ -206,8 +206,8 @@ MISTAKES_OF_TRAINING = {
     "save_every and chunk": (dict(save_every=3), "--save-every 3|--chunk 2"),
     "no chunk": (dict(chunk=0), "--chunk"),
     "a negative chunk": (dict(chunk=-2), "--chunk"),
-    "seeds twice": (dict(seeds=(3, 3)), "--seeds|each of them once"),
-    "no seeds": (dict(seeds=()), "--seeds|at least one"),
+    "a negative seed": (dict(first_seed=-1), "--first-seed|negative"),
+    "no seeds": (dict(seeds=0), "--seeds|at least 1"),
     "no horizon": (dict(horizon=0), "--horizon must be at least 1, not 0"),
     "an empty batch": (dict(batch_size=0), "--batch-size"),
     "no width": (dict(width=0), "--width"),
@@ -219,7 +219,7 @@ MISTAKES_OF_VALUE = {
         "run/bc/model.eqx was made with horizon 1, this run has 5|pass the same horizon",
     ),
     "another environment": (dict(env="cube-double-play"), "made with env 'cube-single-play'|'cube-double-play'"),
-    "a seed the policy lacks": (dict(seeds=(0, 5)), "no seed 5|evor_bc.py --seeds"),
+    "a seed the policy lacks": (dict(seeds=6), "no seed 1|evor_bc.py --seeds"),
     "tasks twice": (dict(tasks=(1, 1)), "--tasks needs each task once"),
     "tasks with own rewards": (dict(tasks=(2,)), "brings its own rewards|leave out --tasks"),
     "eval_every and chunk": (dict(eval_every=3), "--eval-every 3|--chunk 2"),
@@ -241,7 +241,7 @@ MISTAKES_OF_INFERENCE = {
     "another environment": (dict(env="cube-double-play"), "made with env 'cube-single-play'|'cube-double-play'"),
     "own rewards": (dict(), "was trained on rewards of its own|no environment"),
     "a task not trained": (dict(tasks=(0, 3)), "has no task 3|[0]|evor_value.py"),
-    "a seed not trained": (dict(seeds=(7,)), "has no seed 7|[0]|evor_value.py"),
+    "a seed not trained": (dict(seeds=1, first_seed=7), "has no seed 7|[0]|evor_value.py"),
     "nothing to sweep": (dict(num_actions=()), "--num-actions needs one or more numbers of at least 1"),
     "no actions": (dict(num_actions=(4, 0)), "--num-actions needs one or more numbers of at least 1"),
     "no returns": (dict(num_returns=(0,)), "--num-returns needs one or more numbers of at least 1"),
@@ -324,7 +324,7 @@ def test_resuming_with_nothing_to_resume(here: Path, command: Callable):
 @pytest.mark.parametrize("command", [bc, value])
 def test_resuming_with_other_settings_or_data(here: Path, command: Callable):
     fails_cleanly(command(resume=True, learning_rate=0.5), here, "--resume|learning_rate 0.0003, not 0.5|start without")
-    fails_cleanly(command(resume=True, seeds=(0, 1)), here, "seed")
+    fails_cleanly(command(resume=True, seeds=2), here, "seed")
     tiny_dataset(here / "data.npz", seed=1)
     fails_cleanly(command(resume=True), here, "other data")
 

@@ -56,7 +56,7 @@ def test_resumed_stages_equal_uninterrupted_ones(tmp_path, dataset, monkeypatch)
     """Stopped at step 50, resumed from the checkpoint of step 40: the same parameters and the same metrics.csv."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for module, stage, extra in ((evor_bc, "bc", {}), (evor_value, "value", {"td_target": "velocity"})):
-        settings = dict(env="robot", dataset=dataset, seeds=(0, 1), **SMALL, **extra)
+        settings = dict(env="robot", dataset=dataset, seeds=2, **SMALL, **extra)
         module.main(module.Args(run_dir=whole, **settings))
         with monkeypatch.context() as patch:
             interrupt_at(patch, 50)
@@ -71,7 +71,7 @@ def test_resumed_stages_equal_uninterrupted_ones(tmp_path, dataset, monkeypatch)
 
 def test_run_directory_of_own_data(tmp_path, dataset):
     """One row per seed, step and metric; provenance in config.json; no environment is asked for anything."""
-    settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "run", seeds=(0, 1), **SMALL)
+    settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "run", seeds=2, **SMALL)
     evor_bc.main(evor_bc.Args(**settings))
     args = evor_value.Args(**settings)
     assert evor_value.main(args) == []
@@ -159,7 +159,7 @@ def spy(tree):
     return tree
 evor_bc.shard_replicas = spy
 from pathlib import Path
-evor_bc.main(evor_bc.Args(env="robot", dataset=Path({str(dataset)!r}), run_dir=Path("two"), seeds=(0, 1), **{SMALL!r}))
+evor_bc.main(evor_bc.Args(env="robot", dataset=Path({str(dataset)!r}), run_dir=Path("two"), seeds=2, **{SMALL!r}))
 print("devices", seen)
 """
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
@@ -167,7 +167,7 @@ print("devices", seen)
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert "devices [2]" in done.stdout
-    evor_bc.main(evor_bc.Args(env="robot", dataset=dataset, run_dir=tmp_path / "one", seeds=(0, 1), **SMALL))
+    evor_bc.main(evor_bc.Args(env="robot", dataset=dataset, run_dir=tmp_path / "one", seeds=2, **SMALL))
     with open(tmp_path / "one/bc/metrics.csv") as one, open(tmp_path / "two/bc/metrics.csv") as two:
         a, b = ([float(row["value"]) for row in csv.DictReader(file)] for file in (one, two))
     np.testing.assert_allclose(a, b, rtol=1e-4)

@@ -87,6 +87,7 @@ ARGS = evor_value.Args(
 REPLICA = evor_value.Replica(
     jnp.array(0), jnp.array(0), ReturnScale.of(-10.0, 10.0, shift=0.0, width=4.0), jax.random.key(0)
 )
+DIMS = dict(width=16, depth=2, head_width=8, head_depth=2)
 CRITIC = FlowCritic(2, 1, width=16, depth=2, key=jax.random.key(0))
 
 
@@ -94,7 +95,7 @@ def one_step(args, *, perturb_target=0.0, seed=0):
     """State before and after one step on the stochastic-policy probe."""
     probe = probes.STOCHASTIC_POLICY
     dataset = probes.make_data(probe, copies=20)
-    header = dict(observation_dim=2, action_dim=1, horizon=1, width=16, depth=args.depth, critic=args.critic)
+    header = dict(observation_dim=2, action_dim=1, horizon=1, critic=args.critic) | DIMS | dict(depth=args.depth)
     state = evor_value.init_state(args, header, key=jax.random.key(seed))
     state = state._replace(target=jax.tree.map(lambda x: x + perturb_target, state.target))
     after, metrics = evor_value.train_step(args, state, dataset, REPLICA)
@@ -180,7 +181,7 @@ def test_replicas_use_their_own_task_and_bank():
     args = evor_value.Args(
         steps=300, chunk=300, width=16, depth=2, batch_size=64, learning_rate=1e-2, discount=0.9, target_steps=1
     )
-    header = dict(observation_dim=1, action_dim=1, horizon=1, width=16, depth=2, critic="mlp")
+    header = dict(observation_dim=1, action_dim=1, horizon=1, critic="mlp") | DIMS
     keys = jax.vmap(jax.random.key)(np.array([0, 1]))
     scale = ReturnScale.of(np.full(2, -10.0), np.full(2, 10.0), shift=np.zeros(2), width=20.0)
     state = stack_replicas(lambda key: evor_value.init_state(args, header, key=key), keys)
