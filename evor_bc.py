@@ -37,7 +37,7 @@ from common import data
 from common.envs import default_run_dir, run_name
 from common.errors import UserError, run_cli
 from common.networks import FlowPolicy, make_policy
-from common.training import Run, Standardizer, learning_rate, over_replicas, shard_replicas, stack_replicas
+from common.training import Run, Standardizer, learning_rate, over_replicas, spread, stack_replicas
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(steps=2_000, width=128, batch_size=128, episodes=30, chunk=500),
@@ -76,6 +76,8 @@ class Args:
     """Episodes to collect if the data can neither be found nor downloaded."""
     horizon: int = 1
     """Length of an action chunk; QC uses 5."""
+    ignore_observations: tuple[int, ...] = ()
+    """Coordinates of the observation that all networks see as constant; see the README's Tuning."""
 
     # --- network and optimisation ---
     width: int = 512
@@ -217,7 +219,10 @@ def main(args: Args) -> dict[str, float]:
     data.print_summary(trajectories, info, tasks=(), discount=0.0)
 
     starts = data.transition_starts(trajectories.terminals, args.horizon)
-    standardizer = Standardizer.of(trajectories.observations)
+    dims = trajectories.observations.shape[1]
+    if not set(args.ignore_observations) <= set(range(dims)):
+        raise UserError(f"--ignore-observations {list(args.ignore_observations)}: observations have 0 to {dims - 1}.")
+    standardizer = Standardizer.of(trajectories.observations, ignore=args.ignore_observations)
     dataset = BCData(
         observations=jnp.asarray(standardizer.rows(trajectories.observations)),
         actions=jnp.asarray(trajectories.actions),
@@ -226,7 +231,7 @@ def main(args: Args) -> dict[str, float]:
     header = dict(
         stage="bc",
         env=name,
-        observation_dim=trajectories.observations.shape[1],
+        observation_dim=dims,
         action_dim=trajectories.actions.shape[1],
         horizon=args.horizon,
         width=args.width,
@@ -247,10 +252,10 @@ def main(args: Args) -> dict[str, float]:
     init_keys, train_keys = keys[:, 0], keys[:, 1]
     state = stack_replicas(lambda key: init_state(args, header, key=key), init_keys)
     state = run.restore(state)
-    state, train_keys = shard_replicas((state, train_keys))
+    (state, train_keys), dataset = spread((state, train_keys), dataset)
     metrics = run.train(
         state,
-        lambda state: train_chunk(args, state, dataset, train_keys),
+        lambda state, step: train_chunk(args, state, dataset, train_keys),
         model=lambda state: (state.policy, standardizer),
     )
     print(f"base policy: {run.directory / 'model.eqx'}")

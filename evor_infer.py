@@ -48,7 +48,7 @@ from common.flow import Solver
 from common.metrics import git_revision, package_versions, read_csv, sha256, write_csv, write_json
 from common.networks import FlowCritic, FlowPolicy, ReturnScale, make_critic, make_policy, stratified_normal
 from common.statistics import success_interval
-from common.training import Standardizer, over_replicas
+from common.training import Standardizer, in_blocks, over_replicas
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(num_actions=(1, 4), num_returns=(4,), eval_episodes=4),
@@ -204,11 +204,12 @@ def act_replicas(
     """Actions of all replicas in all their environments. An action's randomness depends on the replica's key, the
     episode and the step alone, so results do not depend on how episodes are spread over environments."""
 
-    def one(agent, observation, episode, step, key):
-        key = jax.random.fold_in(jax.random.fold_in(key, episode), step)
-        return act_one(agent, observation, settings, key=key)
+    def per_replica(agent, observations, episodes, steps, key):
+        def one(observation, episode, step):
+            return act_one(agent, observation, settings, key=jax.random.fold_in(jax.random.fold_in(key, episode), step))
 
-    per_replica = jax.vmap(one, (None, 0, 0, 0, None))
+        return in_blocks(one, observations, episodes, steps, rows=settings.num_actions * settings.num_returns)
+
     return over_replicas(per_replica, agents, observations, episodes, steps, keys)
 
 
@@ -290,21 +291,29 @@ def load_agents(
 @jax.jit
 def _act(agent, observations, settings, *, key):
     keys = jax.random.split(key, len(observations))
-    return jax.vmap(lambda x, k: act_one(agent, x, settings, key=k))(observations, keys)
+
+    def one(x, k):
+        return act_one(agent, x, settings, key=k)
+
+    return in_blocks(one, observations, keys, rows=settings.num_actions * settings.num_returns)
 
 
 @jax.jit
 def _sample_actions(agent, observations, settings, *, key):
     noise = jax.random.normal(key, (len(observations), settings.num_actions, agent.policy.action_dim))
     sample = functools.partial(agent.policy.sample, flow_steps=settings.flow_steps, solver=settings.solver)
-    return jax.vmap(lambda x, z: sample(agent.standardizer(x), z))(observations, noise)
+    return in_blocks(lambda x, z: sample(agent.standardizer(x), z), observations, noise, rows=settings.num_actions)
 
 
 @jax.jit
 def _sample_returns(agent, observations, actions, settings, *, key):
     noise = return_noise(settings, key=key)
     sample = functools.partial(agent.critic.sample, flow_steps=settings.flow_steps, solver=settings.solver)
-    draws = jax.vmap(lambda x, a: sample(agent.standardizer(x), a, noise))(observations, actions)
+
+    def one(x, a):
+        return sample(agent.standardizer(x), a, noise)
+
+    draws = in_blocks(one, observations, actions, rows=settings.num_returns)
     return agent.scale.to_environment(draws)
 
 

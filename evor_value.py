@@ -61,7 +61,7 @@ from common.flow import integrate
 from common.metrics import sha256, write_csv
 from common.networks import CRITIC_FIELDS, FlowCritic, FlowPolicy, ReturnScale, make_critic, stratified_normal
 from common.statistics import calibration
-from common.training import Run, Standardizer, learning_rate, over_replicas, shard_replicas, stack_replicas
+from common.training import Run, Standardizer, learning_rate, over_replicas, spread, stack_replicas
 
 Target = Literal["paper", "shared-noise", "independent-noise", "velocity"]
 
@@ -113,6 +113,8 @@ class Args:
     """OGBench's reward, or -1 until the task is solved (QC's variant)."""
     horizon: int = 1
     """Length of an action chunk; the base policy's."""
+    ignore_observations: tuple[int, ...] = ()
+    """Coordinates of the observation that a base policy trained here ignores, and the reward model with it."""
 
     # --- reward model ---
     td_target: Target = "shared-noise"
@@ -543,6 +545,7 @@ def bc_args(args: Args, policy_run_dir: Path) -> evor_bc.Args:
             dataset=args.dataset,
             episodes=args.episodes,
             horizon=args.horizon,
+            ignore_observations=args.ignore_observations,
             track=args.track,
         )
     )
@@ -674,22 +677,21 @@ def main(args: Args) -> list[dict[str, Any]]:
     bounds = data.return_bounds(trajectories.rewards[:, ~trajectories.terminals], args.discount)
     pairs, replicas, init_keys = make_replicas(args, dataset, bounds, tasks)
     state = run.restore(stack_replicas(lambda key: init_state(args, header, key=key), init_keys))
-    state, replicas = shard_replicas((state, replicas))
-
+    (state, spread_replicas), dataset = spread((state, replicas), dataset)
     drawn = 0
 
-    def next_chunk(state: TrainState) -> tuple[TrainState, dict]:
+    def next_chunk(state: TrainState, step: int) -> tuple[TrainState, dict]:
         """`train_chunk`, with a new bank where one is due; which one depends on the step alone."""
         nonlocal dataset, drawn
-        due = int(state.step[0]) // args.redraw_bank if args.redraw_bank else 0
+        due = step // args.redraw_bank if args.redraw_bank else 0
         if due != drawn:
-            dataset, drawn = dataset._replace(bank=jnp.asarray(bank(due))), due
-        return train_chunk(args, state, dataset, replicas)
+            dataset, drawn = dataset._replace(bank=jax.device_put(bank(due), dataset.bank.sharding)), due
+        return train_chunk(args, state, dataset, spread_replicas)
 
     def agents(state: TrainState) -> evor_infer.AgentParams:
         standardizers = jax.tree.map(lambda x: jnp.stack([x] * len(pairs)), standardizer)
         policy = jax.tree.map(lambda x: x[replicas.seed], policies)
-        return evor_infer.AgentParams(policy, state.critic, standardizers, replicas.scale)
+        return evor_infer.AgentParams(policy, jax.tree.map(jnp.asarray, state.critic), standardizers, replicas.scale)
 
     settings = evor_infer.Extraction(
         args.num_actions, args.num_returns, args.return_temperature, args.action_temperature, args.flow_steps

@@ -18,6 +18,7 @@ import evor_value
 from benchmarks import probes
 from common.errors import run_cli
 from common.metrics import git_revision, package_versions, write_csv
+from common.networks import CRITIC_FIELDS
 
 TARGETS = ("paper", "independent-noise", "shared-noise", "velocity")
 
@@ -30,6 +31,10 @@ class Args:
     """Targets to compare."""
     critic: str = "mlp"
     """mlp or trunk."""
+    head_width: int = 128
+    """Units per hidden layer of the trunk critic's head."""
+    head_depth: int = 2
+    """Hidden layers of the trunk critic's head."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds."""
     steps: int = 3_000
@@ -64,8 +69,7 @@ def main(args: Args) -> list[dict]:
             train_args = evor_value.Args(
                 td_target=target,
                 critic=args.critic,
-                width=args.width,
-                depth=args.depth,
+                **{field: getattr(args, field) for field in CRITIC_FIELDS},
                 steps=args.steps,
                 chunk=args.steps,
                 target_steps=args.target_steps,
@@ -88,7 +92,8 @@ def main(args: Args) -> list[dict]:
             )
             settings = dict(
                 probe=probe.name, target=target, critic=args.critic, steps=args.steps, width=args.width,
-                depth=args.depth, noise_std=args.noise_std, target_steps=args.target_steps, flow_steps=args.flow_steps,
+                depth=args.depth, head_width=args.head_width, head_depth=args.head_depth, noise_std=args.noise_std,
+                target_steps=args.target_steps, flow_steps=args.flow_steps,
             )  # fmt: skip
             versions = dict(git_revision=git_revision(), jax=package_versions()["jax"])
             for i, seed in enumerate(args.seeds):
@@ -108,9 +113,10 @@ def main(args: Args) -> list[dict]:
 
 def table(args: Args, rows: list[dict]) -> str:
     """The comparison as a Markdown table: probes by targets."""
+    head = f" (head {args.head_depth} x {args.head_width})" if args.critic == "trunk" else ""
     lines = [
         f"W1 distance to the exact law of the reward-to-go, mean over {len(args.seeds)} seeds (range). "
-        f"{args.critic}, {args.depth} x {args.width}, {args.steps:,} steps, "
+        f"{args.critic}{head}, {args.depth} x {args.width}, {args.steps:,} steps, "
         f"noise standard deviation {args.noise_std:g}, {args.flow_steps} Euler steps.",
         "",
         "| probe | " + " | ".join(f"`{t}`" for t in args.targets) + " | `paper` to N(Q, sigma^2) |",

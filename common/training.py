@@ -1,5 +1,7 @@
 """What training loops share: replicas, learning rates, standardisation, and the loop over compiled chunks."""
 
+import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,17 +22,19 @@ from common.metrics import Metrics, git_revision, package_versions, start_tracki
 
 
 class Standardizer(eqx.Module):
-    """`(x - mean) / std` per coordinate; coordinates that hardly vary keep their scale."""
+    """`(x - mean) / std` per coordinate; coordinates that hardly vary keep their scale, ignored ones become zero."""
 
     mean: Float[Array, " observation"]
     std: Float[Array, " observation"]
 
     @classmethod
-    def of(cls, observations: Float[np.ndarray, "rows observation"]) -> "Standardizer":
+    def of(cls, observations: Float[np.ndarray, "rows observation"], *, ignore: Sequence[int] = ()) -> "Standardizer":
         # float64 sums: a million float32 terms lose digits.
         mean = observations.mean(axis=0, dtype=np.float64)
         std = observations.std(axis=0, dtype=np.float64)
-        return cls(jnp.asarray(mean, jnp.float32), jnp.asarray(np.where(std < 1e-4, 1.0, std), jnp.float32))
+        std = np.where(std < 1e-4, 1.0, std)
+        std[list(ignore)] = np.inf
+        return cls(jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32))
 
     def __call__(self, observation: Float[Array, " observation"]) -> Float[Array, " observation"]:
         return (observation - self.mean) / self.std
@@ -61,15 +65,37 @@ def over_replicas(function: Callable, *trees: Any) -> Any:
     return jax.vmap(function)(*trees)
 
 
-def shard_replicas(tree: Any) -> Any:
-    """Spreads the leading (replica) axis of every leaf over as many devices as divide it evenly."""
-    replicas = jax.tree.leaves(tree)[0].shape[0]
-    devices = jax.devices()
-    count = max(n for n in range(1, len(devices) + 1) if replicas % n == 0)
-    if count == 1:
-        return tree
-    sharding = NamedSharding(Mesh(np.asarray(devices[:count]), ("replica",)), PartitionSpec("replica"))
-    return jax.device_put(tree, sharding)
+def in_blocks(function: Callable, *trees: Any, rows: int) -> Any:
+    """`vmap` over the leading axis of every leaf of `trees`, a block at a time; for use inside `jit`.
+
+    `rows` is how many network rows one element takes. On the CPU a block's activations stay in the cache (a whole batch
+    at once is up to twice as slow); elsewhere a block only bounds the memory.
+    """
+    most = 2_048 if jax.default_backend() == "cpu" else 2**19
+    return jax.lax.map(lambda leaves: function(*leaves), trees, batch_size=max(1, most // rows))
+
+
+def spread(replicated: Any, shared: Any) -> tuple[Any, Any]:
+    """Spreads the leading (replica) axis of `replicated` over all devices and puts a copy of `shared` on each.
+
+    Where the devices do not divide the replicas evenly the last replica is repeated; `fetch` leaves the repeats out.
+    """
+    replicas = jax.tree.leaves(replicated)[0].shape[0]
+    devices = jax.devices()[:replicas]
+    if len(devices) == 1:
+        return replicated, shared
+    mesh = Mesh(np.asarray(devices), ("replica",))
+    index = np.minimum(np.arange(math.ceil(replicas / len(devices)) * len(devices)), replicas - 1)
+    replicated = jax.tree.map(lambda x: x[index], replicated)
+    put = jax.device_put
+    return put(replicated, NamedSharding(mesh, PartitionSpec("replica"))), put(
+        shared, NamedSharding(mesh, PartitionSpec())
+    )
+
+
+def fetch(tree: Any, replicas: int) -> Any:
+    """The first `replicas` replicas of `tree`, from all devices, on the host."""
+    return jax.tree.map(lambda x: x[:replicas], jax.device_get(tree))
 
 
 class Run:
@@ -141,7 +167,7 @@ class Run:
     def train(
         self,
         state: Any,
-        train_chunk: Callable[[Any], tuple[Any, dict[str, Array]]],
+        train_chunk: Callable[[Any, int], tuple[Any, dict[str, Array]]],
         *,
         model: Callable[[Any], Any],
         evaluate: Callable[[int, Any], None] | None = None,
@@ -149,18 +175,26 @@ class Run:
     ) -> dict[str, float]:
         """Runs chunks up to `args.steps`, logs their mean metrics, saves, evaluates; returns the last metrics.
 
+        Args:
+            state: what `spread` returned.
+            train_chunk: `(state, steps done) -> (state, metrics)`.
+            model: what `model.eqx` keeps of a state.
+            evaluate: called with the step and the state, every `evaluate_every` steps but the last. It and `model` get
+                the state of the run's own replicas, on the host.
+
         Raises:
             FloatingPointError: a metric is not finite; the last checkpoint stays as it was.
         """
         args, first = self.args, int(np.max(jax.device_get(state.step)))
+        own = functools.partial(fetch, replicas=len(self.replicas))
         values: dict[str, Array] = {}
         with tqdm(
             total=args.steps, initial=first, desc=f"{self.header['stage']} {self.header['env']}", unit="step"
         ) as bar:
             for step in range(first + args.chunk, args.steps + 1, args.chunk):
                 began = time.monotonic()
-                state, values = train_chunk(state)
-                values = jax.device_get(values)
+                state, values = train_chunk(state, step - args.chunk)
+                values = own(values)
                 bar.update(args.chunk)
                 bar.set_postfix(
                     loss=f"{np.mean(values['loss']):.4g}", ms=f"{1e3 * (time.monotonic() - began) / args.chunk:.2f}"
@@ -171,10 +205,11 @@ class Run:
                         raise FloatingPointError(f"{metric} of (task, seed) {bad} is not finite before step {step}.")
                 self.metrics.log(step, self.replicas, values)
                 if evaluate is not None and evaluate_every and step % evaluate_every == 0 and step < args.steps:
-                    evaluate(step, state)
+                    evaluate(step, own(state))
                 if step % args.save_every == 0 or step == args.steps:
                     header = {**self.header, "step": step}
-                    checkpoint.save(self.model_path, header, model(state))
-                    checkpoint.save(self.state_path, header, state)
-        self.state = state
+                    saved = own(state)
+                    checkpoint.save(self.model_path, header, model(saved))
+                    checkpoint.save(self.state_path, header, saved)
+        self.state = own(state)
         return {metric: float(np.mean(numbers)) for metric, numbers in values.items()}

@@ -75,24 +75,25 @@ def test_over_replicas_applies_the_function_to_each_replica():
         np.testing.assert_allclose(found["y"][i], np.asarray(trees["x"][i]) @ np.asarray(trees["m"][i]) * scales[i])
 
 
-def test_shard_replicas_uses_as_many_devices_as_divide_the_replicas():
-    """In a process of its own with four virtual devices: 6 replicas go to three of them, 5 and 1 to a single one."""
+def test_replicas_are_spread_over_all_devices_and_the_rest_is_copied_to_each():
+    """In a process of its own with four virtual devices: 6 and 5 replicas are two on each, 3 leave one device idle."""
     code = """
 import jax, jax.numpy as jnp
-from common.training import shard_replicas
+from common.training import fetch, spread
 counts = []
-for replicas in (6, 4, 5, 1):
+for replicas in (6, 4, 5, 3, 1):
     tree = {"a": jnp.arange(2.0 * replicas).reshape(replicas, 2), "b": jnp.arange(replicas)}
-    sharded = shard_replicas(tree)
-    assert all((x == y).all() for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(sharded)))
-    assert sharded["a"].sharding.device_set == sharded["b"].sharding.device_set
-    counts.append(len(sharded["a"].sharding.device_set))
+    many, shared = spread(tree, jnp.arange(7))
+    assert all((x == y).all() for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(fetch(many, replicas))))
+    assert many["a"].sharding.device_set == many["b"].sharding.device_set == shared.sharding.device_set
+    assert {s.data.shape for s in shared.addressable_shards} == {(7,)}
+    counts.append((len(many["a"].sharding.device_set), {s.data.shape[0] for s in many["a"].addressable_shards}))
 print(len(jax.devices()), counts)
 """
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     root = Path(training.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "4 [3, 4, 1, 1]"
+    assert done.stdout.strip() == "4 [(4, {2}), (4, {1}), (4, {2}), (3, {1}), (1, {1})]"
 
 
 # --- Runs --------------------------------------------------------------------------------------------------------
@@ -129,7 +130,8 @@ def train(directory: Path, args: Args, *, until: int | None = None, bad_step: in
     run = open_run(directory, args)
     state = run.restore(State(jnp.array([0.0, 1.0]), jnp.zeros(2, jnp.int32)))
 
-    def train_chunk(state: State):
+    def train_chunk(state: State, step: int):
+        assert step == int(state.step[0])
         if int(state.step[0]) == until:
             raise KeyboardInterrupt
         state = State(state.weight * 0.9 + jnp.sin(state.step.astype(jnp.float32)), state.step + args.chunk)

@@ -146,31 +146,43 @@ def test_the_main_job_trains_finishes_or_refuses_the_base_policy(tmp_path, datas
         evor_value.main(evor_value.Args(**settings, policy_run_dir=tmp_path / "elsewhere"))
 
 
-def test_replicas_are_sharded_over_devices(tmp_path, dataset):
-    """Two host devices and two seeds: the same numbers as on one device, and the work really spread."""
+def test_replicas_equal_runs_of_their_own_on_any_number_of_devices(tmp_path, dataset):
+    """Five seeds of both stages: on four virtual devices (two of the eight places hold repeats), on one, and one of the
+    seeds alone. The metrics of every step agree up to the order of float additions, and the work is really spread."""
+    settings = dict(env="robot", dataset=dataset, **SMALL)
     code = f"""
-import jax, evor_bc
+import jax, evor_bc, evor_value
+from pathlib import Path, PosixPath
 from common import training
 seen = []
-shard = training.shard_replicas
-def spy(tree):
-    tree = shard(tree)
-    seen.append(len(jax.tree.leaves(tree)[0].sharding.device_set))
-    return tree
-evor_bc.shard_replicas = spy
-from pathlib import Path
-evor_bc.main(evor_bc.Args(env="robot", dataset=Path({str(dataset)!r}), run_dir=Path("two"), seeds=2, **{SMALL!r}))
+spread = training.spread
+def spy(*trees):
+    trees = spread(*trees)
+    seen.append([len(jax.tree.leaves(tree)[0].sharding.device_set) for tree in trees])
+    return trees
+evor_bc.spread = evor_value.spread = spy
+for stage in (evor_bc, evor_value):
+    stage.main(stage.Args(run_dir=Path("four"), seeds=5, **{settings!r}))
 print("devices", seen)
 """
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert "devices [2]" in done.stdout
-    evor_bc.main(evor_bc.Args(env="robot", dataset=dataset, run_dir=tmp_path / "one", seeds=2, **SMALL))
-    with open(tmp_path / "one/bc/metrics.csv") as one, open(tmp_path / "two/bc/metrics.csv") as two:
-        a, b = ([float(row["value"]) for row in csv.DictReader(file)] for file in (one, two))
-    np.testing.assert_allclose(a, b, rtol=1e-4)
+    assert "devices [[4, 4], [4, 4]]" in done.stdout
+    for stage in (evor_bc, evor_value):
+        stage.main(stage.Args(run_dir=tmp_path / "one", seeds=5, **settings))
+        stage.main(stage.Args(run_dir=tmp_path / "alone", seeds=1, first_seed=3, **settings))
+
+    def metrics(run: str, stage: str, seeds: str) -> list[float]:
+        with open(tmp_path / run / stage / "metrics.csv") as file:
+            return [float(row["value"]) for row in csv.DictReader(file) if row["seed"] in seeds]
+
+    for stage in ("bc", "value"):
+        one = metrics("one", stage, "01234")
+        assert len(set(one)) == len(one) > 50, "replicas differ"
+        np.testing.assert_allclose(metrics("four", stage, "01234"), one, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(metrics("alone", stage, "3"), metrics("one", stage, "3"), rtol=1e-3, atol=1e-5)
 
 
 def test_the_main_job_on_collected_data_with_chunks(tmp_path, monkeypatch, capsys):

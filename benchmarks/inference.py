@@ -1,0 +1,197 @@
+"""What inference costs in accuracy: solver and number of steps, and how the return noise is drawn.
+
+    python -m benchmarks.inference --env cube-single-play
+
+On states of the validation data, with a trained base policy and reward model:
+
+1. *Solvers.* Root mean square error of actions and of returns against 100 steps of the fifth-order solver from the
+   same noise, beside the evaluations of the velocity field that they cost.
+2. *Return noise.* Error of Q* from N returns against Q* from 4,096 quantiles: N quantiles of the normal law (no
+   variance, a bias) beside N independent draws (the other way round); and how often the best of 32 candidates is the
+   same one.
+
+Writes `results/inference.csv` and `results/inference.md`.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import evor_infer
+from common import data
+from common.envs import default_run_dir, parse_env, validation_path
+from common.errors import UserError, run_cli
+from common.flow import num_evaluations
+from common.metrics import git_revision, package_versions, write_csv
+from common.networks import stratified_normal
+
+SOLVERS = (
+    ("euler", 1), ("euler", 2), ("euler", 5), ("euler", 10), ("euler", 20), ("euler", 50), ("euler", 100),
+    ("midpoint", 1), ("midpoint", 2), ("midpoint", 5), ("midpoint", 10),
+    ("heun", 1), ("heun", 2), ("heun", 5), ("heun", 10),
+    ("tsit5", 1), ("tsit5", 2), ("tsit5", 5),
+)  # fmt: skip
+REFERENCE = dict(solver="tsit5", flow_steps=100)
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Errors of solvers and of return noise."""
+
+    env: str = "cube-single-play"
+    """Environment of the run; its validation data gives the states."""
+    run_dir: Path | None = None
+    """Run directory of stages 1 and 2; runs/ENV by default."""
+    states: int = 256
+    """Validation states."""
+    num_actions: int = 32
+    """Candidates per state."""
+    return_temperature: float = 0.1
+    """tau_R as a fraction of the return range."""
+    draws: int = 16
+    """Repetitions of the independent draws."""
+    episodes: int = 1000
+    """Collected episodes of the dataset."""
+    out: Path = Path("results/inference.csv")
+    """CSV file; the table goes beside it."""
+
+
+def rms(x: Any) -> float:
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+def solver_rows(agent: evor_infer.Agent, observations: np.ndarray, actions: np.ndarray) -> list[dict[str, Any]]:
+    """Error of every solver in actions (which lie in [-1, 1]) and returns (environment units)."""
+    draw = functools.partial(agent.sample_actions, observations, 8, key=jax.random.key(0))
+    returns = functools.partial(agent.sample_returns, observations, actions, 16, key=jax.random.key(0))
+    best = draw(**REFERENCE), returns(**REFERENCE)
+    rows = []
+    for solver, steps in SOLVERS:
+        ode = dict(solver=solver, flow_steps=steps)
+        rows.append(
+            dict(
+                part="solver",
+                solver=solver,
+                flow_steps=steps,
+                evaluations=num_evaluations(solver, steps),
+                action_rmse=rms(draw(**ode) - best[0]),
+                return_rmse=rms(returns(**ode) - best[1]),
+            )
+        )
+    return rows
+
+
+def noise_rows(args: Args, agent: evor_infer.Agent, observations: np.ndarray) -> list[dict[str, Any]]:
+    """Error of Q* (environment units) over candidates and draws, for quantiles and independent noise of equal N."""
+    params = agent.params
+    candidates = agent.sample_actions(observations, args.num_actions, key=jax.random.key(1))
+    temperature = args.return_temperature * params.scale.width
+
+    @jax.jit
+    def scores(noise):
+        def one(x, actions):
+            score = functools.partial(evor_infer.score_one, temperature=temperature, flow_steps=10)
+            return jax.vmap(score, (None, None, 0, None))(params.critic, params.standardizer(x), actions, noise)
+
+        return params.scale.scale * jax.lax.map(lambda xa: one(*xa), (jnp.asarray(observations), candidates))
+
+    exact = np.asarray(scores(stratified_normal(4096)))
+    rows = []
+    for number in (1, 2, 4, 8, 16, 32):
+        independent = np.stack(
+            [scores(jax.random.normal(jax.random.key(i), (number,))) for i in range(args.draws)]
+        )  # (draws, states, candidates)
+        for kind, found in (
+            ("quantiles", np.asarray(scores(stratified_normal(number)))[None]),
+            ("independent", independent),
+        ):
+            within = found - found.mean(axis=2, keepdims=True) - (exact - exact.mean(axis=1, keepdims=True))
+            rows.append(
+                dict(
+                    part="noise",
+                    noise=kind,
+                    num_returns=number,
+                    q_variance=float(np.mean(np.var(found, axis=0))),
+                    q_rmse=rms(found - exact),
+                    ranking_rmse=rms(within),
+                    same_best=float(np.mean(found.argmax(axis=2) == exact.argmax(axis=1))),
+                )
+            )
+    return rows
+
+
+def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    """Both comparisons as Markdown."""
+    lines = [
+        f"{about['env']} ({about['data_source']} data), task {about['task']}, {about['states']} validation states; "
+        f"return range {about['return_range']:g}. Reference: 100 steps of tsit5.",
+        "",
+        "| solver | steps | evaluations | RMSE of actions | RMSE of returns |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["part"] == "solver":
+            lines.append(
+                f"| {row['solver']} | {row['flow_steps']} | {row['evaluations']} "
+                f"| {row['action_rmse']:.4f} | {row['return_rmse']:.3f} |"
+            )
+    lines += [
+        "",
+        f"Q* of {about['num_actions']} candidates per state, tau_R {about['return_temperature']:g} of the range. "
+        f"Reference: 4,096 quantiles. `ranking` leaves out what all candidates of a state share.",
+        "",
+        "| noise | N | variance of Q* | RMSE of Q* | RMSE, ranking | same best candidate |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["part"] == "noise":
+            lines.append(
+                f"| {row['noise']} | {row['num_returns']} | {row['q_variance']:.3f} | {row['q_rmse']:.3f} "
+                f"| {row['ranking_rmse']:.3f} | {row['same_best']:.0%} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main(args: Args) -> list[dict[str, Any]]:
+    """Measures and writes both comparisons; returns the rows."""
+    name = parse_env(args.env)
+    run_dir = args.run_dir or default_run_dir(name.short, quick=False)
+    header, replicas, agents = evor_infer.load_agents(run_dir)
+    path, source = data.find_files(args.env, None, episodes=args.episodes)
+    if not validation_path(path).is_file():
+        raise UserError(f"there is no validation file {validation_path(path)}: collect or download the data anew.")
+    arrays = data.read_arrays(validation_path(path))
+    starts = data.transition_starts(arrays["terminals"], header["horizon"])
+    rows = np.random.default_rng(0).choice(starts, args.states, replace=False)
+    observations = arrays["observations"][rows]
+    agent = evor_infer.Agent(jax.tree.map(lambda x: x[0], agents), header["horizon"])
+    actions = np.stack([arrays["actions"][row : row + header["horizon"]].reshape(-1) for row in rows])
+    scale = agent.params.scale
+    about = dict(
+        env=name.short,
+        task=replicas[0][0],
+        data_source=source,
+        critic=header["critic"],
+        td_target=header["args"]["td_target"],
+        return_range=float(scale.high - scale.low),
+        states=args.states,
+        num_actions=args.num_actions,
+        return_temperature=args.return_temperature,
+        git_revision=git_revision(),
+        jax=package_versions()["jax"],
+    )
+    found = solver_rows(agent, observations, actions) + noise_rows(args, agent, observations)
+    fields = list(dict.fromkeys(key for row in found for key in row))
+    write_csv(args.out, [*fields, *about], [dict.fromkeys(fields, "") | row | about for row in found])
+    args.out.with_suffix(".md").write_text(table(found, about))
+    print(table(found, about) + f"rows: {args.out}\ntable: {args.out.with_suffix('.md')}")
+    return found
+
+
+if __name__ == "__main__":
+    run_cli(main, Args)

@@ -1,0 +1,539 @@
+"""How fast every stage is, as ratios to what this machine can do.
+
+    python -m benchmarks.speed
+
+One command, one table: `results/speed.csv` (one row per case, with machine and versions), `results/speed.md` and
+`results/speed.png`. Timings drift on shared machines, so cases of a group are timed in turn, round after round, with
+the machine's own matrix product and a BC step among them; every ratio is the median over rounds of ratios within one
+round. Data and parameters are random: no time depends on their values.
+
+Counted FLOPs are those of the matrix products alone, forward and backward, and `peak share` relates them to the rate
+of a chain of products of the networks' shape, (256, 512) x (512, 512).
+"""
+
+import dataclasses
+import functools
+import itertools
+import multiprocessing
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import evor_bc
+import evor_infer
+import evor_value
+from common import collect, figures
+from common.envs import num_cores
+from common.errors import run_cli
+from common.evaluation import Episodes, make_env, seeded_reset
+from common.flow import num_evaluations
+from common.metrics import git_revision, package_versions, write_csv
+from common.networks import CRITIC_FIELDS, FlowCritic, FlowPolicy, ReturnScale
+from common.training import Standardizer, stack_replicas
+
+OBSERVATION, ACTION = 37, 5  # cube-double
+GYM_ID = "cube-double-singletask-task2-v0"
+FIELDS = ("group", "case", "ms", "gflop", "peak_share", "to_bc", "to_first", "compile_s", "value", "unit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Time every stage against this machine's own limit."""
+
+    groups: tuple[str, ...] = (
+        "stages",
+        "replicas",
+        "data",
+        "inference",
+        "solvers",
+        "run",
+        "evaluation",
+        "collection",
+        "memory",
+    )
+    """What to measure."""
+    rounds: int = 5
+    """Rounds over the cases of a group."""
+    quick: bool = False
+    """Preset: a smoke run, with small networks and little data; its numbers mean nothing."""
+    width: int = 512
+    """Units per hidden layer."""
+    rows: int = 1_000_000
+    """Transitions of the dataset."""
+    steps: int = 40
+    """Gradient steps per timed call of one replica."""
+    replicas: tuple[int, ...] = (1, 2, 5, 10, 25)
+    """Numbers of replicas."""
+    out: Path = Path("results")
+    """Folder for speed.csv, speed.md and speed.png."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": dict(rounds=1, width=32, rows=2_000, steps=2, replicas=(1, 2), out=Path("runs/speed-quick")),
+}
+
+
+class Case(NamedTuple):
+    """Something to time: `run` blocks until `units` units of work are done."""
+
+    name: str
+    run: Callable[[], Any]
+    units: int = 1
+    flops: float = 0.0  # of the matrix products of one unit
+    compile_s: float = 0.0
+
+
+# --- Timing ------------------------------------------------------------------------------------------------------
+
+
+def time_in_turn(cases: list[Case], rounds: int) -> np.ndarray:
+    """Seconds per unit, (rounds, cases); every case has run once before."""
+    for case in cases:
+        case.run()
+    seconds = np.zeros((rounds, len(cases)))
+    for i, (j, case) in itertools.product(range(rounds), enumerate(cases)):
+        began = time.perf_counter()
+        case.run()
+        seconds[i, j] = (time.perf_counter() - began) / case.units
+    return seconds
+
+
+def measure(group: str, cases: list[Case], args: Args) -> list[dict[str, Any]]:
+    """Rows of a group. The matrix product and a BC step are timed among its cases; `to_first` is the ratio to the
+    group's own first case."""
+    reference = [product_case(args), bc_case("BC", args)]
+    seconds = time_in_turn(reference + cases, args.rounds)
+    product, bc = seconds[:, 0], seconds[:, 1]
+    rows = []
+    for j, case in enumerate(reference + cases):
+        share = reference[0].flops and case.flops / reference[0].flops * product / seconds[:, j]
+        row = dict.fromkeys(FIELDS, "") | dict(group=group, case=case.name)
+        row |= dict(ms=1e3 * np.median(seconds[:, j]), gflop=case.flops / 1e9, peak_share=np.median(share))
+        row |= dict(to_bc=np.median(seconds[:, j] / bc), compile_s=case.compile_s)
+        if j >= 2:
+            row |= dict(to_first=np.median(seconds[:, j] / seconds[:, 2]))
+        rows.append(row)
+        text = f"{group:<11} {case.name:<44} {row['ms']:9.2f} ms  {row['to_bc']:7.2f} x BC"
+        print(text + (f"  {row['peak_share']:4.0%} of the product's rate" if case.flops else ""), flush=True)
+    return rows
+
+
+def number(group: str, case: str, value: float, unit: str) -> dict[str, Any]:
+    """A row that is no timing."""
+    print(f"{group:<11} {case:<44} {value:9.2f} {unit}", flush=True)
+    return dict.fromkeys(FIELDS, "") | dict(group=group, case=case, value=value, unit=unit)
+
+
+def compiled(function: Callable, *arguments: Any, **keywords: Any) -> tuple[Callable, float]:
+    """A jitted function compiled for these arguments, and the seconds that took."""
+    lowered = function.lower(*arguments, **keywords)
+    began = time.perf_counter()
+    return lowered.compile(), time.perf_counter() - began
+
+
+# --- Cases -------------------------------------------------------------------------------------------------------
+
+
+def product_case(args: Args) -> Case:
+    """A chain of matrix products of the networks' shape."""
+    length, x, w = 100, jnp.ones((256, args.width)), jnp.eye(args.width)
+    chain = jax.jit(lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, length=length)[0])
+    flops = 2.0 * 256 * args.width**2
+    return Case(
+        "matrix product (256, width) x (width, width)", lambda: jax.block_until_ready(chain(x, w)), length, flops
+    )
+
+
+def policy_macs(policy: FlowPolicy) -> tuple[int, int]:
+    """Multiplications of one velocity, and those of its first layer."""
+    layers = [*policy.mlp.hidden, policy.mlp.output]
+    return sum(layer.weight.size for layer in layers), layers[0].weight.size
+
+
+def critic_macs(critic: FlowCritic) -> tuple[int, int, int]:
+    """Multiplications of `features`, of one `velocity`, and of the first layer."""
+    trunk = [linear.weight.size for linear, _ in critic.trunk]
+    layers = [*critic.head.hidden, critic.head.output]
+    split = critic.inputs * layers[0].weight.shape[1]
+    first = trunk[0] if trunk else layers[0].weight.size
+    return sum(trunk) + split, sum(layer.weight.size for layer in layers) - split, first
+
+
+def bc_case(name: str, args: Args, *, replicas: int = 1, rows: int | None = None) -> Case:
+    """`evor_bc.train_chunk`; FLOPs: forward, and backward but for the inputs of the first layer."""
+    rows, steps = rows or args.rows, max(1, args.steps // replicas)
+    settings = evor_bc.Args(width=args.width, chunk=steps)
+    header = dict(observation_dim=OBSERVATION, action_dim=ACTION, horizon=1, width=args.width, depth=settings.depth)
+    keys = jax.random.split(jax.random.key(0), replicas)
+    state = stack_replicas(lambda key: evor_bc.init_state(settings, header, key=key), keys)
+    dataset = evor_bc.BCData(*random_rows(rows))
+    macs, first = policy_macs(jax.tree.map(lambda x: x[0], state.policy))
+    flops = 2.0 * settings.batch_size * (3 * macs - first) * replicas
+    step, compile_s = compiled(evor_bc.train_chunk, settings, state, dataset, keys)
+    return Case(name, stateful(lambda s: step(s, dataset, keys), state), steps, flops, compile_s)
+
+
+def value_case(
+    name: str, args: Args, *, tasks: int = 1, seeds: int = 1, rows: int | None = None, **changes: Any
+) -> Case:
+    """`evor_value.train_chunk` of tasks x seeds replicas; FLOPs: those of BC, and the forward passes of the target."""
+    replicas, rows = tasks * seeds, rows or args.rows
+    steps = max(1, args.steps // replicas)
+    settings = evor_value.Args(width=args.width, chunk=steps, **changes)
+    header = dict(observation_dim=OBSERVATION, action_dim=ACTION, horizon=1, critic=settings.critic)
+    header |= {field: getattr(settings, field) for field in CRITIC_FIELDS}
+    keys = jax.random.split(jax.random.key(0), replicas)
+    state = stack_replicas(lambda key: evor_value.init_state(settings, header, key=key), keys)
+    dataset = value_data(rows, tasks=tasks, seeds=seeds, num_next_actions=settings.num_next_actions)
+    scale = ReturnScale.of(-np.full(replicas, 100.0), np.zeros(replicas), shift=np.full(replicas, -90.0), width=4.0)
+    task, seed = np.divmod(np.arange(replicas), seeds)
+    chosen = evor_value.Replica(jnp.asarray(task), jnp.asarray(seed), scale, keys)
+    features, velocity, first = critic_macs(jax.tree.map(lambda x: x[0], state.critic))
+    macs = 3 * (features + velocity) - first + features
+    macs += velocity * {"paper": 1, "velocity": settings.target_steps + 1}.get(
+        settings.td_target, settings.target_steps
+    )
+    if settings.next_action == "softmax":
+        macs += settings.num_next_actions * (features + settings.backup_returns * settings.target_steps * velocity)
+    flops = 2.0 * settings.batch_size * macs * replicas
+    step, compile_s = compiled(evor_value.train_chunk, settings, state, dataset, chosen)
+    return Case(name, stateful(lambda s: step(s, dataset, chosen), state), steps, flops, compile_s)
+
+
+def stateful(step: Callable, state: Any) -> Callable[[], None]:
+    """A call that goes on from the last one's state, whose buffers it takes over."""
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = step(state)
+        jax.block_until_ready(metrics)
+
+    return run
+
+
+@functools.cache
+def random_rows(rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Observations, actions, and the rows at which a transition starts."""
+    rng = np.random.default_rng(0)
+    observations = rng.standard_normal((rows + 1, OBSERVATION), np.float32)
+    actions = rng.uniform(-1, 1, (rows + 1, ACTION)).astype(np.float32)
+    return jnp.asarray(observations), jnp.asarray(actions), jnp.arange(rows)
+
+
+@functools.cache
+def value_data(rows: int, *, tasks: int, seeds: int, num_next_actions: int) -> evor_value.ValueData:
+    bank = np.random.default_rng(0).uniform(-1, 1, (seeds, rows, num_next_actions, ACTION)).astype(np.float16)
+    shape = (tasks, rows)
+    arrays = (-jnp.ones(shape), jnp.full(shape, 0.99), jnp.asarray(bank))
+    return evor_value.ValueData(*random_rows(rows), *arrays)
+
+
+def agent(args: Args, critic: str) -> evor_infer.AgentParams:
+    """An untrained agent."""
+    policy = FlowPolicy(OBSERVATION, ACTION, width=args.width, key=jax.random.key(0))
+    network = FlowCritic(OBSERVATION, ACTION, kind=critic, width=args.width, key=jax.random.key(1))
+    standardizer = Standardizer(jnp.zeros(OBSERVATION), jnp.ones(OBSERVATION))
+    return evor_infer.AgentParams(policy, network, standardizer, ReturnScale.of(-100.0, 0.0, shift=-90.0, width=4.0))
+
+
+def act_case(name: str, params: evor_infer.AgentParams, batch: int, settings: evor_infer.Extraction) -> Case:
+    """One decision in each of `batch` observations. `features` of the policy is computed once per observation, of the
+    critic once per candidate; velocities once per evaluation of the field."""
+    observations = random_rows(batch)[0][:batch]
+    key = jax.random.key(0)
+    act, compile_s = compiled(evor_infer._act, params, observations, settings, key=key)
+    evaluations = num_evaluations(settings.solver, settings.flow_steps)
+    whole, _ = policy_macs(params.policy)
+    shared = OBSERVATION * params.policy.mlp.hidden[0].weight.shape[1]
+    features, velocity, _ = critic_macs(params.critic)
+    macs = shared + settings.num_actions * evaluations * (whole - shared)
+    if settings.num_actions > 1:
+        macs += settings.num_actions * (features + settings.num_returns * evaluations * velocity)
+    run = lambda: jax.block_until_ready(act(params, observations, settings, key=key))  # noqa: E731
+    return Case(name, run, 1, 2.0 * batch * macs, compile_s)
+
+
+def draw_case(name: str, params: evor_infer.AgentParams, batch: int, settings: evor_infer.Extraction) -> Case:
+    """Only the candidates of `act_case`."""
+    observations = random_rows(batch)[0][:batch]
+    key = jax.random.key(0)
+    draw, compile_s = compiled(evor_infer._sample_actions, params, observations, settings, key=key)
+    whole, _ = policy_macs(params.policy)
+    shared = OBSERVATION * params.policy.mlp.hidden[0].weight.shape[1]
+    evaluations = num_evaluations(settings.solver, settings.flow_steps)
+    flops = 2.0 * batch * (shared + settings.num_actions * evaluations * (whole - shared))
+    return Case(name, lambda: jax.block_until_ready(draw(params, observations, settings, key=key)), 1, flops, compile_s)
+
+
+# --- Groups ------------------------------------------------------------------------------------------------------
+
+
+def stages(args: Args) -> list[dict[str, Any]]:
+    """A gradient step of each stage: every target, critic and backup."""
+    cases = [value_case(f"value {target}, {critic}", args, td_target=target, critic=critic)
+             for critic in ("mlp", "trunk")
+             for target in ("paper", "shared-noise", "independent-noise", "velocity")]  # fmt: skip
+    cases += [value_case("value shared-noise, mlp, 10 target steps", args, target_steps=10)]
+    cases += [value_case("value shared-noise, trunk, 10 target steps", args, target_steps=10, critic="trunk")]
+    cases += [
+        value_case(f"value shared-noise, {critic}, {backup} backup", args, critic=critic, next_action=backup)
+        for critic in ("mlp", "trunk")
+        for backup in ("dataset", "softmax")
+    ]
+    return measure("stages", cases, args)
+
+
+def replicas(args: Args) -> list[dict[str, Any]]:
+    """Milliseconds per step of all replicas together; tasks x seeds as square as they divide."""
+    cases = []
+    for count in args.replicas:
+        seeds = max(n for n in range(1, int(count**0.5) + 1) if count % n == 0)
+        shape = dict(tasks=count // seeds, seeds=seeds)
+        cases.append(
+            value_case(f"value paper, trunk, {count} replicas", args, td_target="paper", critic="trunk", **shape)
+        )
+    rows = measure("replicas", cases, args)
+    return rows + measure("BC replicas", [bc_case(f"BC, {n} replicas", args, replicas=n) for n in args.replicas], args)
+
+
+def data(args: Args) -> list[dict[str, Any]]:
+    """Growth with the dataset."""
+    sizes = [n for n in (10_000, 100_000, 1_000_000) if n <= args.rows] or [args.rows]
+    cases = [
+        value_case(f"value paper, trunk, {n} rows", args, rows=n, td_target="paper", critic="trunk") for n in sizes
+    ]
+    return measure("data", cases, args)
+
+
+def inference(args: Args) -> list[dict[str, Any]]:
+    """One decision: N_pi x N, beside drawing the candidates alone."""
+    rows = []
+    for batch, critic in itertools.product((1, 16), ("mlp", "trunk")):
+        params = agent(args, critic)
+        most = evor_infer.Extraction(num_actions=32, num_returns=32)
+        cases = [draw_case("draw 32 candidates", params, batch, most)]
+        grid = [(1, 1)] + [(a, r) for a in (8, 32, 64) for r in (1, 8, 32)]
+        cases += [
+            act_case(f"act, N_pi {a}, N {r}", params, batch, dataclasses.replace(most, num_actions=a, num_returns=r))
+            for a, r in (grid if batch == 1 or critic == "trunk" else [(32, 32)])
+        ]
+        rows += measure(f"inference, {critic}, batch {batch}", cases, args)
+    return rows
+
+
+def solvers(args: Args) -> list[dict[str, Any]]:
+    """One decision with each solver at about equal cost."""
+    params = agent(args, "trunk")
+    choices = (("euler", 10), ("midpoint", 5), ("heun", 5), ("tsit5", 2))
+    cases = [
+        act_case(
+            f"act, N_pi 32, N 16, {steps} steps of {solver}", params, 16,
+            evor_infer.Extraction(num_actions=32, num_returns=16, flow_steps=steps, solver=solver),
+        )
+        for solver, steps in choices
+    ]  # fmt: skip
+    return measure("solvers", cases, args)
+
+
+def run(args: Args) -> list[dict[str, Any]]:
+    """Compilations of a whole run of stages 1 and 2, with several tasks' worth of replicas."""
+    before = evor_bc.train_chunk._cache_size(), evor_value.train_chunk._cache_size()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tiny.npz"
+        rng = np.random.default_rng(0)
+        count = 400
+        np.savez(
+            path,
+            observations=rng.normal(size=(count, 3)).astype(np.float32),
+            actions=rng.uniform(-1, 1, (count, 2)).astype(np.float32),
+            terminals=np.arange(count) % 40 == 39,
+            rewards=-np.ones(count, np.float32),
+        )
+        settings = dict(dataset=path, env="tiny", run_dir=Path(folder) / "run", seeds=2, **evor_value.PRESETS["quick"])
+        evor_value.main(evor_value.Args(quick=True, **settings))
+    return [
+        number("run", "compilations of BC training", evor_bc.train_chunk._cache_size() - before[0], ""),
+        number("run", "compilations of value training", evor_value.train_chunk._cache_size() - before[1], ""),
+    ]
+
+
+def step_alone(job: tuple[int, int]) -> tuple[int, float]:
+    """Steps one environment with random actions; returns steps and seconds, without building it."""
+    seed, steps = job
+    env = make_env(GYM_ID)
+    seeded_reset(env, seed)
+    actions = np.random.default_rng(seed).uniform(-1, 1, (steps, ACTION)).astype(np.float32)
+    began = time.perf_counter()
+    for action in actions:
+        _, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            seeded_reset(env, seed)
+    return steps, time.perf_counter() - began
+
+
+def evaluation(args: Args) -> list[dict[str, Any]]:
+    """Environment steps per second of an evaluation, beside as many processes that only step."""
+    cores, steps = num_cores(), 100 if args.quick else 2_000
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:
+        bare = sum(n / seconds for n, seconds in pool.map(step_alone, [(i, steps) for i in range(cores)], chunksize=1))
+    rows = [number("evaluation", f"bare stepping, {cores} processes", bare, "steps/s")]
+    agents = jax.tree.map(lambda x: jnp.stack([x]), agent(args, "trunk"))
+    count = cores if args.quick else 4 * cores
+    for horizon in (1, 5):
+        policy = FlowPolicy(OBSERVATION, ACTION * horizon, width=args.width, key=jax.random.key(0))
+        critic = FlowCritic(OBSERVATION, ACTION * horizon, kind="trunk", width=args.width, key=jax.random.key(1))
+        chunked = agents._replace(**jax.tree.map(lambda x: jnp.stack([x]), dict(policy=policy, critic=critic)))
+        with Episodes([GYM_ID], num_episodes=count, horizon=horizon) as episodes:
+            for num_actions in (1, 8, 32):
+                settings = evor_infer.Extraction(num_actions=num_actions, num_returns=16)
+                seconds = []
+                for _ in range(2):  # the first one builds environments and compiles
+                    began = time.perf_counter()
+                    found = evor_infer.evaluate(chunked, episodes, settings, replicas=[(2, 0)], horizon=horizon, seed=0)
+                    seconds.append(time.perf_counter() - began)
+                rate = sum(row["length"] for row in found) / seconds[-1]
+                name = f"N_pi {num_actions}, N 16, horizon {horizon}"
+                rows.append(number("evaluation", name, rate, "steps/s"))
+                rows.append(number("evaluation", f"{name}: of bare stepping", 100 * rate / bare, "%"))
+                rows.append(number("evaluation", f"{name}: policy's share of time", 100 * episodes.policy_share, "%"))
+    return rows
+
+
+def collection(args: Args) -> list[dict[str, Any]]:
+    """Collected steps per second of one process, beside bare stepping in one."""
+    steps = 50 if args.quick else 1_001
+    job = ("cube-double", 0, 0, 0.1, 0.5, steps)
+    collect.collect_episode(job)  # builds the environment
+    began = time.perf_counter()
+    collect.collect_episode(job)
+    collected = steps / (time.perf_counter() - began)
+    count, seconds = step_alone((0, steps))
+    return [
+        number("collection", "one process", collected, "steps/s"),
+        number("collection", "of bare stepping", 100 * collected / (count / seconds), "%"),
+    ]
+
+
+def memory(args: Args) -> list[dict[str, Any]]:
+    """Peak host memory of a process that holds the dataset and trains 25 replicas on it."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return [number("memory", name, value, "GiB") for name, value in pool.apply(train_25, (args,)).items()]
+
+
+def train_25(args: Args) -> dict[str, float]:
+    """Peak resident GiB: before, and after value training of 5 tasks x 5 seeds."""
+    before = peak_gib()
+    value_case("", args, tasks=5, seeds=5, critic="trunk").run()
+    found = {"imports": before, f"25 replicas, {args.rows:,} rows": peak_gib()}
+    device = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in device:
+        found["25 replicas, on the device"] = device["peak_bytes_in_use"] / 2**30
+    return found
+
+
+def peak_gib() -> float:
+    """Peak resident memory of this process. (`getrusage` would count what its parent held when it was spawned.)"""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# --- Report ------------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    device = jax.devices()[0]
+    return dict(
+        cpu=model,
+        cores=num_cores(),
+        device=f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
+        git_revision=git_revision(),
+        **package_versions(),
+    )
+
+
+def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    """The rows as Markdown, one table per kind."""
+    lines = [f"{about['cpu']}, {about['cores']} cores; device: {about['device']}; jax {about['jax']}.", ""]
+    lines += ["| group | case | ms | GFLOP | of the product's rate | x BC | x first of group | compile s |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        if row["ms"] != "":
+            share = f"{row['peak_share']:.0%}" if row["gflop"] else ""
+            first = "" if row["to_first"] == "" else f"{row['to_first']:.2f}"
+            lines.append(
+                f"| {row['group']} | {row['case']} | {row['ms']:.2f} | {row['gflop']:.3f} | {share} "
+                f"| {row['to_bc']:.2f} | {first} | {row['compile_s']:.1f} |"
+            )
+    lines += ["", "| group | case | value | unit |", "|---|---|---|---|"]
+    lines += [f"| {r['group']} | {r['case']} | {r['value']:.2f} | {r['unit']} |" for r in rows if r["ms"] == ""]
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Growth with replicas, with N and with the dataset."""
+
+    def points(group: str, pattern: Callable[[str], float | None]) -> tuple[list[float], list[float]]:
+        found = [(pattern(r["case"]), r["ms"]) for r in rows if r["group"] == group]
+        found = sorted((x, y) for x, y in found if x is not None)
+        return [x for x, _ in found], [y for _, y in found]
+
+    def after(word: str, start: str) -> Callable[[str], float | None]:
+        return lambda case: float(case.split(word)[1].split()[0]) if word in case and case.startswith(start) else None
+
+    figure, axes = figures.subplots(1, 3, width=12.0, height=3.5)
+    for group, start in (("replicas", "value"), ("BC replicas", "BC,")):
+        axes[0][0].plot(
+            *points(group, after("trunk, " if start == "value" else "BC, ", start)), marker="o", label=start
+        )
+    axes[0][0].set(xlabel="replicas", ylabel="ms per step of all replicas")
+    for critic in ("mlp", "trunk"):
+        group = f"inference, {critic}, batch 1"
+        axes[0][1].plot(*points(group, after(" N ", "act, N_pi 32")), marker="o", label=critic)
+    axes[0][1].set(xlabel="N, returns per candidate", ylabel="ms per decision, N_pi = 32", xscale="log")
+    axes[0][2].plot(*points("data", after("trunk, ", "value")), marker="o", label="value, paper, trunk")
+    axes[0][2].set(xlabel="transitions in the dataset", ylabel="ms per step", xscale="log")
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=8)
+    figures.save(figure, path)
+
+
+GROUPS = dict(
+    stages=stages, replicas=replicas, data=data, inference=inference, solvers=solvers, run=run,
+    evaluation=evaluation, collection=collection, memory=memory,
+)  # fmt: skip
+
+
+def main(args: Args) -> list[dict[str, Any]]:
+    """Measures and writes the table; returns its rows."""
+    about = machine()
+    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    rows = [row for group in args.groups for row in GROUPS[group](args)]
+    write_csv(args.out / "speed.csv", [*FIELDS, *about], [row | about for row in rows])
+    (args.out / "speed.md").write_text(table(rows, about))
+    draw(rows, args.out / "speed.png")
+    print(f"rows: {args.out / 'speed.csv'}\ntable: {args.out / 'speed.md'}\nfigure: {args.out / 'speed.png'}")
+    return rows
+
+
+if __name__ == "__main__":
+    run_cli(main, Args, PRESETS)
