@@ -585,6 +585,12 @@ def load_base_policy(
             f"the base policy at {path} was trained on other data, {header['data']['name']}: pass another --run-dir, "
             f"or --policy-run-dir {policy_run_dir} if that is meant."
         )
+    ignored = header["args"]["ignore_observations"]
+    if args.ignore_observations and sorted(args.ignore_observations) != sorted(ignored):
+        raise UserError(
+            f"--ignore-observations {list(args.ignore_observations)}: the base policy at {path} ignores {ignored}: "
+            f"train it anew, or leave the flag out."
+        )
     unknown = set(args.all_seeds) - set(header["seeds"])
     if unknown:
         raise UserError(

@@ -208,6 +208,7 @@ MISTAKES_OF_TRAINING = {
     "a negative chunk": (dict(chunk=-2), "--chunk"),
     "a negative seed": (dict(first_seed=-1), "--first-seed|negative"),
     "no seeds": (dict(seeds=0), "--seeds|at least 1"),
+    "a coordinate that does not exist": (dict(ignore_observations=(0, 99)), "--ignore-observations [0, 99]"),
     "no horizon": (dict(horizon=0), "--horizon must be at least 1, not 0"),
     "an empty batch": (dict(batch_size=0), "--batch-size"),
     "no width": (dict(width=0), "--width"),
@@ -233,6 +234,9 @@ MISTAKES_OF_VALUE = {
     "a negative action temperature": (dict(action_temperature=-0.1), "--action-temperature"),
     "a negative backup temperature": (dict(backup_temperature=-0.1), "--backup-temperature"),
     "a tau of 2": (dict(tau=2.0), "--tau"),
+    "a redrawn bank and chunk": (dict(redraw_bank=3), "--redraw-bank 3|--chunk 2"),
+    "a trunk of no layers": (dict(critic="trunk", depth=1), "--critic trunk needs --depth 2"),
+    "coordinates the policy looks at": (dict(ignore_observations=(1,)), "--ignore-observations [1]|ignores []"),
 }
 MISTAKES_OF_INFERENCE = {
     "no kind of data": (dict(env="nonsense", run_dir=None), "unknown environment 'nonsense'"),

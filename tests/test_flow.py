@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.flow import integrate
+from common.flow import SOLVERS, integrate, num_evaluations
 
 
 def test_equals_a_hand_written_euler_loop():
@@ -30,6 +30,30 @@ def test_converges_at_first_order():
     errors = [abs(float(integrate(lambda z, t: -z, jnp.ones(()), num_steps=n)) - np.exp(-1)) for n in (20, 40)]
     assert errors[1] < 0.01
     assert 1.9 < errors[0] / errors[1] < 2.1
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("tsit5", 5)])
+def test_solvers_have_their_order(solver, order):
+    """dz/dt = -z ends at exp(-1); halving the step divides the error by 2^order."""
+    with jax.enable_x64(True):
+        ends = [integrate(lambda z, t: -z, jnp.ones(()), num_steps=n, solver=solver) for n in (2, 4, 8)]
+        errors = np.abs(np.array(ends) - np.exp(-1))
+    assert np.log2(errors[1] / errors[2]) == pytest.approx(order, abs=0.25)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_evaluations_are_counted(solver, num_steps):
+    """What a solve costs is what `num_evaluations` says, counted while it runs."""
+    calls = []
+
+    def velocity(z, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return -z
+
+    jax.block_until_ready(integrate(velocity, jnp.ones(3), num_steps=num_steps, solver=solver))
+    jax.effects_barrier()
+    assert len(calls) == num_evaluations(solver, num_steps)
 
 
 def test_transports_noise_to_a_known_normal_law():

@@ -114,6 +114,46 @@ def test_bank_is_reused_only_with_what_it_was_made_of(tmp_path, dataset):
     assert bank.stat().st_mtime_ns != stamp, "a new policy makes a new bank"
 
 
+def test_the_bank_is_drawn_anew_when_asked(tmp_path, dataset, monkeypatch):
+    """60 steps with a new bank each 20: draws 0, 1 and 2, with other actions, and only the first is kept; a run resumed
+    at step 40 goes on with draw 2 and ends as the uninterrupted one did."""
+    settings = dict(env="robot", dataset=dataset, redraw_bank=20, **SMALL)
+    evor_bc.main(evor_bc.Args(env="robot", dataset=dataset, run_dir=tmp_path / "r", **SMALL))
+    banks = []
+
+    def spy(*args, **keywords):
+        banks.append((keywords["draw"], make_bank(*args, **keywords)))
+        return banks[-1][1]
+
+    make_bank = evor_value.make_bank
+    monkeypatch.setattr(evor_value, "make_bank", spy)
+    evor_value.main(evor_value.Args(run_dir=tmp_path / "r", **settings))
+    assert [draw for draw, _ in banks] == [0, 1, 2]
+    assert not np.array_equal(banks[0][1], banks[1][1]) and not np.array_equal(banks[1][1], banks[2][1])
+    assert [path.name for path in (tmp_path / "r" / "bc").glob("bank-*")] == ["bank-4.eqx"]
+    whole = files(tmp_path / "r", "value")
+
+    interrupt_at(monkeypatch, 50)
+    with pytest.raises(Interrupted):
+        evor_value.main(evor_value.Args(run_dir=tmp_path / "r", overwrite=True, **settings))
+    monkeypatch.undo()
+    evor_value.main(evor_value.Args(run_dir=tmp_path / "r", resume=True, **settings))
+    parts = files(tmp_path / "r", "value")
+    assert without_header(parts["model.eqx"]) == without_header(whole["model.eqx"])
+    assert parts["metrics.csv"] == whole["metrics.csv"]
+
+
+def test_ignored_coordinates_of_the_observation_change_no_action(tmp_path, dataset):
+    settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "r", ignore_observations=(1,), **SMALL)
+    evor_value.main(evor_value.Args(**settings))
+    agent = evor_infer.load_agent(tmp_path / "r")
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    other = np.stack([x[:, 0], x[:, 1] + 5.0, x[:, 2]], axis=1)
+    act = lambda observations: np.asarray(agent.act(observations, key=jax.random.key(0), num_actions=4))  # noqa: E731
+    np.testing.assert_array_equal(act(other), act(x))
+    assert not np.array_equal(act(other + 0.5), act(x))
+
+
 def test_a_finished_run_is_not_overwritten_by_accident(tmp_path, dataset):
     """Only --overwrite starts over, and then nothing of the earlier run is left."""
     settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "r", **SMALL)

@@ -1,0 +1,98 @@
+"""The speed benchmark's own arithmetic: its FLOPs are those XLA counts, its table and figure hold what was measured."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import inference, speed
+from common.networks import FlowCritic, FlowPolicy
+
+ARGS = speed.Args(rounds=1, width=32, rows=500, steps=2, replicas=(1, 2))
+
+
+def counted(function, *arguments) -> float:
+    """FLOPs of a compiled function as XLA counts them."""
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+
+def test_policy_macs_are_those_of_the_compiled_function():
+    """Wide enough that activations, counted by XLA as well, hardly matter: within 3%."""
+    policy = FlowPolicy(30, 6, width=256, depth=3, key=jax.random.key(0))
+    macs, first = speed.policy_macs(policy)
+    assert (macs, first) == (37 * 256 + 2 * 256 * 256 + 256 * 6, 37 * 256)
+    batch = jnp.ones((64, 30)), jnp.ones((64, 6)), jnp.ones(64)
+
+    def velocity(policy, x, a, t):
+        return jax.vmap(lambda x, a, t: policy.velocity(policy.features(x), a, t))(x, a, t)
+
+    assert counted(velocity, policy, *batch) == pytest.approx(2 * 64 * macs, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "trunk"])
+def test_critic_macs_are_those_of_the_compiled_functions(kind):
+    critic = FlowCritic(30, 6, kind=kind, width=256, depth=3, head_width=128, key=jax.random.key(0))
+    features, velocity, first = speed.critic_macs(critic)
+    assert first == (38 if kind == "mlp" else 36) * 256
+    x, a, z = jnp.ones((64, 30)), jnp.ones((64, 6)), jnp.ones(64)
+    found = counted(lambda c, x, a: jax.vmap(c.features)(x, a), critic, x, a)
+    assert found == pytest.approx(2 * 64 * features, rel=0.08)  # LayerNorm and GELU of the trunk
+    hidden = jax.vmap(critic.features)(x, a)
+    found = counted(lambda c, h, z: jax.vmap(c.velocity)(h, z, z), critic, hidden, z)
+    assert found == pytest.approx(2 * 64 * velocity, rel=0.12)
+
+
+def test_rows_relate_a_case_to_the_first_and_to_bc():
+    """Cases whose time is known: one that sleeps twice as long as the first."""
+    import time
+
+    cases = [speed.Case("one", lambda: time.sleep(0.02)), speed.Case("two", lambda: time.sleep(0.04))]
+    rows = speed.measure("group", cases, ARGS)
+    assert [row["case"] for row in rows][1:] == ["BC", "one", "two"]
+    assert rows[3]["to_first"] == pytest.approx(2.0, rel=0.2)
+    assert rows[2]["to_bc"] == pytest.approx(rows[2]["ms"] / rows[1]["ms"], rel=1e-6)
+    assert rows[0]["peak_share"] == 1.0
+
+
+def test_table_and_figure_of_small_groups(tmp_path, monkeypatch):
+    """The groups that need no environment, at a size that means nothing: every row has its unit and its machine."""
+    small = dataclasses.replace(ARGS, groups=("replicas", "data", "run"), out=tmp_path)
+    rows = speed.main(small)
+    found = {row["case"]: row["value"] for row in rows if row["group"] == "run"}
+    assert found == {"compilations of BC training": 1, "compilations of value training": 1}
+    text = (tmp_path / "speed.md").read_text()
+    assert "value paper, trunk, 2 replicas" in text and "compilations of BC training" in text
+    assert (tmp_path / "speed.png").stat().st_size > 5_000
+    assert "git_revision" in (tmp_path / "speed.csv").read_text().splitlines()[0]
+
+
+def test_quantiles_rank_candidates_better_than_independent_draws():
+    """On an untrained critic, whose Q* depends smoothly on the noise: at equal N quantiles have no variance and less
+    error; both have less with more returns."""
+    from evor_infer import Agent
+
+    agent = Agent(speed.agent(speed.Args(width=32), "trunk"))
+    observations = np.random.default_rng(0).normal(size=(6, speed.OBSERVATION)).astype(np.float32)
+    args = inference.Args(num_actions=8, draws=8)
+    rows = {(row["noise"], row["num_returns"]): row for row in inference.noise_rows(args, agent, observations)}
+    for number in (4, 16, 32):
+        assert rows["quantiles", number]["q_variance"] == 0.0 < rows["independent", number]["q_variance"]
+        assert rows["quantiles", number]["q_rmse"] < 0.5 * rows["independent", number]["q_rmse"]
+    assert rows["independent", 32]["q_rmse"] < rows["independent", 4]["q_rmse"]
+    assert rows["quantiles", 32]["q_rmse"] < rows["quantiles", 4]["q_rmse"]
+
+
+def test_solver_errors_fall_with_the_steps():
+    from evor_infer import Agent
+
+    agent = Agent(speed.agent(speed.Args(width=32), "mlp"))
+    rng = np.random.default_rng(0)
+    observations = rng.normal(size=(5, speed.OBSERVATION)).astype(np.float32)
+    actions = rng.uniform(-1, 1, (5, speed.ACTION)).astype(np.float32)
+    rows = {(row["solver"], row["flow_steps"]): row for row in inference.solver_rows(agent, observations, actions)}
+    for solver, few, many in (("euler", 5, 50), ("midpoint", 1, 10), ("heun", 1, 10)):
+        for error in ("action_rmse", "return_rmse"):
+            assert rows[solver, many][error] < 0.3 * rows[solver, few][error]
+    assert rows["heun", 5]["evaluations"] == rows["euler", 10]["evaluations"] == 10
