@@ -131,9 +131,9 @@ class Args:
     """Return draws per banked action in the softmax backup."""
     critic: Literal["mlp", "trunk"] = "mlp"
     """The paper's MLP, or features of (x, a) with a small flow head."""
-    head_width: int = 128
+    head_width: int = 64
     """Units per hidden layer of the trunk critic's head."""
-    head_depth: int = 2
+    head_depth: int = 3
     """Hidden layers of the trunk critic's head."""
     discount: float = 0.99
     """Discount per environment step (ours)."""
@@ -585,7 +585,7 @@ def load_base_policy(
             f"the base policy at {path} was trained on other data, {header['data']['name']}: pass another --run-dir, "
             f"or --policy-run-dir {policy_run_dir} if that is meant."
         )
-    ignored = header["args"]["ignore_observations"]
+    ignored = header["args"].get("ignore_observations", [])
     if args.ignore_observations and sorted(args.ignore_observations) != sorted(ignored):
         raise UserError(
             f"--ignore-observations {list(args.ignore_observations)}: the base policy at {path} ignores {ignored}: "

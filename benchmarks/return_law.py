@@ -29,11 +29,13 @@ class Args:
 
     targets: tuple[str, ...] = TARGETS
     """Targets to compare."""
+    probes: tuple[str, ...] = tuple(probe.name for probe in probes.PROBES)
+    """Probes to train on."""
     critic: str = "mlp"
     """mlp or trunk."""
-    head_width: int = 128
+    head_width: int = 64
     """Units per hidden layer of the trunk critic's head."""
-    head_depth: int = 2
+    head_depth: int = 3
     """Hidden layers of the trunk critic's head."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds."""
@@ -63,7 +65,7 @@ def return_range(probe: probes.Probe) -> float:
 def main(args: Args) -> list[dict]:
     """Runs the comparison; returns its rows."""
     rows = []
-    for probe in probes.PROBES:
+    for probe in (p for p in probes.PROBES if p.name in args.probes):
         for target in args.targets:
             began = time.monotonic()
             train_args = evor_value.Args(
@@ -122,7 +124,7 @@ def table(args: Args, rows: list[dict]) -> str:
         "| probe | " + " | ".join(f"`{t}`" for t in args.targets) + " | `paper` to N(Q, sigma^2) |",
         "|---|" + "---|" * (len(args.targets) + 1),
     ]
-    for probe in probes.PROBES:
+    for probe in (p for p in probes.PROBES if p.name in args.probes):
         cells = []
         for target in args.targets:
             w1 = [r["w1"] for r in rows if r["probe"] == probe.name and r["target"] == target]

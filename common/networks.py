@@ -135,8 +135,8 @@ class FlowCritic(eqx.Module):
         kind: str = "mlp",
         width: int = 512,
         depth: int = 4,
-        head_width: int = 128,
-        head_depth: int = 2,
+        head_width: int = 64,
+        head_depth: int = 3,
         key: PRNGKeyArray,
     ):
         """`mlp` has `depth` hidden layers of `width` units; `trunk` has one less, and in the place of the last a head
@@ -155,6 +155,10 @@ class FlowCritic(eqx.Module):
             )
             self.inputs = width
             head = MLP(width + 2, 1, width=head_width, depth=head_depth, layer_norm=True, key=head_key)
+            # Among `width` features Glorot's weights would make z_t and t faint: the head learns the law more slowly.
+            weight = head.hidden[0].weight
+            z_t = 1.5 * jax.random.normal(jax.random.fold_in(head_key, 0), (2, head_width))
+            head = eqx.tree_at(lambda mlp: mlp.hidden[0].weight, head, weight.at[width:].set(z_t))
         else:
             raise ValueError(f"critic must be 'mlp' or 'trunk', not {kind!r}.")
         # A small output: after LayerNorm a Glorot output layer starts off by about one unit, half the possible returns,
