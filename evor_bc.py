@@ -37,7 +37,16 @@ from common import data
 from common.envs import default_run_dir, run_name
 from common.errors import UserError, run_cli
 from common.networks import FlowPolicy, make_policy
-from common.training import Run, Standardizer, learning_rate, over_replicas, spread, stack_replicas
+from common.training import (
+    Run,
+    Standardizer,
+    copy_to_devices,
+    join_hosts,
+    learning_rate,
+    over_replicas,
+    spread,
+    stack_replicas,
+)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(steps=2_000, width=128, batch_size=128, episodes=30, chunk=500),
@@ -64,6 +73,8 @@ class Args:
     """Start anew where a run stands already."""
     track: bool = False
     """Also log to Weights & Biases."""
+    distributed: bool = False
+    """One of several processes that train together (jax.distributed); see `common.training.join_hosts`."""
     quick: bool = False
     """Preset: a smoke run that ends in minutes on a laptop's CPU. Its policy is not good."""
     preview: bool = False
@@ -212,6 +223,8 @@ def main(args: Args) -> dict[str, float]:
     """Trains the base policy of every seed; returns the last metrics."""
     args = dataclasses.replace(args, save_every=min(args.save_every, args.steps))
     check_args(args)
+    if args.distributed:
+        join_hosts()
     name = run_name(args.env, args.dataset)
     path, source = data.find_files(args.env, args.dataset, episodes=args.episodes)
     info = data.describe(path, source)
@@ -252,7 +265,8 @@ def main(args: Args) -> dict[str, float]:
     init_keys, train_keys = keys[:, 0], keys[:, 1]
     state = stack_replicas(lambda key: init_state(args, header, key=key), init_keys)
     state = run.restore(state)
-    (state, train_keys), dataset = spread((state, train_keys), dataset)
+    state, train_keys = spread((state, train_keys), args.seeds)
+    dataset = copy_to_devices(dataset, args.seeds)
     metrics = run.train(
         state,
         lambda state, step: train_chunk(args, state, dataset, train_keys),

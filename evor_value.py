@@ -61,7 +61,16 @@ from common.flow import integrate
 from common.metrics import sha256, write_csv
 from common.networks import CRITIC_FIELDS, FlowCritic, FlowPolicy, ReturnScale, make_critic, stratified_normal
 from common.statistics import calibration
-from common.training import Run, Standardizer, learning_rate, over_replicas, spread, stack_replicas
+from common.training import (
+    Run,
+    Standardizer,
+    copy_to_devices,
+    join_hosts,
+    learning_rate,
+    over_replicas,
+    spread,
+    stack_replicas,
+)
 
 Target = Literal["paper", "shared-noise", "independent-noise", "velocity"]
 
@@ -99,6 +108,8 @@ class Args:
     """Start anew where a run stands already."""
     track: bool = False
     """Also log to Weights & Biases."""
+    distributed: bool = False
+    """One of several processes that train together (jax.distributed); see `common.training.join_hosts`."""
     quick: bool = False
     """Preset: a smoke run that ends in minutes on a laptop's CPU. What it trains is not good."""
     preview: bool = False
@@ -547,6 +558,7 @@ def bc_args(args: Args, policy_run_dir: Path) -> evor_bc.Args:
             horizon=args.horizon,
             ignore_observations=args.ignore_observations,
             track=args.track,
+            distributed=args.distributed,
         )
     )
 
@@ -618,6 +630,8 @@ def main(args: Args) -> list[dict[str, Any]]:
     """Data, base policy, reward models, evaluation, report; returns the summary of the last evaluation."""
     args = dataclasses.replace(args, save_every=min(args.save_every, args.steps))
     check_args(args)
+    if args.distributed:
+        join_hosts()
     name = run_name(args.env, args.dataset)
     run_dir = args.run_dir or default_run_dir(name, quick=args.quick)
     policy_run_dir = args.policy_run_dir or run_dir
@@ -683,7 +697,8 @@ def main(args: Args) -> list[dict[str, Any]]:
     bounds = data.return_bounds(trajectories.rewards[:, ~trajectories.terminals], args.discount)
     pairs, replicas, init_keys = make_replicas(args, dataset, bounds, tasks)
     state = run.restore(stack_replicas(lambda key: init_state(args, header, key=key), init_keys))
-    (state, spread_replicas), dataset = spread((state, replicas), dataset)
+    state, spread_replicas = spread((state, replicas), len(pairs))
+    dataset = copy_to_devices(dataset, len(pairs))
     drawn = 0
 
     def next_chunk(state: TrainState, step: int) -> tuple[TrainState, dict]:
@@ -691,7 +706,8 @@ def main(args: Args) -> list[dict[str, Any]]:
         nonlocal dataset, drawn
         due = step // args.redraw_bank if args.redraw_bank else 0
         if due != drawn:
-            dataset, drawn = dataset._replace(bank=jax.device_put(bank(due), dataset.bank.sharding)), due
+            dataset = dataset._replace(bank=copy_to_devices(jnp.asarray(bank(due)), len(pairs)))
+            drawn = due
         return train_chunk(args, state, dataset, spread_replicas)
 
     def agents(state: TrainState) -> evor_infer.AgentParams:
@@ -727,7 +743,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         run.metrics.log(step, pairs, {"success": success})
         return found
 
-    evaluated = args.eval_episodes > 0 and not own_rewards
+    evaluated = args.eval_episodes > 0 and not own_rewards and jax.process_index() == 0
     run.train(
         state,
         next_chunk,
@@ -737,6 +753,8 @@ def main(args: Args) -> list[dict[str, Any]]:
     )
 
     # Report.
+    if jax.process_index() > 0:
+        return []
     figures.training(run.directory / "metrics.csv", run.directory / "training.png", title=f"{name}: {args.td_target}")
     if validation is not None:
         calibrate(args, agents(run.state), pairs, validation, tasks, run.directory)

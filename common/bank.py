@@ -101,6 +101,6 @@ def make_bank(
                 drawn = draw_batch(replica, first)
                 bank[replica, first : first + batch] = drawn
                 bar.update(len(drawn))
-    if path is not None:
+    if path is not None and jax.process_index() == 0:
         checkpoint.save(path, header, bank)
     return bank

@@ -8,7 +8,9 @@ counts as a success if the environment says so at its last step. Initial states 
 replicas and all settings of a sweep see the same episodes, whatever the number of processes.
 """
 
+import ctypes
 import functools
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,9 +23,9 @@ from tqdm import tqdm
 
 from common.envs import import_ogbench, num_cores
 
-ENVIRONMENTS = (
-    64  # in all, if every process has one of each replica then; one takes about 40 MB and half a second to build
-)
+# Environments in all, if every process has one of each replica then. One of a manipulation task takes about 130 MB (its
+# model and a second one for inverse kinematics) and a second to build.
+ENVIRONMENTS = 32
 MAX_ENVIRONMENTS = 256
 
 
@@ -31,6 +33,14 @@ def make_env(gym_id: str) -> gymnasium.Env:
     """One OGBench environment."""
     import_ogbench()
     return gymnasium.make(gym_id)
+
+
+def trim_memory() -> None:
+    """Gives unused memory back to the system: compiling a MuJoCo model leaves as much as the model takes (glibc only)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def seeded_reset(env: gymnasium.Env, seed: int) -> np.ndarray:
@@ -86,6 +96,7 @@ class EpisodeRunner(gymnasium.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         if not self.envs:
             self.envs = [[make_env(gym_id) for _ in self.slots] for gym_id in self.gym_ids]
+            trim_memory()
         self.results: list[dict[str, Any]] = []  # one per episode begun, in the order they began
         self.records = [[{} for _ in envs] for envs in self.envs]  # the one that each environment is filling in
         spaces = self.observation_space.spaces

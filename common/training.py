@@ -2,6 +2,8 @@
 
 import functools
 import math
+import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 from tqdm import tqdm
@@ -75,26 +78,76 @@ def in_blocks(function: Callable, *trees: Any, rows: int) -> Any:
     return jax.lax.map(lambda leaves: function(*leaves), trees, batch_size=max(1, most // rows))
 
 
-def spread(replicated: Any, shared: Any) -> tuple[Any, Any]:
-    """Spreads the leading (replica) axis of `replicated` over all devices and puts a copy of `shared` on each.
+def join_hosts() -> None:
+    """Joins the processes of a run on several hosts (`jax.distributed`); call it before anything else.
+
+    JAX finds out by itself under SLURM, Open MPI, Kubernetes and on TPUs. Elsewhere each process needs the variables
+    JAX_COORDINATOR_ADDRESS (HOST:PORT of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID. The run directory and the
+    data have to lie on a file system that all hosts share. Only the first process evaluates and keeps what it writes.
+
+    Raises:
+        UserError: the processes cannot be found.
+    """
+    if jax.distributed.is_initialized():
+        return
+    number, process = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    try:
+        jax.distributed.initialize(
+            num_processes=None if number is None else int(number), process_id=None if process is None else int(process)
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--distributed: {error} Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in each process."
+        ) from None
+
+
+def _mesh(replicas: int) -> Mesh | None:
+    """The devices that share the replicas; None if it is one."""
+    devices = jax.devices() if jax.process_count() > 1 else jax.devices()[:replicas]  # each process takes part
+    return Mesh(np.asarray(devices), ("replica",)) if len(devices) > 1 else None
+
+
+def spread(tree: Any, replicas: int) -> Any:
+    """Spreads the leading (replica) axis of every leaf over all devices.
 
     Where the devices do not divide the replicas evenly the last replica is repeated; `fetch` leaves the repeats out.
     """
-    replicas = jax.tree.leaves(replicated)[0].shape[0]
-    devices = jax.devices()[:replicas]
-    if len(devices) == 1:
-        return replicated, shared
-    mesh = Mesh(np.asarray(devices), ("replica",))
-    index = np.minimum(np.arange(math.ceil(replicas / len(devices)) * len(devices)), replicas - 1)
-    replicated = jax.tree.map(lambda x: x[index], replicated)
-    put = jax.device_put
-    return put(replicated, NamedSharding(mesh, PartitionSpec("replica"))), put(
-        shared, NamedSharding(mesh, PartitionSpec())
-    )
+    mesh = _mesh(replicas)
+    if mesh is None:
+        return tree
+    index = np.minimum(np.arange(math.ceil(replicas / mesh.size) * mesh.size), replicas - 1)
+    return _put(jax.tree.map(lambda x: x[index], tree), NamedSharding(mesh, PartitionSpec("replica")))
+
+
+def copy_to_devices(tree: Any, replicas: int) -> Any:
+    """A copy of `tree`, which all replicas share, on each of the devices that `spread` uses."""
+    mesh = _mesh(replicas)
+    return tree if mesh is None else _put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def _put(tree: Any, sharding: NamedSharding) -> Any:
+    """`jax.device_put`, also where some of the devices belong to other hosts, which hold the same `tree`."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def put(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(x)))
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree)
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def fetch(tree: Any, replicas: int) -> Any:
-    """The first `replicas` replicas of `tree`, from all devices, on the host."""
+    """The first `replicas` replicas of `tree`, from the devices of all hosts, on this one."""
+    if jax.process_count() > 1:
+        tree = _gather(jax.tree.leaves(tree)[0].sharding.mesh)(tree)
     return jax.tree.map(lambda x: x[:replicas], jax.device_get(tree))
 
 
@@ -102,7 +155,8 @@ class Run:
     """A run directory and the loop that fills it.
 
     Files: `config.json` (arguments, data, git revision, versions), `metrics.csv`, `model.eqx` (what later stages load)
-    and `train_state.eqx` (what `--resume` continues from, with `model.eqx` written just before it).
+    and `train_state.eqx` (what `--resume` continues from, with `model.eqx` written just before it). Of several hosts
+    the first one fills it; what the others write goes to a temporary directory.
     """
 
     def __init__(
@@ -114,17 +168,17 @@ class Run:
             UserError: `--resume` with nothing to resume, or with other settings than the run had; a run stands here and
                 neither `--resume` nor `--overwrite` is given.
         """
-        self.directory, self.replicas, self.args = directory, list(replicas), args
+        self.replicas, self.args = list(replicas), args
         self.header = {**header, "versions": package_versions(), "git_revision": git_revision()}
-        self.state_path, self.model_path = directory / "train_state.eqx", directory / "model.eqx"
+        self.resume_path = directory / "train_state.eqx"
         resume_step = None
         if args.resume:
             stage = header["stage"]
-            old = checkpoint.read_header(self.state_path, stage=stage, remedy="start without --resume.")
+            old = checkpoint.read_header(self.resume_path, stage=stage, remedy="start without --resume.")
             resume_step = old["step"]
             for field, value in checkpoint.plain(args).items():
                 if (
-                    field not in ("resume", "overwrite", "track", "run_dir", "policy_run_dir", "dataset")
+                    field not in ("resume", "overwrite", "track", "distributed", "run_dir", "policy_run_dir", "dataset")
                     and old["args"].get(field) != value
                 ):
                     raise UserError(
@@ -135,16 +189,21 @@ class Run:
                 raise UserError(f"--resume: the run in {directory} was trained on other data: start without --resume.")
             if old.get("policy_sha256") != header.get("policy_sha256"):
                 raise UserError(f"--resume: the run in {directory} had another base policy: start without --resume.")
-        elif self.state_path.is_file() and not args.overwrite:
+        elif self.resume_path.is_file() and not args.overwrite:
             raise UserError(f"a run stands in {directory}: pass --resume, --overwrite, or another --run-dir.")
-        else:
+        elif jax.process_index() == 0:
             # Nothing of an earlier run may be taken for this one's. (The bank says itself what it was made of.)
             for path in directory.glob("*"):
                 if path.suffix in (".json", ".csv", ".eqx", ".png") and not path.name.startswith("bank-"):
                     path.unlink()
+        if jax.process_index() > 0:
+            self._temporary = tempfile.TemporaryDirectory()  # removed with this object
+            directory = Path(self._temporary.name)
+        self.directory = directory
+        self.state_path, self.model_path = directory / "train_state.eqx", directory / "model.eqx"
         write_json(directory / "config.json", self.header)
         track = None
-        if args.track:
+        if args.track and jax.process_index() == 0:
             track = start_tracking("evor", f"{header['env']}-{header['stage']}", checkpoint.plain(args))
         self.metrics = Metrics(
             directory / "metrics.csv",
@@ -160,7 +219,7 @@ class Run:
         if not self.args.resume:
             return state
         _, saved = checkpoint.load(
-            self.state_path, lambda header: state, stage=self.header["stage"], remedy="start without --resume."
+            self.resume_path, lambda header: state, stage=self.header["stage"], remedy="start without --resume."
         )
         return jax.tree.map(jnp.asarray, saved)
 
@@ -185,12 +244,12 @@ class Run:
         Raises:
             FloatingPointError: a metric is not finite; the last checkpoint stays as it was.
         """
-        args, first = self.args, int(np.max(jax.device_get(state.step)))
         own = functools.partial(fetch, replicas=len(self.replicas))
+        args, first = self.args, int(np.max(own(state.step)))
         values: dict[str, Array] = {}
-        with tqdm(
-            total=args.steps, initial=first, desc=f"{self.header['stage']} {self.header['env']}", unit="step"
-        ) as bar:
+        name = f"{self.header['stage']} {self.header['env']}"
+        quiet = jax.process_index() > 0
+        with tqdm(total=args.steps, initial=first, desc=name, unit="step", disable=quiet) as bar:
             for step in range(first + args.chunk, args.steps + 1, args.chunk):
                 began = time.monotonic()
                 state, values = train_chunk(state, step - args.chunk)
@@ -212,4 +271,6 @@ class Run:
                     checkpoint.save(self.model_path, header, model(saved))
                     checkpoint.save(self.state_path, header, saved)
         self.state = own(state)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("saved")  # the other hosts read what the first one wrote
         return {metric: float(np.mean(numbers)) for metric, numbers in values.items()}

@@ -187,7 +187,7 @@ def test_the_runner_starts_over_at_each_reset(runner: EpisodeRunner):
 def test_environments_are_few_and_slots_cover_all_episodes(
     monkeypatch: pytest.MonkeyPatch, replicas: int, episodes: int, workers: int
 ):
-    """Each environment takes memory and time to build: at most 64, or one per replica if there are more replicas."""
+    """Each environment takes memory and time to build: at most 256, or one per replica if there are more replicas."""
     monkeypatch.setattr(gymnasium.vector, "AsyncVectorEnv", lambda fns, context: types.SimpleNamespace(fns=fns))
     fns = Episodes(["x"] * replicas, num_episodes=episodes, workers=workers).vector.fns
     slots = [slot for fn in fns for slot in fn.args[1]]

@@ -79,11 +79,11 @@ def test_replicas_are_spread_over_all_devices_and_the_rest_is_copied_to_each():
     """In a process of its own with four virtual devices: 6 and 5 replicas are two on each, 3 leave one device idle."""
     code = """
 import jax, jax.numpy as jnp
-from common.training import fetch, spread
+from common.training import copy_to_devices, fetch, spread
 counts = []
 for replicas in (6, 4, 5, 3, 1):
     tree = {"a": jnp.arange(2.0 * replicas).reshape(replicas, 2), "b": jnp.arange(replicas)}
-    many, shared = spread(tree, jnp.arange(7))
+    many, shared = spread(tree, replicas), copy_to_devices(jnp.arange(7), replicas)
     assert all((x == y).all() for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(fetch(many, replicas))))
     assert many["a"].sharding.device_set == many["b"].sharding.device_set == shared.sharding.device_set
     assert {s.data.shape for s in shared.addressable_shards} == {(7,)}

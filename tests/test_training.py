@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,7 @@ def test_the_bank_is_drawn_anew_when_asked(tmp_path, dataset, monkeypatch):
 
 def test_ignored_coordinates_of_the_observation_change_no_action(tmp_path, dataset):
     settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "r", ignore_observations=(1,), **SMALL)
+    evor_bc.main(evor_bc.Args(**settings))
     evor_value.main(evor_value.Args(**settings))
     agent = evor_infer.load_agent(tmp_path / "r")
     x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
@@ -196,10 +198,10 @@ from pathlib import Path, PosixPath
 from common import training
 seen = []
 spread = training.spread
-def spy(*trees):
-    trees = spread(*trees)
-    seen.append([len(jax.tree.leaves(tree)[0].sharding.device_set) for tree in trees])
-    return trees
+def spy(tree, replicas):
+    tree = spread(tree, replicas)
+    seen.append(len(jax.tree.leaves(tree)[0].sharding.device_set))
+    return tree
 evor_bc.spread = evor_value.spread = spy
 for stage in (evor_bc, evor_value):
     stage.main(stage.Args(run_dir=Path("four"), seeds=5, **{settings!r}))
@@ -209,7 +211,7 @@ print("devices", seen)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert "devices [[4, 4], [4, 4]]" in done.stdout
+    assert "devices [4, 4]" in done.stdout
     for stage in (evor_bc, evor_value):
         stage.main(stage.Args(run_dir=tmp_path / "one", seeds=5, **settings))
         stage.main(stage.Args(run_dir=tmp_path / "alone", seeds=1, first_seed=3, **settings))
@@ -223,6 +225,54 @@ print("devices", seen)
         assert len(set(one)) == len(one) > 50, "replicas differ"
         np.testing.assert_allclose(metrics("four", stage, "01234"), one, rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(metrics("alone", stage, "3"), metrics("one", stage, "3"), rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_train_together_as_one_does(tmp_path, dataset):
+    """Both stages with three seeds on two processes of one device each (one place holds a repeat), and resumed at the
+    end: the numbers of one process with one device. Only the first process writes into the run directory."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    settings = dict(env="robot", dataset=dataset, seeds=3, **SMALL)
+    code = f"""
+import jax, evor_bc, evor_value
+from pathlib import Path, PosixPath
+for stage in (evor_bc, evor_value):
+    stage.main(stage.Args(run_dir=Path("two"), distributed=True, **{settings!r}))
+    stage.main(stage.Args(run_dir=Path("two"), distributed=True, resume=True, **{settings!r}))
+print("process", jax.process_index(), "of", jax.process_count(), "devices", len(jax.devices()))
+"""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env=environment | {"JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for i, process in enumerate(processes):
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
+        assert f"process {i} of 2 devices 2" in output
+    evor_value.main(evor_value.Args(run_dir=tmp_path / "one", **settings))
+    for stage in ("bc", "value"):
+        with (
+            open(tmp_path / "one" / stage / "metrics.csv") as one,
+            open(tmp_path / "two" / stage / "metrics.csv") as two,
+        ):
+            a, b = ([float(row["value"]) for row in csv.DictReader(file)] for file in (one, two))
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5)
+    names = {path.name for path in (tmp_path / "two").rglob("*") if path.is_file()}
+    assert names == {path.name for path in (tmp_path / "one").rglob("*") if path.is_file()}
 
 
 def test_the_main_job_on_collected_data_with_chunks(tmp_path, monkeypatch, capsys):
