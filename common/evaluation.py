@@ -36,7 +36,7 @@ def make_env(gym_id: str) -> gymnasium.Env:
 
 
 def trim_memory() -> None:
-    """Gives unused memory back to the system: compiling a MuJoCo model leaves as much as the model takes (glibc only)."""
+    """Gives unused memory back to the system (glibc only): compiling a MuJoCo model leaves a lot."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
