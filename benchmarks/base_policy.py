@@ -3,8 +3,12 @@
     python -m benchmarks.base_policy --env cube-single-play
 
 Success after value learning is bounded by what the base policy can do at all, so look here first. Rolls the base policy
-out (`num_actions = 1`) and counts the steps at which some cube is more than 3 cm above where it would lie. And measures
-how well it aims: the horizontal distance to the nearest cube when the open gripper first comes down.
+out (`num_actions = 1`) and counts the steps at which some cube is more than 3 cm above where it would lie. Measures how
+well it aims: the horizontal distance to the nearest cube when the open gripper first comes down. And whether it looks
+at the cubes: how much of the variance of the data's horizontal actions its mean action explains (R^2) in validation
+states on the way to a pick, as they are and with the cubes' coordinates shuffled among states. A policy that explains
+as much with shuffled cubes is a copycat: it reads off the arm's velocity where the demonstrator was going, and goes
+nowhere of its own (de Haan et al., "Causal Confusion in Imitation Learning", arXiv 1905.11979).
 """
 
 import dataclasses
@@ -17,12 +21,14 @@ import numpy as np
 
 import evor_infer
 from common import data
-from common.envs import default_run_dir, parse_env
+from common.envs import default_run_dir, parse_env, validation_path
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes, make_env, seeded_reset
 from common.metrics import git_revision, write_csv
 
 LIFTED = 0.05  # metres; a cube's centre lies at 0.02 on the table
+CUBES = 19  # the observation's first coordinate of a cube; the arm and its gripper come before
+APPROACH = (12, 30)  # steps before a cube is lifted: from high above to just above it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +82,31 @@ def lifted_rows(qpos: np.ndarray) -> np.ndarray:
     return (qpos[:, 16::7] > LIFTED).any(axis=1)
 
 
+def approach_rows(qpos: np.ndarray, terminals: np.ndarray, horizon: int) -> np.ndarray:
+    """Rows with all cubes down of which one is lifted within the steps of `APPROACH`, and not before."""
+    lifted, count = lifted_rows(qpos), len(terminals)
+    episode = np.cumsum(np.r_[0, terminals[:-1]])
+    last = np.minimum(np.arange(count) + APPROACH[1] + horizon, count - 1)
+    lifts = np.r_[0, np.cumsum(lifted)]
+    before, soon = (lifts[np.minimum(np.arange(count) + steps, count)] - lifts[:-1] for steps in APPROACH)
+    return np.flatnonzero((episode == episode[last]) & (before == 0) & (soon > 0))
+
+
+def explained_variance(
+    sample, arrays: dict[str, np.ndarray], horizon: int, *, states: int = 2000
+) -> tuple[float, float]:
+    """R^2 of the policy's mean horizontal action on the way to a pick: as it is, and with shuffled cubes.
+    `sample(observations, noise)` maps (n, d) and (n, m, a) to (n, m, a)."""
+    rng = np.random.default_rng(0)
+    rows = approach_rows(arrays["qpos"], arrays["terminals"], horizon)
+    rows = rng.choice(rows, min(states, len(rows)), replace=False)
+    observations, actions = arrays["observations"][rows], arrays["actions"][rows, :2]
+    shuffled = np.concatenate([observations[:, :CUBES], rng.permutation(observations)[:, CUBES:]], axis=1)
+    noise = jax.random.normal(jax.random.key(0), (len(rows), 16, arrays["actions"].shape[1] * horizon))
+    found = [np.asarray(sample(jnp.asarray(x), noise))[..., :2].mean(axis=1) for x in (observations, shuffled)]
+    return tuple(float(1 - np.mean((actions - mean) ** 2) / np.mean(np.var(actions, axis=0))) for mean in found)
+
+
 def main(args: Args) -> dict[str, float]:
     """Prints and returns the shares."""
     name = parse_env(args.env)
@@ -101,6 +132,9 @@ def main(args: Args) -> dict[str, float]:
     chunk = jax.jit(lambda *x: act_one(*x).reshape(header["horizon"], -1))
     errors = [first_pick_error(chunk, name.gym_id(task), seed=seed) for seed in range(args.num_episodes)]
     path, source = data.find_files(args.env, None, episodes=args.episodes)
+    batch = jax.jit(jax.vmap(lambda x, noise: policy.sample(standardizer(x), noise, flow_steps=args.flow_steps)))
+    validation = data.read_arrays(validation_path(path))
+    r2, r2_shuffled = explained_variance(batch, validation, header["horizon"])
     arrays = data.read_arrays(path)
     in_data = lifted_rows(arrays["qpos"])
     per_episode = np.array([part.any() for part in np.split(in_data, np.flatnonzero(arrays["terminals"])[:-1] + 1)])
@@ -110,12 +144,15 @@ def main(args: Args) -> dict[str, float]:
         data_source=source,
         horizon=header["horizon"],
         bc_steps=header["step"],
+        ignored_observations=" ".join(map(str, header["args"].get("ignore_observations", []))),
         flow_steps=args.flow_steps,
         episodes=len(rows),
         policy_steps_lifted=sum(r["probe"] for r in rows) / sum(r["length"] for r in rows),
         policy_episodes_lifted=float(np.mean([r["probe"] > 0 for r in rows])),
         first_pick_error_median_m=float(np.nanmedian(errors)),
         first_picks_within_2cm=float(np.nanmean(np.array(errors) < 0.02)),
+        r2_of_mean_action=r2,
+        r2_with_shuffled_cubes=r2_shuffled,
         policy_success=float(np.mean([r["success"] for r in rows])),
         data_steps_lifted=float(in_data.mean()),
         data_episodes_lifted=float(per_episode.mean()),

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import evor_bc
 import evor_infer
@@ -50,6 +51,7 @@ class Args:
 
     groups: tuple[str, ...] = (
         "stages",
+        "profile",
         "replicas",
         "data",
         "inference",
@@ -291,6 +293,64 @@ def stages(args: Args) -> list[dict[str, Any]]:
     return measure("stages", cases, args)
 
 
+def profile(args: Args) -> list[dict[str, Any]]:
+    """Where the time of a BC step goes: its products alone, its gradient, the activations, the optimiser; and replicas
+    as one batched product instead of one after the other."""
+    settings = evor_bc.Args(width=args.width, chunk=args.steps)
+    header = dict(observation_dim=OBSERVATION, action_dim=ACTION, horizon=1, width=args.width, depth=settings.depth)
+    state = evor_bc.init_state(settings, header, key=jax.random.key(0))
+    observations, actions, _ = (array[: settings.batch_size] for array in random_rows(args.rows))
+    macs, first = policy_macs(state.policy)
+    flops = 2.0 * settings.batch_size * (3 * macs - first)
+    layers = [layer.weight for layer in (*state.policy.mlp.hidden, state.policy.mlp.output)]
+    wide = jnp.ones((settings.batch_size, OBSERVATION + ACTION + 1))
+
+    def products(weights):
+        """Forward, then for each layer the products for its weights and for its inputs, and nothing else."""
+        inputs = [wide]
+        for w in weights:
+            inputs.append(inputs[-1] @ w)
+        back, out = inputs.pop(), []
+        for w, x in zip(reversed(weights), reversed(inputs), strict=True):
+            out.append(w - 1e-9 * (x.T @ back))
+            back = back @ w.T if x is not wide else back
+        return out[::-1]
+
+    def descend(policy):
+        gradient = jax.grad(evor_bc.bc_loss)(policy, observations, actions, key=jax.random.key(0))
+        return jax.tree.map(lambda p, g: p - 1e-9 * g, policy, gradient)
+
+    def adam(carry):
+        policy, opt_state = carry
+        updates, opt_state = evor_bc.make_optimizer(settings).update(policy, opt_state)
+        return optax.apply_updates(policy, updates), opt_state
+
+    def activations(x):
+        for _ in range(settings.depth):
+            x, back = jax.vjp(jax.nn.gelu, x)
+            x = x + 1e-9 * back(x)[0]
+        return x
+
+    def repeated(name, function, start, flops=0.0):
+        loop = jax.jit(lambda x: jax.lax.scan(lambda x, _: (function(x), None), x, length=args.steps)[0])
+        return Case(name, lambda: jax.block_until_ready(loop(start)), args.steps, flops)
+
+    hidden = jax.random.normal(jax.random.key(0), (settings.batch_size, args.width))
+    cases = [
+        repeated("products of a BC step alone", products, layers, flops),
+        repeated("gradient of a BC step", descend, state.policy, flops),
+        repeated("Adam alone", adam, (state.policy, state.opt_state)),
+        repeated("GELU of all layers, forward and backward", activations, hidden),
+        bc_case("BC, 5 replicas in turn", args, replicas=5),
+    ]
+    keys = jax.random.split(jax.random.key(0), 5)
+    many = stack_replicas(lambda key: evor_bc.init_state(settings, header, key=key), keys)
+    dataset = evor_bc.BCData(*random_rows(args.rows))
+    step = jax.vmap(lambda state, key: evor_bc.train_step(settings, state, dataset, key=key)[0])
+    batched = repeated("BC, 5 replicas as batched products", lambda state: step(state, keys), many, 5 * flops)
+    return measure("profile", [*cases, batched], args)
+
+
 def replicas(args: Args) -> list[dict[str, Any]]:
     """Milliseconds per step of all replicas together; tasks x seeds as square as they divide."""
     cases = []
@@ -518,7 +578,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 GROUPS = dict(
-    stages=stages, replicas=replicas, data=data, inference=inference, solvers=solvers, run=run,
+    stages=stages, profile=profile, replicas=replicas, data=data, inference=inference, solvers=solvers, run=run,
     evaluation=evaluation, collection=collection, memory=memory,
 )  # fmt: skip
 
