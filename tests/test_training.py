@@ -263,7 +263,8 @@ print("process", jax.process_index(), "of", jax.process_count(), "devices", len(
         output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output
         assert f"process {i} of 2 devices 2" in output
-    evor_value.main(evor_value.Args(run_dir=tmp_path / "one", **settings))
+    for stage in (evor_bc, evor_value):
+        stage.main(stage.Args(run_dir=tmp_path / "one", **settings))
     for stage in ("bc", "value"):
         with (
             open(tmp_path / "one" / stage / "metrics.csv") as one,
