@@ -283,8 +283,8 @@ def stages(args: Args) -> list[dict[str, Any]]:
     cases = [value_case(f"value {target}, {critic}", args, td_target=target, critic=critic)
              for critic in ("mlp", "trunk")
              for target in ("paper", "shared-noise", "independent-noise", "velocity")]  # fmt: skip
-    cases += [value_case("value shared-noise, mlp, 10 target steps", args, target_steps=10)]
-    cases += [value_case("value shared-noise, trunk, 10 target steps", args, target_steps=10, critic="trunk")]
+    cases += [value_case("value shared-noise, mlp, 4 target steps", args, target_steps=4)]
+    cases += [value_case("value shared-noise, trunk, 4 target steps", args, target_steps=4, critic="trunk")]
     cases += [
         value_case(f"value shared-noise, {critic}, {backup} backup", args, critic=critic, next_action=backup)
         for critic in ("mlp", "trunk")
