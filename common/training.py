@@ -93,7 +93,9 @@ def join_hosts() -> None:
     number, process = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     try:
         jax.distributed.initialize(
-            num_processes=None if number is None else int(number), process_id=None if process is None else int(process)
+            num_processes=None if number is None else int(number),
+            process_id=None if process is None else int(process),
+            shutdown_timeout_seconds=24 * 3600,  # the others wait while the first one evaluates
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(

@@ -94,8 +94,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line per run, task and seed."""
     lines = [
         "| data | task | target | backup | critic | h | EVOR | base policy alone | mean return, predicted / observed "
-        "| correlation |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| correlation | CRPS |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         cells = (
@@ -109,6 +109,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{r['base_success']:.0%} [{r['base_low']:.0%}, {r['base_high']:.0%}]",
             f"{r['mean_predicted']:.1f} / {r['mean_observed']:.1f}",
             f"{r['correlation']:.2f}",
+            f"{r['crps']:.1f}",
         )
         lines.append("| " + " | ".join(str(c) for c in cells) + " |")
     return "\n".join(lines) + "\n"
