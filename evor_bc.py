@@ -41,6 +41,7 @@ from common.training import (
     Run,
     Standardizer,
     copy_to_devices,
+    first_host_first,
     join_hosts,
     learning_rate,
     over_replicas,
@@ -226,7 +227,7 @@ def main(args: Args) -> dict[str, float]:
     if args.distributed:
         join_hosts()
     name = run_name(args.env, args.dataset)
-    path, source = data.find_files(args.env, args.dataset, episodes=args.episodes)
+    path, source = first_host_first(lambda: data.find_files(args.env, args.dataset, episodes=args.episodes))
     info = data.describe(path, source)
     trajectories = data.load_trajectories(path, env=args.env)
     data.print_summary(trajectories, info, tasks=(), discount=0.0)

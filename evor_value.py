@@ -65,6 +65,7 @@ from common.training import (
     Run,
     Standardizer,
     copy_to_devices,
+    first_host_first,
     join_hosts,
     learning_rate,
     over_replicas,
@@ -500,6 +501,8 @@ def check_args(args: Args) -> None:
     evor_bc.check_args(args)
     if args.eval_every < 0 or args.eval_every % args.chunk:
         raise UserError(f"--eval-every {args.eval_every} is no multiple of --chunk {args.chunk}: change one of them.")
+    if args.redraw_bank and args.next_action == "dataset":
+        raise UserError("--redraw-bank: --next-action dataset uses no bank: leave one of them out.")
     if args.redraw_bank < 0 or args.redraw_bank % args.chunk:
         raise UserError(f"--redraw-bank {args.redraw_bank} is no multiple of --chunk {args.chunk}: change one of them.")
     if args.eval_episodes < 0:
@@ -606,7 +609,8 @@ def load_base_policy(
     unknown = set(args.all_seeds) - set(header["seeds"])
     if unknown:
         raise UserError(
-            f"{path} has no seed {min(unknown)}: train it with evor_bc.py --seeds {args.seeds}, or use its seeds."
+            f"{path} has no seed {min(unknown)}: train it with evor_bc.py --first-seed {args.first_seed} --seeds "
+            f"{args.seeds} --overwrite, or use its seeds, {header['seeds']}."
         )
     index = np.array([header["seeds"].index(seed) for seed in args.all_seeds])
     return jax.tree.map(lambda x: jnp.asarray(x)[index], policies), standardizer, sha256(path)
@@ -640,7 +644,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         checkpoint.read_header(state_path, stage="value", remedy="start without --resume.")
 
     # Data.
-    path, source = data.find_files(args.env, args.dataset, episodes=args.episodes)
+    path, source = first_host_first(lambda: data.find_files(args.env, args.dataset, episodes=args.episodes))
     info = data.describe(path, source)
     own_rewards = args.dataset is not None and data.has_rewards(path)
     tasks = choose_tasks(args, path, own_rewards)
@@ -668,6 +672,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         **{field: getattr(args, field) for field in CRITIC_FIELDS},
         replicas=[(task, seed) for task in tasks for seed in args.all_seeds],
         data=info,
+        ignored_observations=np.flatnonzero(np.isinf(standardizer.std)).tolist(),
         policy_run_dir=policy_run_dir.resolve(),
         policy_sha256=policy_sha256,
         args=args,
@@ -743,7 +748,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         run.metrics.log(step, pairs, {"success": success})
         return found
 
-    evaluated = args.eval_episodes > 0 and not own_rewards and jax.process_index() == 0
+    evaluated = args.eval_episodes > 0 and not own_rewards
     run.train(
         state,
         next_chunk,

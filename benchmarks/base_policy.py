@@ -112,6 +112,10 @@ def main(args: Args) -> dict[str, float]:
     name = parse_env(args.env)
     if not name.prefix.startswith("cube"):
         raise UserError(f"{args.env} has no cubes to lift: name a cube environment.")
+    path, source = data.find_files(args.env, None, episodes=args.episodes)
+    if not validation_path(path).is_file():
+        raise UserError(f"there is no validation file {validation_path(path)}: collect or download the data anew.")
+    validation = data.read_arrays(validation_path(path))
     run_dir = args.run_dir or default_run_dir(name.short, quick=False)
     header, (policies, standardizer) = evor_infer.load_policy(run_dir)
     policy = jax.tree.map(lambda x: jnp.asarray(x)[0], policies)
@@ -131,9 +135,7 @@ def main(args: Args) -> dict[str, float]:
         rows = episodes.run(lambda *x: np.asarray(act(*x)).reshape(1, x[0].shape[1], header["horizon"], -1))
     chunk = jax.jit(lambda *x: act_one(*x).reshape(header["horizon"], -1))
     errors = [first_pick_error(chunk, name.gym_id(task), seed=seed) for seed in range(args.num_episodes)]
-    path, source = data.find_files(args.env, None, episodes=args.episodes)
     batch = jax.jit(jax.vmap(lambda x, noise: policy.sample(standardizer(x), noise, flow_steps=args.flow_steps)))
-    validation = data.read_arrays(validation_path(path))
     r2, r2_shuffled = explained_variance(batch, validation, header["horizon"])
     arrays = data.read_arrays(path)
     in_data = lifted_rows(arrays["qpos"])

@@ -16,7 +16,7 @@ import numpy as np
 
 import evor_value
 from benchmarks import probes
-from common.errors import run_cli
+from common.errors import UserError, run_cli
 from common.metrics import git_revision, package_versions, write_csv
 from common.networks import CRITIC_FIELDS
 
@@ -64,6 +64,11 @@ def return_range(probe: probes.Probe) -> float:
 
 def main(args: Args) -> list[dict]:
     """Runs the comparison; returns its rows."""
+    known = {probe.name for probe in probes.PROBES}
+    if not set(args.probes) <= known or not args.probes or not set(args.targets) <= set(TARGETS):
+        raise UserError(f"choose --targets among {', '.join(TARGETS)} and --probes among {', '.join(sorted(known))}.")
+    if (set(args.probes), set(args.targets)) != (known, set(TARGETS)) and args.out == Args.out:
+        raise UserError("a part of the comparison would replace the whole table: pass another --out.")
     rows = []
     for probe in (p for p in probes.PROBES if p.name in args.probes):
         for target in args.targets:

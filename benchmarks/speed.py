@@ -33,7 +33,7 @@ import evor_infer
 import evor_value
 from common import collect, figures
 from common.envs import num_cores
-from common.errors import run_cli
+from common.errors import UserError, run_cli
 from common.evaluation import Episodes, make_env, seeded_reset
 from common.flow import num_evaluations
 from common.metrics import git_revision, package_versions, write_csv
@@ -169,9 +169,14 @@ def critic_macs(critic: FlowCritic) -> tuple[int, int, int]:
     return sum(trunk) + split, sum(layer.weight.size for layer in layers) - split, first
 
 
+def steps_per_call(args: Args, replicas: int) -> int:
+    """Fewer where replicas run in turn, so that all calls take about as long."""
+    return max(1, args.steps // replicas) if jax.default_backend() == "cpu" else args.steps
+
+
 def bc_case(name: str, args: Args, *, replicas: int = 1, rows: int | None = None) -> Case:
     """`evor_bc.train_chunk`; FLOPs: forward, and backward but for the inputs of the first layer."""
-    rows, steps = rows or args.rows, max(1, args.steps // replicas)
+    rows, steps = rows or args.rows, steps_per_call(args, replicas)
     settings = evor_bc.Args(width=args.width, chunk=steps)
     header = dict(observation_dim=OBSERVATION, action_dim=ACTION, horizon=1, width=args.width, depth=settings.depth)
     keys = jax.random.split(jax.random.key(0), replicas)
@@ -188,7 +193,7 @@ def value_case(
 ) -> Case:
     """`evor_value.train_chunk` of tasks x seeds replicas; FLOPs: those of BC, and the forward passes of the target."""
     replicas, rows = tasks * seeds, rows or args.rows
-    steps = max(1, args.steps // replicas)
+    steps = steps_per_call(args, replicas)
     settings = evor_value.Args(width=args.width, chunk=steps, **changes)
     header = dict(observation_dim=OBSERVATION, action_dim=ACTION, horizon=1, critic=settings.critic)
     header |= {field: getattr(settings, field) for field in CRITIC_FIELDS}
@@ -232,7 +237,9 @@ def random_rows(rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 @functools.cache
 def value_data(rows: int, *, tasks: int, seeds: int, num_next_actions: int) -> evor_value.ValueData:
-    bank = np.random.default_rng(0).uniform(-1, 1, (seeds, rows, num_next_actions, ACTION)).astype(np.float16)
+    bank = np.empty((seeds, rows, num_next_actions, ACTION), np.float16)
+    for i in range(seeds):  # one at a time: a temporary of the whole would be the peak of the memory
+        bank[i] = np.random.default_rng(i).random(bank.shape[1:], np.float32)
     shape = (tasks, rows)
     arrays = (-jnp.ones(shape), jnp.full(shape, 0.99), jnp.asarray(bank))
     return evor_value.ValueData(*random_rows(rows), *arrays)
@@ -341,7 +348,7 @@ def profile(args: Args) -> list[dict[str, Any]]:
         repeated("gradient of a BC step", descend, state.policy, flops),
         repeated("Adam alone", adam, (state.policy, state.opt_state)),
         repeated("GELU of all layers, forward and backward", activations, hidden),
-        bc_case("BC, 5 replicas in turn", args, replicas=5),
+        bc_case("BC, 5 replicas as trained (on a CPU: in turn)", args, replicas=5),
     ]
     keys = jax.random.split(jax.random.key(0), 5)
     many = stack_replicas(lambda key: evor_bc.init_state(settings, header, key=key), keys)
@@ -585,6 +592,11 @@ GROUPS = dict(
 
 def main(args: Args) -> list[dict[str, Any]]:
     """Measures and writes the table; returns its rows."""
+    unknown = set(args.groups) - set(GROUPS)
+    if unknown or not args.groups:
+        raise UserError(f"--groups {' '.join(sorted(unknown))}: choose among {', '.join(GROUPS)}.")
+    if set(args.groups) != set(GROUPS) and args.out == Args.out:
+        raise UserError("a part of the groups would replace the whole table: pass another --out.")
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     rows = [row for group in args.groups for row in GROUPS[group](args)]

@@ -82,7 +82,8 @@ def make_bank(
         policy = jax.tree.map(lambda x: x[replica], policies)
         # The last batch is filled up, so that one shape is compiled.
         index = np.minimum(np.arange(first, first + batch), len(states) - 1)
-        key = jax.random.fold_in(jax.random.key(seeds[replica]), draw)
+        # A stream of its own: the seed's key and its first splits belong to training.
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seeds[replica]), 2**31 - 1), draw)
         inputs = observations[states[index]], jnp.asarray(index)
         return np.asarray(sample_actions(policy, *inputs, num_actions, flow_steps, key=key))[: len(states) - first]
 

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import gc
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from common.envs import import_ogbench, num_cores
 # Environments in all, if every process has one of each replica then. One of a manipulation task takes about 130 MB (its
 # model and a second one for inverse kinematics) and a second to build.
 ENVIRONMENTS = 32
-MAX_ENVIRONMENTS = 256
+ENVIRONMENT_BYTES = 130e6
 
 
 def make_env(gym_id: str) -> gymnasium.Env:
@@ -41,6 +42,12 @@ def trim_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def max_environments() -> int:
+    """As many environments as fit into half of the memory that is free now."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8e9
+    return max(1, int(0.5 * free / ENVIRONMENT_BYTES))
 
 
 def seeded_reset(env: gymnasium.Env, seed: int) -> np.ndarray:
@@ -169,7 +176,7 @@ class Episodes:
             workers: processes; one per core by default.
             probe: a function of a step's `info`, summed over each episode; importable, since it goes to the workers.
         """
-        workers = min(workers or num_cores(), num_episodes, max(1, MAX_ENVIRONMENTS // len(gym_ids)))
+        workers = min(workers or num_cores(), num_episodes, max(1, max_environments() // len(gym_ids)))
         self.num_replicas, self.num_episodes = len(gym_ids), num_episodes
         per_worker = math.ceil(num_episodes / workers)
         per_worker = max(1, min(per_worker, ENVIRONMENTS // (len(gym_ids) * workers)))

@@ -64,7 +64,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """A temporary name to write to, renamed to `path` at the end, or removed if writing fails: no reader ever sees half
     a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{platform.node()}.{os.getpid()}.{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -157,7 +157,7 @@ class FlowCritic(eqx.Module):
             head = MLP(width + 2, 1, width=head_width, depth=head_depth, layer_norm=True, key=head_key)
             # Among `width` features Glorot's weights would make z_t and t faint: the head learns the law more slowly.
             weight = head.hidden[0].weight
-            z_t = 1.5 * jax.random.normal(jax.random.fold_in(head_key, 0), (2, head_width))
+            z_t = 1.5 * jax.random.normal(jax.random.fold_in(head_key, 2), (2, head_width))
             head = eqx.tree_at(lambda mlp: mlp.hidden[0].weight, head, weight.at[width:].set(z_t))
         else:
             raise ValueError(f"critic must be 'mlp' or 'trunk', not {kind!r}.")

@@ -3,8 +3,10 @@
 import functools
 import math
 import os
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,10 +99,21 @@ def join_hosts() -> None:
             process_id=None if process is None else int(process),
             shutdown_timeout_seconds=24 * 3600,  # the others wait while the first one evaluates
         )
+        # A process that fails must not wait for the others, which would wait for it.
+        sys.excepthook = lambda *error: (traceback.print_exception(*error), os._exit(1))
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"--distributed: {error} Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in each process."
         ) from None
+
+
+def first_host_first(function: Callable[[], Any]) -> Any:
+    """Calls `function` on every host, on the first one before the others: it may write files that they read."""
+    if jax.process_count() == 1:
+        return function()
+    result = function() if jax.process_index() == 0 else None
+    multihost_utils.sync_global_devices("first host first")
+    return result if jax.process_index() == 0 else function()
 
 
 def _mesh(replicas: int) -> Mesh | None:
@@ -266,7 +279,9 @@ class Run:
                         raise FloatingPointError(f"{metric} of (task, seed) {bad} is not finite before step {step}.")
                 self.metrics.log(step, self.replicas, values)
                 if evaluate is not None and evaluate_every and step % evaluate_every == 0 and step < args.steps:
-                    evaluate(step, own(state))
+                    found = own(state)  # on all hosts: each of them takes part in the exchange
+                    if jax.process_index() == 0:
+                        evaluate(step, found)
                 if step % args.save_every == 0 or step == args.steps:
                     header = {**self.header, "step": step}
                     saved = own(state)

@@ -44,6 +44,7 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         critic=args["critic"],
         head_width=args["head_width"],
         head_depth=args["head_depth"],
+        target_steps=args["target_steps"],
         horizon=args["horizon"],
         discount=args["discount"],
         return_width=args["return_width"],

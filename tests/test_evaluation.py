@@ -187,7 +187,9 @@ def test_the_runner_starts_over_at_each_reset(runner: EpisodeRunner):
 def test_environments_are_few_and_slots_cover_all_episodes(
     monkeypatch: pytest.MonkeyPatch, replicas: int, episodes: int, workers: int
 ):
-    """Each environment takes memory and time to build: at most 256, or one per replica if there are more replicas."""
+    """Each environment takes memory and time to build: at most 250 where so many fit into the memory, or one per
+    replica if there are more replicas."""
+    monkeypatch.setattr(evaluation, "max_environments", lambda: 250)
     monkeypatch.setattr(gymnasium.vector, "AsyncVectorEnv", lambda fns, context: types.SimpleNamespace(fns=fns))
     fns = Episodes(["x"] * replicas, num_episodes=episodes, workers=workers).vector.fns
     slots = [slot for fn in fns for slot in fn.args[1]]
@@ -195,4 +197,4 @@ def test_environments_are_few_and_slots_cover_all_episodes(
     assert all(fn.keywords["num_slots"] == len(slots) for fn in fns)
     assert len({len(fn.args[1]) for fn in fns}) == 1  # equal shapes in all processes
     assert len(fns) <= min(workers, episodes)
-    assert replicas * len(slots) <= max(evaluation.MAX_ENVIRONMENTS, replicas)
+    assert replicas * len(slots) <= max(250, replicas)

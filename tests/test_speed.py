@@ -44,16 +44,19 @@ def test_critic_macs_are_those_of_the_compiled_functions(kind):
     assert found == pytest.approx(2 * 64 * velocity, rel=0.12)
 
 
-def test_rows_relate_a_case_to_the_first_and_to_bc():
-    """Cases whose time is known: one that sleeps twice as long as the first."""
-    import time
-
-    cases = [speed.Case("one", lambda: time.sleep(0.02)), speed.Case("two", lambda: time.sleep(0.04))]
+def test_rows_relate_a_case_to_the_first_and_to_bc(monkeypatch):
+    """Times that are given: the product 1 s, BC 10 s, the cases 20 and 50 s; medians over three rounds of which one ran
+    on a machine twice as slow, and one had a hiccup in the last case."""
+    times = np.array([[1.0, 10.0, 20.0, 50.0], [2.0, 20.0, 40.0, 100.0], [1.0, 10.0, 20.0, 500.0]])
+    monkeypatch.setattr(speed, "time_in_turn", lambda cases, rounds: times)
+    product = speed.product_case(ARGS)
+    cases = [speed.Case("one", print, flops=5 * product.flops), speed.Case("two", print)]
     rows = speed.measure("group", cases, ARGS)
     assert [row["case"] for row in rows][1:] == ["BC", "one", "two"]
-    assert rows[3]["to_first"] == pytest.approx(2.0, rel=0.2)
-    assert rows[2]["to_bc"] == pytest.approx(rows[2]["ms"] / rows[1]["ms"], rel=1e-6)
-    assert rows[0]["peak_share"] == 1.0
+    assert [row["to_bc"] for row in rows] == [0.1, 1.0, 2.0, 5.0]
+    assert [row["to_first"] for row in rows[2:]] == [1.0, 2.5]
+    assert [row["ms"] for row in rows] == [1e3, 1e4, 2e4, 1e5]
+    assert rows[0]["peak_share"] == 1.0 and rows[2]["peak_share"] == 0.25
 
 
 def test_table_and_figure_of_small_groups(tmp_path, monkeypatch):

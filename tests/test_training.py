@@ -133,6 +133,13 @@ def test_the_bank_is_drawn_anew_when_asked(tmp_path, dataset, monkeypatch):
     assert not np.array_equal(banks[0][1], banks[1][1]) and not np.array_equal(banks[1][1], banks[2][1])
     assert [path.name for path in (tmp_path / "r" / "bc").glob("bank-*")] == ["bank-4.eqx"]
     whole = files(tmp_path / "r", "value")
+    evor_value.main(evor_value.Args(run_dir=tmp_path / "r", overwrite=True, **settings | {"redraw_bank": 0}))
+    never, often = (
+        text.decode().splitlines() for text in (files(tmp_path / "r", "value")["metrics.csv"], whole["metrics.csv"])
+    )
+    rows = 1 + 2 * len({line.split(",")[5] for line in never[1:]})  # the header, and two chunks of 10 steps
+    assert never[:rows] == often[:rows], "the same until the first new bank"
+    assert never[rows:] != often[rows:], "and not after it"
 
     interrupt_at(monkeypatch, 50)
     with pytest.raises(Interrupted):
@@ -207,7 +214,11 @@ for stage in (evor_bc, evor_value):
     stage.main(stage.Args(run_dir=Path("four"), seeds=5, **{settings!r}))
 print("devices", seen)
 """
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": str(ROOT),
+    }
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
@@ -229,7 +240,7 @@ print("devices", seen)
 
 def test_two_processes_train_together_as_one_does(tmp_path, dataset):
     """Both stages with three seeds on two processes of one device each (one place holds a repeat), and resumed at the
-    end: the numbers of one process with one device. Only the first process writes into the run directory."""
+    end: the numbers of one process with one device. Only the first process evaluates and fills the run directory."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -237,13 +248,20 @@ def test_two_processes_train_together_as_one_does(tmp_path, dataset):
     code = f"""
 import jax, evor_bc, evor_value
 from pathlib import Path, PosixPath
+from common.training import Run
+evaluated, train = [], Run.train
+def train_and_evaluate(*args, **keywords):
+    evaluate = lambda step, state: evaluated.append(step)
+    return train(*args, **keywords | dict(evaluate=evaluate, evaluate_every=20))
+Run.train = train_and_evaluate
 for stage in (evor_bc, evor_value):
     stage.main(stage.Args(run_dir=Path("two"), distributed=True, **{settings!r}))
     stage.main(stage.Args(run_dir=Path("two"), distributed=True, resume=True, **{settings!r}))
-print("process", jax.process_index(), "of", jax.process_count(), "devices", len(jax.devices()))
+print("process", jax.process_index(), "devices", len(jax.devices()), "evaluated", evaluated)
 """
     environment = {
         **os.environ,
+        "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": "2",
@@ -259,10 +277,14 @@ print("process", jax.process_index(), "of", jax.process_count(), "devices", len(
         )
         for i in range(2)
     ]
-    for i, process in enumerate(processes):
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, output
-        assert f"process {i} of 2 devices 2" in output
+    try:
+        for i, process in enumerate(processes):
+            output, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, output
+            assert f"process {i} devices 2 evaluated {[20, 40, 20, 40] if i == 0 else []}" in output
+    finally:
+        for process in processes:
+            process.kill()
     for stage in (evor_bc, evor_value):
         stage.main(stage.Args(run_dir=tmp_path / "one", **settings))
     for stage in ("bc", "value"):
