@@ -10,6 +10,7 @@ import pytest
 from common.errors import parse_args
 
 ROOT = Path(__file__).parent.parent
+VARIABLES = {"$target": "paper", "$backup": "base", "$velocities": "6 7 8"}  # of results/preview.sh
 
 
 def commands(text: str) -> list[str]:
@@ -28,7 +29,9 @@ def all_commands() -> list[str]:
 
 @pytest.mark.parametrize("command", all_commands())
 def test_command_parses(command):
-    words = shlex.split(command.replace("$ENV", "cube-double-play"))
+    for variable, value in VARIABLES.items():
+        command = command.replace(variable, value)
+    words = shlex.split(command)
     module = words[1] if words[0] == "-m" else words[0].removesuffix(".py").replace("/", ".")
     argv = words[2:] if words[0] == "-m" else words[1:]
     script = importlib.import_module(module)
