@@ -128,7 +128,7 @@ def measure(group: str, cases: list[Case], args: Args) -> list[dict[str, Any]]:
     return rows
 
 
-def number(group: str, case: str, value: float, unit: str) -> dict[str, Any]:
+def number(group: str, case: str, value: float | int, unit: str) -> dict[str, Any]:
     """A row that is no timing."""
     print(f"{group:<11} {case:<44} {value:9.2f} {unit}", flush=True)
     return dict.fromkeys(FIELDS, "") | dict(group=group, case=case, value=value, unit=unit)
@@ -411,7 +411,7 @@ def solvers(args: Args) -> list[dict[str, Any]]:
 
 
 def run(args: Args) -> list[dict[str, Any]]:
-    """Compilations of a whole run of stages 1 and 2, with several tasks' worth of replicas."""
+    """Compilations of a whole run of stages 1 and 2 with two replicas, four calls and two checkpoints each."""
     before = evor_bc.train_chunk._cache_size(), evor_value.train_chunk._cache_size()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiny.npz"
@@ -424,8 +424,10 @@ def run(args: Args) -> list[dict[str, Any]]:
             terminals=np.arange(count) % 40 == 39,
             rewards=-np.ones(count, np.float32),
         )
-        settings = dict(dataset=path, env="tiny", run_dir=Path(folder) / "run", seeds=2, **evor_value.PRESETS["quick"])
-        evor_value.main(evor_value.Args(quick=True, **settings))
+        settings = dict(dataset=path, env="tiny", run_dir=Path(folder) / "run", seeds=2, width=32, depth=2)
+        settings |= dict(batch_size=32, steps=200, chunk=50, save_every=100)
+        evor_bc.main(evor_bc.Args(**settings))
+        evor_value.main(evor_value.Args(**settings))
     return [
         number("run", "compilations of BC training", evor_bc.train_chunk._cache_size() - before[0], ""),
         number("run", "compilations of value training", evor_value.train_chunk._cache_size() - before[1], ""),

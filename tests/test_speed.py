@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import inference, speed
 from common.networks import FlowCritic, FlowPolicy
+from evor_infer import Agent
 
 ARGS = speed.Args(rounds=1, width=32, rows=500, steps=2, replicas=(1, 2))
 
@@ -72,13 +73,11 @@ def test_table_and_figure_of_small_groups(tmp_path, monkeypatch):
 
 
 def test_quantiles_rank_candidates_better_than_independent_draws():
-    """On an untrained critic, whose Q* depends smoothly on the noise: at equal N quantiles have no variance and less
-    error; both have less with more returns."""
-    from evor_infer import Agent
-
+    """On an untrained critic, whose returns are about the noise itself, at a high temperature: with N quantiles Q* has
+    no variance and less error than with N independent draws; both have less with more returns."""
     agent = Agent(speed.agent(speed.Args(width=32), "trunk"))
     observations = np.random.default_rng(0).normal(size=(6, speed.OBSERVATION)).astype(np.float32)
-    args = inference.Args(num_actions=8, draws=8)
+    args = inference.Args(num_actions=8, draws=8, return_temperature=1.0)
     rows = {(row["noise"], row["num_returns"]): row for row in inference.noise_rows(args, agent, observations)}
     for number in (4, 16, 32):
         assert rows["quantiles", number]["q_variance"] == 0.0 < rows["independent", number]["q_variance"]
@@ -88,8 +87,6 @@ def test_quantiles_rank_candidates_better_than_independent_draws():
 
 
 def test_solver_errors_fall_with_the_steps():
-    from evor_infer import Agent
-
     agent = Agent(speed.agent(speed.Args(width=32), "mlp"))
     rng = np.random.default_rng(0)
     observations = rng.normal(size=(5, speed.OBSERVATION)).astype(np.float32)
