@@ -20,4 +20,9 @@ for target in shared-noise paper; do
   done
 done
 
+# The default target with four Euler steps in the bootstrap instead of ten.
+python evor_value.py --env cube-single-play --preview --tasks 2 1 4 --target-steps 4 --run-dir runs/target_steps/single-shared-noise-base-4-steps --policy-run-dir runs/cube-single-play
+python evor_value.py --env cube-double-play --preview --horizon 5 --target-steps 4 --run-dir runs/target_steps/double-shared-noise-base-4-steps --policy-run-dir runs/cube-double-play
+
 python -m results.preview --runs runs/preview/*
+python -m results.preview --name target_steps --runs runs/target_steps/*

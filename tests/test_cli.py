@@ -220,7 +220,7 @@ MISTAKES_OF_VALUE = {
         "run/bc/model.eqx was made with horizon 1, this run has 5|pass the same horizon",
     ),
     "another environment": (dict(env="cube-double-play"), "made with env 'cube-single-play'|'cube-double-play'"),
-    "a seed the policy lacks": (dict(seeds=6), "no seed 1|evor_bc.py --seeds"),
+    "a seed the policy lacks": (dict(seeds=6), "no seed 1|evor_bc.py --first-seed 0 --seeds 6"),
     "tasks twice": (dict(tasks=(1, 1)), "--tasks needs each task once"),
     "tasks with own rewards": (dict(tasks=(2,)), "brings its own rewards|leave out --tasks"),
     "eval_every and chunk": (dict(eval_every=3), "--eval-every 3|--chunk 2"),
