@@ -14,8 +14,9 @@ python -m benchmarks.base_policy --env cube-double-play --run-dir runs/cube-doub
 
 # Reward models: the published target and the default one, each with the base and the softmax backup.
 for target in shared-noise paper; do
+  python evor_value.py --env cube-single-play --preview --tasks 2 1 4 --td-target $target --run-dir runs/preview/single-$target-base --policy-run-dir runs/cube-single-play
+  python evor_value.py --env cube-single-play --preview --td-target $target --next-action softmax --run-dir runs/preview/single-$target-softmax --policy-run-dir runs/cube-single-play
   for backup in base softmax; do
-    python evor_value.py --env cube-single-play --preview --tasks 2 1 4 --td-target $target --next-action $backup --run-dir runs/preview/single-$target-$backup --policy-run-dir runs/cube-single-play
     python evor_value.py --env cube-double-play --preview --horizon 5 --td-target $target --next-action $backup --run-dir runs/preview/double-$target-$backup --policy-run-dir runs/cube-double-play
   done
 done
