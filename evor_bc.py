@@ -89,7 +89,7 @@ class Args:
     horizon: int = 1
     """Length of an action chunk; QC uses 5."""
     ignore_observations: tuple[int, ...] = ()
-    """Coordinates of the observation that all networks see as constant; see the README's Tuning."""
+    """Coordinates of the observation that all networks see as constant, such as velocities; see the README's Tuning."""
 
     # --- network and optimisation ---
     width: int = 512

@@ -126,7 +126,7 @@ class Args:
     horizon: int = 1
     """Length of an action chunk; the base policy's."""
     ignore_observations: tuple[int, ...] = ()
-    """Coordinates of the observation that a base policy trained here ignores, and the reward model with it."""
+    """Coordinates that a base policy trained here sees as constant. The reward model always follows the policy."""
 
     # --- reward model ---
     td_target: Target = "shared-noise"

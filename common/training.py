@@ -73,8 +73,8 @@ def over_replicas(function: Callable, *trees: Any) -> Any:
 def in_blocks(function: Callable, *trees: Any, rows: int) -> Any:
     """`vmap` over the leading axis of every leaf of `trees`, a block at a time; for use inside `jit`.
 
-    `rows` is how many network rows one element takes. On the CPU a block's activations stay in the cache (a whole batch
-    at once is up to twice as slow); elsewhere a block only bounds the memory.
+    `rows` is how many network rows one element takes. On the CPU a block's activations stay in the cache, where a large
+    batch at once would wait for the memory; elsewhere a block only bounds the memory.
     """
     most = 2_048 if jax.default_backend() == "cpu" else 2**19
     return jax.lax.map(lambda leaves: function(*leaves), trees, batch_size=max(1, most // rows))
