@@ -71,7 +71,7 @@ class Args:
     rows: int = 1_000_000
     """Transitions of the dataset."""
     steps: int = 40
-    """Gradient steps per timed call of one replica."""
+    """Gradient steps per timed call."""
     replicas: tuple[int, ...] = (1, 2, 5, 10, 25)
     """Numbers of replicas."""
     out: Path = Path("results")
@@ -169,14 +169,9 @@ def critic_macs(critic: FlowCritic) -> tuple[int, int, int]:
     return sum(trunk) + split, sum(layer.weight.size for layer in layers) - split, first
 
 
-def steps_per_call(args: Args, replicas: int) -> int:
-    """Fewer where replicas run in turn, so that all calls take about as long."""
-    return max(1, args.steps // replicas) if jax.default_backend() == "cpu" else args.steps
-
-
 def bc_case(name: str, args: Args, *, replicas: int = 1, rows: int | None = None) -> Case:
     """`evor_bc.train_chunk`; FLOPs: forward, and backward but for the inputs of the first layer."""
-    rows, steps = rows or args.rows, steps_per_call(args, replicas)
+    rows, steps = rows or args.rows, args.steps
     settings = evor_bc.Args(width=args.width, chunk=steps)
     header = dict(observation_dim=OBSERVATION, action_dim=ACTION, horizon=1, width=args.width, depth=settings.depth)
     keys = jax.random.split(jax.random.key(0), replicas)
@@ -193,7 +188,7 @@ def value_case(
 ) -> Case:
     """`evor_value.train_chunk` of tasks x seeds replicas; FLOPs: those of BC, and the forward passes of the target."""
     replicas, rows = tasks * seeds, rows or args.rows
-    steps = steps_per_call(args, replicas)
+    steps = args.steps
     settings = evor_value.Args(width=args.width, chunk=steps, **changes)
     header = dict(observation_dim=OBSERVATION, action_dim=ACTION, horizon=1, critic=settings.critic)
     header |= {field: getattr(settings, field) for field in CRITIC_FIELDS}
