@@ -33,10 +33,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from common import data
+from common import data, sources
 from common.envs import default_run_dir, run_name
 from common.errors import UserError, run_cli
 from common.networks import FlowPolicy, make_policy
+from common.rotation import Rotation, pad
 from common.training import (
     Run,
     Standardizer,
@@ -84,8 +85,10 @@ class Args:
     # --- data ---
     dataset: Path | None = None
     """An .npz file in OGBench's layout to train on instead."""
-    episodes: int = 1000
-    """Episodes to collect if the data can neither be found nor downloaded."""
+    episodes: int | None = None
+    """Episodes to collect if the data can neither be found nor downloaded; OGBench's number by default."""
+    file_steps: int = 10_000
+    """Gradient steps before the next file takes its turn, where --dataset is a folder of several."""
     horizon: int = 1
     """Length of an action chunk; QC uses 5."""
     ignore_observations: tuple[int, ...] = ()
@@ -120,6 +123,7 @@ class BCData(NamedTuple):
     observations: Float[Array, "rows observation"]  # standardised
     actions: Float[Array, "rows action"]
     starts: Int[Array, " n"]  # rows at which a transition starts
+    count: Int[Array, ""]  # how many of `starts` count; the others fill up a file that is shorter than the longest
 
 
 class TrainState(NamedTuple):
@@ -177,7 +181,7 @@ def action_chunks(
 def train_step(args: Args, state: TrainState, dataset: BCData, *, key: PRNGKeyArray) -> tuple[TrainState, dict]:
     """One gradient step of one replica. The key is derived from the step, so a resumed run draws the same batches."""
     batch_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
-    starts = dataset.starts[jax.random.randint(batch_key, (args.batch_size,), 0, len(dataset.starts))]
+    starts = dataset.starts[jax.random.randint(batch_key, (args.batch_size,), 0, dataset.count)]
     observations = dataset.observations[starts]
     actions = action_chunks(dataset.actions, starts, args.horizon)
     loss, gradient = jax.value_and_grad(bc_loss)(state.policy, observations, actions, key=loss_key)
@@ -208,13 +212,14 @@ def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> Trai
 def check_args(args: Any) -> None:
     """Raises `UserError` for settings of stage 1 or 2 that cannot work together."""
     for name in ("seeds", "horizon", "width", "depth", "batch_size", "chunk", "episodes"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     if not args.learning_rate > 0:
         raise UserError(f"--learning-rate must be positive, not {args.learning_rate}.")
     if args.first_seed < 0:
         raise UserError(f"--first-seed must not be negative: {args.first_seed}.")
-    for name in ("steps", "save_every"):
+    turns = ("file_steps",) if args.dataset is not None and args.dataset.is_dir() else ()
+    for name in ("steps", "save_every", *turns):
         if getattr(args, name) < 1 or getattr(args, name) % args.chunk:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {getattr(args, name)} is no multiple of --chunk {args.chunk}: change one of them.")
@@ -227,21 +232,26 @@ def main(args: Args) -> dict[str, float]:
     if args.distributed:
         join_hosts()
     name = run_name(args.env, args.dataset)
-    path, source = first_host_first(lambda: data.find_files(args.env, args.dataset, episodes=args.episodes))
-    info = data.describe(path, source)
-    trajectories = data.load_trajectories(path, env=args.env)
-    data.print_summary(trajectories, info, tasks=(), discount=0.0)
+    path, source = first_host_first(lambda: sources.find_files(args.env, args.dataset, episodes=args.episodes))
+    info = sources.describe(path, source)
+    files = sources.data_files(path)
+    trajectories = data.load_trajectories(files[0], env=args.env)
+    data.print_summary(trajectories, info, tasks=(), discount=0.0, files=len(files))
 
-    starts = data.transition_starts(trajectories.terminals, args.horizon)
     dims = trajectories.observations.shape[1]
     if not set(args.ignore_observations) <= set(range(dims)):
         raise UserError(f"--ignore-observations {list(args.ignore_observations)}: observations have 0 to {dims - 1}.")
     standardizer = Standardizer.of(trajectories.observations, ignore=args.ignore_observations)
-    dataset = BCData(
-        observations=jnp.asarray(standardizer.rows(trajectories.observations)),
-        actions=jnp.asarray(trajectories.actions),
-        starts=jnp.asarray(starts),
-    )
+    rows = max(data.num_rows(file) for file in files)
+
+    def load(file: Path) -> BCData:
+        """What training needs of one file, on the devices."""
+        found = trajectories if file == files[0] else data.load_trajectories(file, env=args.env, like=trajectories)
+        starts = data.transition_starts(found.terminals, args.horizon)
+        arrays = standardizer.rows(found.observations), found.actions, starts
+        dataset = BCData(*(jnp.asarray(pad(array, rows)) for array in arrays), jnp.asarray(len(starts)))
+        return copy_to_devices(dataset, args.seeds)
+
     header = dict(
         stage="bc",
         env=name,
@@ -267,12 +277,12 @@ def main(args: Args) -> dict[str, float]:
     state = stack_replicas(lambda key: init_state(args, header, key=key), init_keys)
     state = run.restore(state)
     state, train_keys = spread((state, train_keys), args.seeds)
-    dataset = copy_to_devices(dataset, args.seeds)
-    metrics = run.train(
-        state,
-        lambda state, step: train_chunk(args, state, dataset, train_keys),
-        model=lambda state: (state.policy, standardizer),
-    )
+    with Rotation(files, load, every=args.file_steps) as rotation:
+        metrics = run.train(
+            state,
+            lambda state, step: train_chunk(args, state, rotation.at(step), train_keys),
+            model=lambda state: (state.policy, standardizer),
+        )
     print(f"base policy: {run.directory / 'model.eqx'}")
     return metrics
 

@@ -52,7 +52,7 @@ from jaxtyping import Array, ArrayLike, Float, Float16, Int, Key, PRNGKeyArray
 
 import evor_bc
 import evor_infer
-from common import checkpoint, data, figures
+from common import checkpoint, data, figures, sources
 from common.bank import make_bank
 from common.envs import NUM_TASKS, default_run_dir, parse_env, run_name, validation_path
 from common.errors import UserError, run_cli
@@ -60,6 +60,7 @@ from common.evaluation import Episodes
 from common.flow import integrate
 from common.metrics import sha256, write_csv
 from common.networks import CRITIC_FIELDS, FlowCritic, FlowPolicy, ReturnScale, make_critic, stratified_normal
+from common.rotation import Rotation, pad
 from common.statistics import calibration
 from common.training import (
     Run,
@@ -119,8 +120,10 @@ class Args:
     # --- data ---
     dataset: Path | None = None
     """An .npz file in OGBench's layout, with its own rewards and masks or with qpos."""
-    episodes: int = 1000
-    """Episodes to collect if the data can neither be found nor downloaded."""
+    episodes: int | None = None
+    """Episodes to collect if the data can neither be found nor downloaded; OGBench's number by default."""
+    file_steps: int = 10_000
+    """Gradient steps before the next file takes its turn, where --dataset is a folder of several."""
     reward: Literal["default", "sparse"] = "default"
     """OGBench's reward, or -1 until the task is solved (QC's variant)."""
     horizon: int = 1
@@ -206,6 +209,7 @@ class ValueData(NamedTuple):
     rewards: Float[Array, "tasks n"]  # environment units
     bootstraps: Float[Array, "tasks n"]  # discount^horizon * masks
     bank: Float16[Array, "seeds n K chunk"]  # next actions of each seed's base policy; K = 0 for the data's own
+    count: Int[Array, ""]  # how many of the n transitions count; see `evor_bc.BCData`
 
 
 class Replica(NamedTuple):
@@ -361,7 +365,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One gradient step of one replica. Keys are derived from the step, so a resumed run draws the same batches."""
     batch_key, noise_key, action_key = jax.random.split(jax.random.fold_in(replica.key, state.step), 3)
-    index = jax.random.randint(batch_key, (args.batch_size,), 0, len(dataset.starts))
+    index = jax.random.randint(batch_key, (args.batch_size,), 0, dataset.count)
     starts = dataset.starts[index]
     observations, next_observations = dataset.observations[starts], dataset.observations[starts + args.horizon]
     actions = evor_bc.action_chunks(dataset.actions, starts, args.horizon)
@@ -558,6 +562,7 @@ def bc_args(args: Args, policy_run_dir: Path) -> evor_bc.Args:
             run_dir=policy_run_dir,
             dataset=args.dataset,
             episodes=args.episodes,
+            file_steps=args.file_steps,
             horizon=args.horizon,
             ignore_observations=args.ignore_observations,
             track=args.track,
@@ -616,13 +621,29 @@ def load_base_policy(
     return jax.tree.map(lambda x: jnp.asarray(x)[index], policies), standardizer, sha256(path)
 
 
+def transitions(
+    args: Args, trajectories: data.Trajectories
+) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "tasks n"], Float[np.ndarray, "tasks n"]]:
+    """Starts, rewards and bootstrap factors of a file's transitions."""
+    extra = args.horizon - 1 if args.next_action == "dataset" else 0  # the next chunk has to be in the data too
+    starts = data.transition_starts(trajectories.terminals, args.horizon, extra=extra)
+    rewards, bootstraps = data.chunk_rewards(
+        trajectories.rewards, trajectories.masks, starts, horizon=args.horizon, discount=args.discount
+    )
+    return starts, rewards, bootstraps
+
+
 def make_replicas(
-    args: Args, dataset: ValueData, bounds: Float[np.ndarray, "tasks 2"], tasks: Sequence[int]
+    args: Args,
+    tasks: Sequence[int],
+    bounds: Float[np.ndarray, "tasks 2"],
+    rewards: Float[np.ndarray, "tasks n"],
+    bootstraps: Float[np.ndarray, "tasks n"],
 ) -> tuple[list[tuple[int, int]], Replica, Key[Array, " replicas"]]:
     """The (task, seed) pairs, what distinguishes them, and the keys that initialise them."""
     pairs = [(task, seed) for task in tasks for seed in args.all_seeds]
     task, seed = (np.repeat(np.arange(len(tasks)), args.seeds), np.tile(np.arange(args.seeds), len(tasks)))
-    shift = data.mean_return(np.asarray(dataset.rewards), np.asarray(dataset.bootstraps))[task]
+    shift = data.mean_return(rewards, bootstraps)[task]
     scale = ReturnScale.of(bounds[task, 0], bounds[task, 1], shift=shift, width=args.return_width)
     # A replica's randomness depends on its task and seed, not on what is trained beside it.
     keys = [jax.random.split(jax.random.fold_in(jax.random.key(s), t)) for t, s in pairs]
@@ -644,19 +665,18 @@ def main(args: Args) -> list[dict[str, Any]]:
         checkpoint.read_header(state_path, stage="value", remedy="start without --resume.")
 
     # Data.
-    path, source = first_host_first(lambda: data.find_files(args.env, args.dataset, episodes=args.episodes))
-    info = data.describe(path, source)
-    own_rewards = args.dataset is not None and data.has_rewards(path)
-    tasks = choose_tasks(args, path, own_rewards)
-    load = functools.partial(data.load_trajectories, env=args.env, tasks=tasks, reward=args.reward)
-    trajectories = load(path)
-    validation = load(validation_path(path)) if validation_path(path).is_file() else None
-    data.print_summary(trajectories, info, tasks=tasks, discount=args.discount)
-    extra = args.horizon - 1 if args.next_action == "dataset" else 0  # the next chunk has to be in the data too
-    starts = data.transition_starts(trajectories.terminals, args.horizon, extra=extra)
-    rewards, bootstraps = data.chunk_rewards(
-        trajectories.rewards, trajectories.masks, starts, horizon=args.horizon, discount=args.discount
-    )
+    path, source = first_host_first(lambda: sources.find_files(args.env, args.dataset, episodes=args.episodes))
+    info = sources.describe(path, source)
+    files = sources.data_files(path)
+    own_rewards = args.dataset is not None and data.has_rewards(files[0])
+    tasks = choose_tasks(args, files[0], own_rewards)
+    load_file = functools.partial(data.load_trajectories, env=args.env, tasks=tasks, reward=args.reward)
+    trajectories = load_file(files[0])
+    held_out = validation_path(files[0])
+    validation = load_file(held_out) if held_out.is_file() else None
+    data.print_summary(trajectories, info, tasks=tasks, discount=args.discount, files=len(files))
+    if len(files) > 1 and args.redraw_bank:
+        raise UserError("--redraw-bank: each file of a folder has one bank: leave it out.")
 
     # Base policy and its next actions.
     dims = dict(observation_dim=trajectories.observations.shape[1], action_dim=trajectories.actions.shape[1])
@@ -678,41 +698,63 @@ def main(args: Args) -> list[dict[str, Any]]:
         args=args,
     )
     run = Run(run_dir / "value", header, replicas=header["replicas"], args=args)
-    observations = jnp.asarray(standardizer.rows(trajectories.observations))
+    rows = max(data.num_rows(file) for file in files)
+    bounds = data.return_bounds(trajectories.rewards[:, ~trajectories.terminals], args.discount)
+    pairs, replicas, init_keys = make_replicas(args, tasks, bounds, *transitions(args, trajectories)[1:])
 
-    def bank(draw: int) -> Float16[np.ndarray, "seeds n K chunk"]:
-        """The next-action bank; the first draw is kept in a file."""
+    def draw_bank(
+        observations: Float[np.ndarray, "rows d"], starts: Int[np.ndarray, " n"], name: str, draw: int = 0
+    ) -> Float16[np.ndarray, "seeds rows K chunk"]:
+        """The next-action bank of a file; the first draw is kept beside the base policy."""
         if args.next_action == "dataset":
-            return np.zeros((args.seeds, len(starts), 0, policies.action_dim), np.float16)
-        return make_bank(
+            return np.zeros((args.seeds, rows, 0, policies.action_dim), np.float16)
+        bank = make_bank(
             policies,
-            observations,
+            jnp.asarray(observations),
             starts + args.horizon,
             seeds=args.all_seeds,
             num_actions=args.num_next_actions,
             flow_steps=args.flow_steps,
             draw=draw,
-            path=None if draw else policy_run_dir / "bc" / f"bank-{args.num_next_actions}.eqx",
+            path=None if draw else policy_run_dir / "bc" / f"{name}.eqx",
             made_of=dict(policy_sha256=policy_sha256, data_sha256=info["sha256"]),
         )
+        return pad(bank, rows, axis=1)
+
+    def load(file: Path) -> ValueData:
+        """What training needs of one file, on the devices."""
+        found = trajectories if file == files[0] else load_file(file, like=trajectories)
+        starts, rewards, bootstraps = transitions(args, found)
+        observations = standardizer.rows(found.observations)
+        name = f"bank-{args.num_next_actions}" + f"-{file.stem}" * (len(files) > 1)
+        dataset = ValueData(
+            observations=pad(observations, rows),
+            actions=pad(found.actions, rows),
+            starts=pad(starts, rows),
+            rewards=pad(rewards, rows, axis=1),
+            bootstraps=pad(bootstraps, rows, axis=1),
+            bank=draw_bank(observations, starts, name),
+            count=np.asarray(len(starts)),
+        )
+        return copy_to_devices(jax.tree.map(jnp.asarray, dataset), len(pairs))
 
     # Training.
-    arrays = (trajectories.actions, starts, rewards, bootstraps, bank(0))
-    dataset = ValueData(observations, *(jnp.asarray(array) for array in arrays))
-    bounds = data.return_bounds(trajectories.rewards[:, ~trajectories.terminals], args.discount)
-    pairs, replicas, init_keys = make_replicas(args, dataset, bounds, tasks)
     state = run.restore(stack_replicas(lambda key: init_state(args, header, key=key), init_keys))
     state, spread_replicas = spread((state, replicas), len(pairs))
-    dataset = copy_to_devices(dataset, len(pairs))
-    drawn = 0
+    redrawn: tuple[int, Any] = (0, None)
 
     def next_chunk(state: TrainState, step: int) -> tuple[TrainState, dict]:
-        """`train_chunk`, with a new bank where one is due; which one depends on the step alone."""
-        nonlocal dataset, drawn
-        due = step // args.redraw_bank if args.redraw_bank else 0
-        if due != drawn:
-            dataset = dataset._replace(bank=copy_to_devices(jnp.asarray(bank(due)), len(pairs)))
-            drawn = due
+        """`train_chunk`, with another file or a new bank where one is due; which one depends on the step alone."""
+        nonlocal redrawn
+        dataset = rotation.at(step)
+        draw = step // args.redraw_bank if args.redraw_bank else 0
+        if draw != redrawn[0]:
+            redrawn = draw, None  # frees the last one's memory
+            observations, starts = standardizer.rows(trajectories.observations), transitions(args, trajectories)[0]
+            bank = jnp.asarray(draw_bank(observations, starts, "", draw))
+            redrawn = draw, copy_to_devices(bank, len(pairs))
+        if draw:
+            dataset = dataset._replace(bank=redrawn[1])
         return train_chunk(args, state, dataset, spread_replicas)
 
     def agents(state: TrainState) -> evor_infer.AgentParams:
@@ -749,13 +791,14 @@ def main(args: Args) -> list[dict[str, Any]]:
         return found
 
     evaluated = args.eval_episodes > 0 and not own_rewards
-    run.train(
-        state,
-        next_chunk,
-        model=lambda state: (state.critic, replicas.scale),
-        evaluate=evaluate if evaluated else None,
-        evaluate_every=args.eval_every,
-    )
+    with Rotation(files, load, every=args.file_steps) as rotation:
+        run.train(
+            state,
+            next_chunk,
+            model=lambda state: (state.critic, replicas.scale),
+            evaluate=evaluate if evaluated else None,
+            evaluate_every=args.eval_every,
+        )
 
     # Report.
     if jax.process_index() > 0:

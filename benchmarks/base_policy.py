@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import evor_infer
-from common import data
+from common import data, sources
 from common.envs import default_run_dir, parse_env, validation_path
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes, make_env, seeded_reset
@@ -43,7 +43,7 @@ class Args:
     """Run directory of stage 1; runs/ENV by default."""
     num_episodes: int = 20
     """Episodes."""
-    episodes: int = 1000
+    episodes: int | None = None
     """Collected episodes of the dataset to compare with."""
     flow_steps: int = 10
     """Euler steps of the policy."""
@@ -112,7 +112,7 @@ def main(args: Args) -> dict[str, float]:
     name = parse_env(args.env)
     if not name.prefix.startswith("cube"):
         raise UserError(f"{args.env} has no cubes to lift: name a cube environment.")
-    path, source = data.find_files(args.env, None, episodes=args.episodes)
+    path, source = sources.find_files(args.env, None, episodes=args.episodes)
     if not validation_path(path).is_file():
         raise UserError(f"there is no validation file {validation_path(path)}: collect or download the data anew.")
     validation = data.read_arrays(validation_path(path))

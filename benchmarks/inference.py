@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import evor_infer
-from common import data
+from common import data, sources
 from common.envs import default_run_dir, parse_env, validation_path
 from common.errors import UserError, run_cli
 from common.flow import num_evaluations
@@ -55,7 +55,7 @@ class Args:
     """tau_R as a fraction of the return range."""
     draws: int = 16
     """Repetitions of the independent draws."""
-    episodes: int = 1000
+    episodes: int | None = None
     """Collected episodes of the dataset."""
     out: Path = Path("results/inference.csv")
     """CSV file; the table goes beside it."""
@@ -162,7 +162,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     name = parse_env(args.env)
     run_dir = args.run_dir or default_run_dir(name.short, quick=False)
     header, replicas, agents = evor_infer.load_agents(run_dir)
-    path, source = data.find_files(args.env, None, episodes=args.episodes)
+    path, source = sources.find_files(args.env, None, episodes=args.episodes)
     if not validation_path(path).is_file():
         raise UserError(f"there is no validation file {validation_path(path)}: collect or download the data anew.")
     arrays = data.read_arrays(validation_path(path))

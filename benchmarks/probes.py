@@ -115,7 +115,7 @@ def make_data(probe: Probe, *, copies: int = 400, num_next_actions: int = 4, see
     for s, (values, weights) in probe.policy.items():
         chosen = next_state == s
         bank[0, chosen, :, 0] = rng.choice(values, p=weights, size=(chosen.sum(), num_next_actions))
-    arrays = (trajectories.observations, trajectories.actions, starts, rewards, bootstraps, bank)
+    arrays = (trajectories.observations, trajectories.actions, starts, rewards, bootstraps, bank, len(starts))
     return evor_value.ValueData(*(jnp.asarray(a) for a in arrays))
 
 

@@ -1,4 +1,7 @@
-"""Datasets: where they come from, how rows become transitions, and what they contain.
+"""Data: what a file has to contain, and how its rows become transitions, rewards and returns.
+
+    python -m common.data --list                   # all environments of OGBench
+    python -m common.data --env cube-double-play   # what a dataset contains, as numbers and as a figure
 
 Layout of a file (OGBench's): `observations (rows, d)`, `actions (rows, a)`, `terminals (rows,)`, trajectories one after
 the other. `terminals` marks the last row of a trajectory, which has no next state and is no transition; it never stops
@@ -8,78 +11,17 @@ A file may bring its own `rewards` and `masks`; otherwise OGBench's `relabel_dat
 A transition of horizon `h` starts at row `i` and ends at row `i + h` of the same trajectory.
 """
 
-import http.client
-import socket
-import urllib.request
-from collections.abc import Sequence
+import math
+import zipfile
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from common.collect import collect, is_collectable
-from common.envs import check_env, collected_path, data_dir, import_ogbench, parse_env, validation_path
-from common.errors import UserError
-from common.metrics import sha256
-
-# --- Files -------------------------------------------------------------------------------------------------------
-
-
-def find_files(env: str, dataset: Path | None, *, episodes: int) -> tuple[Path, str]:
-    """The training file and its source: `file` (the user's), `ogbench` (published) or `collected`.
-
-    In this order: `--dataset`, OGBench's cache, data collected before, a download into OGBench's cache, collection.
-
-    Raises:
-        UserError: none of them is possible.
-    """
-    if dataset is not None:
-        if not dataset.is_file():
-            raise UserError(f"there is no dataset file at {dataset}: check the path given to --dataset.")
-        return dataset, "file"
-    name = parse_env(env)
-    check_env(name)
-    official, collected = data_dir() / f"{name.dataset}.npz", collected_path(name.dataset, episodes)
-    if official.is_file() and validation_path(official).is_file():
-        return official, "ogbench"
-    if collected.is_file():
-        return collected, "collected"
-    if download(name.dataset):
-        return official, "ogbench"
-    if not is_collectable(name.dataset):
-        raise UserError(
-            f"{name.dataset} is not in {data_dir()}, OGBench's host does not answer, and it has no scripted behaviour "
-            f"to collect it with: put {name.dataset}.npz and {name.dataset}-val.npz there, or pass --dataset FILE."
-        )
-    banner = "!" * 100
-    print(
-        f"{banner}\nOGBench's host does not answer, so {name.dataset} is COLLECTED HERE with OGBench's "
-        f"scripted oracles: {episodes} episodes.\nIt is not the published file. Results made with it say so.\n{banner}",
-        flush=True,
-    )
-    collect(name.dataset, collected, episodes=episodes)
-    return collected, "collected"
-
-
-def download(dataset: str, *, timeout: float = 10.0) -> bool:
-    """Downloads a dataset with OGBench's own function into its cache; False if the host cannot be reached."""
-    from ogbench import utils
-
-    url = f"{utils.DATASET_URL}/{dataset}.npz"
-    previous = socket.getdefaulttimeout()
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout):
-            pass
-        socket.setdefaulttimeout(60.0)  # OGBench's function sets none and would wait for ever.
-        utils.download_datasets([dataset], str(data_dir()))
-    except (OSError, http.client.HTTPException) as error:
-        print(f"no download of {dataset}: {error}", flush=True)
-        return False
-    finally:
-        socket.setdefaulttimeout(previous)
-    return True
-
+from common.envs import free_memory, import_ogbench, parse_env
+from common.errors import UserError, run_cli
 
 # --- Trajectories ------------------------------------------------------------------------------------------------
 
@@ -94,76 +36,164 @@ class Trajectories(NamedTuple):
     masks: Float[np.ndarray, "tasks rows"] | None = None
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an `.npz` file, checked.
+NDIM = {"observations": 2, "actions": 2, "terminals": 1, "rewards": 1, "masks": 1, "qpos": 2, "button_states": 2}
+"""The arrays that are read, and their dimensions; only the first three have to be there, whatever else is skipped."""
+
+
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def read_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of the arrays in an `.npz` file, without reading them.
 
     Raises:
-        UserError: not an `.npz` file, an array is missing, or of a wrong kind, shape or content.
+        UserError: no `.npz` file, an array of objects, or more than fits into memory.
     """
+    key, headers, total = "the archive", {}, 0
     try:
-        arrays, key = {}, "file"
-        with np.load(path, allow_pickle=False) as file:
-            for key in file.files:
-                arrays[key] = file[key]
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                key = info.filename.removesuffix(".npy")
+                if key not in NDIM or info.filename == key:
+                    continue
+                with archive.open(info) as file:
+                    version = np.lib.format.read_magic(file)
+                    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else _read_header_2_0
+                    shape, _, dtype = read(file)
+                headers[key] = shape, dtype
+                size = math.prod(shape) * dtype.itemsize
+                if size > info.file_size:
+                    raise ValueError(f"its header promises {size:,} bytes, and there are {info.file_size:,}")
+                total += size
     except Exception as error:  # a damaged archive raises a dozen types, from zlib's to zipfile's
         raise UserError(
             f"{key} in {path} cannot be read ({error}): make the .npz file with numpy.savez, without objects."
         ) from None
-    for key, ndim in {"observations": 2, "actions": 2, "terminals": 1, "rewards": 1, "masks": 1}.items():
-        if key not in arrays:
-            if key in ("rewards", "masks"):
-                continue
+    for key, (_, dtype) in headers.items():
+        if dtype.hasobject:
+            raise UserError(f"{key} in {path} is an array of objects, which is never unpickled: save it as numbers.")
+    free = free_memory()
+    if free is not None and total > free:
+        raise UserError(
+            f"{path} takes {total / 2**30:.3g} GiB once unpacked, and {free / 2**30:.3g} GiB of memory are free: "
+            f"split it into several files and pass their folder."
+        )
+    return headers
+
+
+def num_rows(path: Path) -> int:
+    """Rows of a file, without reading them."""
+    headers = read_headers(path)
+    if "observations" not in headers:
+        raise UserError(f"{path} has no array 'observations': it needs observations, actions and terminals.")
+    return headers["observations"][0][0]
+
+
+def _read_header_2_0(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    return np.lib.format.read_array_header_2_0(file)
+
+
+def read_arrays(path: Path, skip: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file that this project uses, checked.
+
+    Args:
+        skip: optional arrays that are not needed.
+
+    Raises:
+        UserError: not an `.npz` file, an array is missing, or of a wrong kind, shape or content.
+    """
+    headers = read_headers(path)
+    for key in ("observations", "actions", "terminals"):
+        if key not in headers:
             raise UserError(f"{path} has no array {key!r}: it needs observations, actions and terminals.")
-        array = arrays[key]
-        if array.ndim != ndim or array.dtype.kind not in "biuf" or 0 in array.shape[1:]:
-            raise UserError(f"{key} in {path} must be a {ndim}-D array of numbers, not {array.dtype} {array.shape}.")
-        if len(array) != len(arrays["observations"]):
+    wanted = [key for key in NDIM if key in headers and key not in skip]
+    for key in wanted:
+        shape, dtype = headers[key]
+        if len(shape) != NDIM[key] or dtype.kind not in "biuf" or 0 in shape[1:]:
+            raise UserError(f"{key} in {path} must be a {NDIM[key]}-D array of numbers, not {dtype} {shape}.")
+        if shape[0] != headers["observations"][0][0]:
             raise UserError(
-                f"{key} in {path} has {len(array)} rows, observations has {len(arrays['observations'])}: "
+                f"{key} in {path} has {shape[0]} rows, observations has {headers['observations'][0][0]}: "
                 f"they must be equal."
             )
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            row = int(np.argwhere(~np.isfinite(array))[0][0])
+    try:
+        arrays, key = {}, "file"
+        with np.load(path, allow_pickle=False) as file:
+            for key in wanted:
+                arrays[key] = file[key]
+    except Exception as error:
+        raise UserError(
+            f"{key} in {path} cannot be read ({error}): the file is damaged, make or fetch it anew."
+        ) from None
+    for key, array in arrays.items():
+        row = first_row(array, lambda part: ~(np.abs(part) <= LARGEST)) if array.dtype.kind == "f" else None
+        if row is not None:
             raise UserError(f"{key} in {path} is not finite at row {row}: remove or repair that row.")
     if len(arrays["terminals"]) == 0 or not arrays["terminals"][-1]:
         raise UserError(
             f"terminals in {path} must be true at the last row of each trajectory, so also at the last row."
         )
-    if np.abs(arrays["actions"]).max() > 1.001:
-        raise UserError(f"actions in {path} leave [-1, 1]: scale them to that range.")
-    if "masks" in arrays and not np.isin(arrays["masks"], (0, 1)).all():
+    row = first_row(arrays["terminals"], lambda part: (part != 0) & (part != 1))
+    if row is not None:
+        raise UserError(f"terminals in {path} must be 0 or 1 everywhere, unlike at row {row}.")
+    row = first_row(arrays["actions"], lambda part: np.abs(part) > 1.001)
+    if row is not None:
+        raise UserError(f"actions in {path} leave [-1, 1] at row {row}: scale them to that range.")
+    if "masks" in arrays and first_row(arrays["masks"], lambda part: (part != 0) & (part != 1)) is not None:
         raise UserError(f"masks in {path} must be 0 (the bootstrap stops) or 1 everywhere.")
     return arrays
 
 
+def first_row(array: np.ndarray, bad: Callable[[np.ndarray], np.ndarray], *, part: int = 65_536) -> int | None:
+    """The first row with a bad element, None if there is none; part by part, to need little memory."""
+    for start in range(0, len(array), part):
+        found = bad(array[start : start + part])
+        if found.any():
+            return start + int(np.argwhere(found)[0][0])
+    return None
+
+
 def has_rewards(path: Path) -> bool:
     """Whether a file brings its own rewards; its content is checked where it is loaded."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return "rewards" in file.files
-    except Exception:  # not an .npz file at all: reading it says so in one sentence
-        return "rewards" in read_arrays(path)
+    return "rewards" in read_headers(path)
 
 
-def load_trajectories(path: Path, *, env: str, tasks: Sequence[int] = (), reward: str = "default") -> Trajectories:
+def load_trajectories(
+    path: Path,
+    *,
+    env: str,
+    tasks: Sequence[int] = (),
+    reward: str = "default",
+    like: Trajectories | None = None,
+) -> Trajectories:
     """Reads a file; with `tasks`, also the rewards and masks of those tasks.
 
     Args:
+        like: those of another file of the same dataset, whose dimensions it has to have.
         tasks: OGBench's single tasks, relabelled from `qpos`; `(0,)` stands for the file's own rewards and masks.
         reward: `default`, OGBench's; `sparse`, QC's variant of it: -1 until the task is solved, then 0.
 
     Raises:
         UserError: a malformed file, or one without what the rewards are to be computed from.
     """
-    arrays = read_arrays(path)
+    own = tuple(tasks) == (0,)
+    arrays = read_arrays(path, skip=("qpos", "button_states") if own or not tasks else ("rewards", "masks"))
+    actions = arrays.pop("actions").astype(np.float32, copy=False)
     trajectories = Trajectories(
-        observations=arrays["observations"].astype(np.float32, copy=False),
-        actions=np.clip(arrays["actions"].astype(np.float32, copy=False), -1.0, 1.0),
-        terminals=arrays["terminals"].astype(bool),
+        observations=arrays.pop("observations").astype(np.float32, copy=False),
+        actions=np.clip(actions, -1.0, 1.0, out=actions),
+        terminals=arrays.pop("terminals").astype(bool),
     )
+    for field in ("observations", "actions") if like is not None else ():
+        widths = [getattr(t, field).shape[1] for t in (trajectories, like)]
+        if widths[0] != widths[1]:
+            raise UserError(
+                f"{field} in {path} have {widths[0]} columns, those of the folder's first file {widths[1]}: "
+                f"keep different datasets in different folders."
+            )
     if not tasks:
         return trajectories
-    if tuple(tasks) == (0,):
+    if own:
         if "rewards" not in arrays:
             raise UserError(f"{path} has no array 'rewards', unlike the training file: add it.")
         labels = [(arrays["rewards"], arrays.get("masks", np.ones(len(arrays["rewards"]))))]
@@ -190,7 +220,10 @@ def relabel(gym_id: str, arrays: dict[str, np.ndarray], path: Path) -> tuple[np.
     labels = {key: arrays[key] for key in ("qpos", "button_states") if key in arrays}
     try:
         relabel_dataset(gym_id, env, labels)
-    except (IndexError, ValueError) as error:
+        widths = arrays["qpos"].shape[1], env.unwrapped.model.nq
+        if widths[0] != widths[1]:
+            raise ValueError(f"qpos has {widths[0]} columns instead of {widths[1]}")
+    except (IndexError, KeyError, ValueError) as error:
         raise UserError(
             f"{path} does not hold states of {gym_id} ({error}): pass the data of that environment."
         ) from None
@@ -303,16 +336,15 @@ def mean_return(
 # --- What a file contains ----------------------------------------------------------------------------------------
 
 
-def describe(path: Path, source: str) -> dict[str, Any]:
-    """Provenance of a file, for headers, configurations and result tables."""
-    return {"name": path.name, "source": source, "sha256": sha256(path)}
-
-
-def print_summary(trajectories: Trajectories, info: dict[str, Any], *, tasks: Sequence[int], discount: float) -> None:
+def print_summary(
+    trajectories: Trajectories, info: dict[str, Any], *, tasks: Sequence[int], discount: float, files: int = 1
+) -> None:
     """Prints transitions, episodes, and per task return bounds and success; warns where a task is never solved."""
     terminals = trajectories.terminals
     episodes, transitions = int(terminals.sum()), int((~terminals).sum())
     print(f"data: {info['name']} (source: {info['source']}, sha256 {info['sha256'][:12]})")
+    if files > 1:
+        print(f"  {files} files that take turns; the numbers below, and all scales, are those of the first")
     print(
         f"  {transitions:,} transitions in {episodes:,} episodes, "
         f"observations {trajectories.observations.shape[1]}-D, actions {trajectories.actions.shape[1]}-D"
@@ -337,3 +369,9 @@ def print_summary(trajectories: Trajectories, info: dict[str, Any], *, tasks: Se
             )
         elif ever == 0 and (task or np.ptp(trajectories.rewards[i, ~terminals]) == 0):
             print(f"  WARNING: {label} is never solved in this data: its rewards cannot tell actions apart.")
+
+
+if __name__ == "__main__":
+    from common import report  # which stands on this module
+
+    run_cli(report.main, report.Args)

@@ -5,12 +5,49 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import UserError
 
 KINDS = "play|noisy|navigate|stitch|explore"
 DEFAULT_TASKS = {"cube": 2, "scene": 2, "puzzle-3x3": 4, "puzzle-4x4": 4, "puzzle": 2, "antsoccer": 4}  # mazes: 1
 NUM_TASKS = 5
+
+
+class Environment(NamedTuple):
+    """A state-based environment of OGBench, each with five tasks."""
+
+    observations: int
+    """Numbers per observation."""
+    actions: int
+    """Numbers per action."""
+    episode_steps: int
+    """Steps after which an evaluation episode is cut."""
+    lowest_reward: int
+    """Of a step: minus the number of subgoals. The highest is 0, where the task is solved."""
+    kinds: tuple[str, ...]
+    """Kinds of data."""
+
+
+_MAZE, _MANIPULATION = ("navigate", "stitch"), ("play", "noisy")
+ENVIRONMENTS = {
+    **{f"pointmaze-{m}": Environment(2, 2, 1000, -1, _MAZE) for m in ("medium", "large", "giant", "teleport")},
+    **{f"antmaze-{m}": Environment(29, 8, 1000, -1, (*_MAZE, "explore")) for m in ("medium", "large", "teleport")},
+    "antmaze-giant": Environment(29, 8, 1000, -1, _MAZE),
+    **{f"humanoidmaze-{m}": Environment(69, 21, 2000, -1, _MAZE) for m in ("medium", "large")},
+    "humanoidmaze-giant": Environment(69, 21, 4000, -1, _MAZE),
+    **{f"antsoccer-{m}": Environment(42, 8, 1000, -1, _MAZE) for m in ("arena", "medium")},
+    "cube-single": Environment(28, 5, 200, -1, _MANIPULATION),
+    "cube-double": Environment(37, 5, 500, -2, _MANIPULATION),
+    "cube-triple": Environment(46, 5, 1000, -3, _MANIPULATION),
+    "cube-quadruple": Environment(55, 5, 1000, -4, _MANIPULATION),
+    "cube-octuple": Environment(91, 5, 1500, -8, _MANIPULATION),
+    "scene": Environment(40, 5, 750, -5, _MANIPULATION),
+    "puzzle-3x3": Environment(55, 5, 500, -9, _MANIPULATION),
+    "puzzle-4x4": Environment(83, 5, 500, -16, _MANIPULATION),
+    "puzzle-4x5": Environment(99, 5, 1000, -20, _MANIPULATION),
+    "puzzle-4x6": Environment(115, 5, 1000, -24, _MANIPULATION),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +112,23 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def free_memory() -> int | None:
+    """Bytes of memory that this process may still take, also in a container; None where the system does not tell."""
+    free = []
+    try:
+        info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free.append(1024 * int(info["MemAvailable"].split()[0]))
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        cgroup = Path("/sys/fs/cgroup")
+        limit, used = ((cgroup / name).read_text() for name in ("memory.max", "memory.current"))
+        free.append(int(limit) - int(used))
+    except (OSError, ValueError):  # another system, or no limit ("max")
+        pass
+    return min(free, default=None)
+
+
 def import_ogbench() -> None:
     """Imports `ogbench`, which registers its environments with Gymnasium, without looking for a display."""
     if "mujoco" not in sys.modules:
@@ -97,6 +151,10 @@ def check_env(name: EnvName) -> None:
             f"unknown environment {name.short!r}: the installed ogbench has {', '.join(known)}, "
             f"each followed by a kind of data such as -play or -navigate."
         )
+    kind = name.short.removeprefix(f"{name.prefix}-")
+    if name.prefix in ENVIRONMENTS and kind not in ENVIRONMENTS[name.prefix].kinds:
+        kinds = ", ".join(f"{name.prefix}-{k}" for k in ENVIRONMENTS[name.prefix].kinds)
+        raise UserError(f"OGBench has no data called {name.short!r}: choose among {kinds}.")
 
 
 def data_dir() -> Path:

@@ -12,7 +12,6 @@ import ctypes
 import functools
 import gc
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ import gymnasium
 import numpy as np
 from tqdm import tqdm
 
-from common.envs import import_ogbench, num_cores
+from common.envs import free_memory, import_ogbench, num_cores
 
 # Environments in all, if every process has one of each replica then. One of a manipulation task takes about 130 MB (its
 # model and a second one for inverse kinematics) and a second to build.
@@ -46,8 +45,7 @@ def trim_memory() -> None:
 
 def max_environments() -> int:
     """As many environments as fit into half of the memory that is free now."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8e9
-    return max(1, int(0.5 * free / ENVIRONMENT_BYTES))
+    return max(1, int(0.5 * (free_memory() or 8e9) / ENVIRONMENT_BYTES))
 
 
 def seeded_reset(env: gymnasium.Env, seed: int) -> np.ndarray:

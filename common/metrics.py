@@ -72,6 +72,38 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def sha256_path(path: Path) -> Path:
+    """Where the SHA-256 of the file `path` is recorded: `NAME.sha256` beside it, in the format of `sha256sum`."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def record_sha256(content: Path, path: Path) -> None:
+    """Records the SHA-256 of the file `content`, which stands or will stand under `path`."""
+    with atomic(sha256_path(path)) as temporary:
+        temporary.write_text(f"{sha256(content)}  {path.name}\n")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lets in one process at a time; a killed process lets go."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: no lock
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read_json(path: Path) -> Any:
+    """What `path` holds; None if it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes `content` as JSON, atomically."""
     with atomic(path) as temporary:

@@ -16,7 +16,7 @@ def toy_data(actions, *, horizon=1, key=None):
     """Two-row trajectories with a constant observation, one action each."""
     number = len(actions)
     rows = jnp.repeat(actions, 2, axis=0)
-    return evor_bc.BCData(jnp.zeros((2 * number, 1)), rows, jnp.arange(0, 2 * number, 2))
+    return evor_bc.BCData(jnp.zeros((2 * number, 1)), rows, jnp.arange(0, 2 * number, 2), jnp.asarray(number))
 
 
 def test_loss_of_one_example_matches_its_definition():

@@ -2,6 +2,13 @@
 
 import contextlib
 import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
 import types
 from pathlib import Path
 
@@ -14,6 +21,7 @@ from common.errors import UserError, parse_args
 from tests.helpers import contents
 
 ROWS = 40
+KEYS = ("observations", "actions", "terminals", "qpos", "qvel")
 
 
 @pytest.fixture(scope="module")
@@ -57,40 +65,80 @@ def test_rows_follow_one_another(collected: Path):
     assert 1e-4 < np.median(jumps) < 0.1
 
 
+def assert_same_datasets(one: Path, two: Path) -> None:
+    for first, second in ((one, two), (envs.validation_path(one), envs.validation_path(two))):
+        arrays, others = load(first), load(second)
+        assert arrays.keys() == others.keys()
+        assert all(arrays[key].tobytes() == others[key].tobytes() for key in arrays)
+
+
 def test_number_of_processes_changes_nothing(collected: Path, tmp_path: Path):
     collect.collect("cube-double-play-v0", tmp_path / "cube-double.npz", episodes=2, rows=ROWS, workers=1)
-    one, two = contents(tmp_path), contents(collected.parent)
-    assert one.keys() == two.keys() == {"cube-double.npz", "cube-double-val.npz", "cube-double.json"}
-    for name in one:
-        if name.endswith(".npz"):
-            first, second = load(tmp_path / name), load(collected.parent / name)
-            assert all(first[key].tobytes() == second[key].tobytes() for key in collect.KEYS), name
+    files = {"cube-double.npz", "cube-double-val.npz", "cube-double.json"}
+    files |= {f"{name}.sha256" for name in files if name.endswith(".npz")} | {".cube-double.npz.lock"}
+    assert contents(tmp_path).keys() == contents(collected.parent).keys() == files
+    assert_same_datasets(tmp_path / "cube-double.npz", collected)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "number", "rows"),
+    [("scene-noisy", 1, 110), ("puzzle-3x3-noisy", 2, 60), ("pointmaze-teleport-navigate", 2, 200)],
+)
+def test_an_episode_does_not_depend_on_those_before_it(dataset: str, number: int, rows: int):
+    """Also where environments keep something from one episode to the next: the scene remembers its last targets, and
+    the noisy oracles see them for one step (here at step 99, when the cube's turn ends and a button's begins)."""
+    recipe = collect.recipe_of(f"{dataset}-v0")._replace(rows=rows)
+    env, _ = collect._environment(recipe)
+    found = []
+    for before in (0, 1):
+        if dataset.startswith("scene"):
+            env.unwrapped._target_button, env.unwrapped._target_button_states = before, np.array([before, before])
+        else:
+            collect.collect_episode(recipe, 0, 3 + before)
+        found.append(collect.collect_episode(recipe, 0, number))
+    collect._environment.cache_clear()
+    found.append(collect.collect_episode(recipe, 0, number))
+    for other in found[1:]:
+        assert found[0].keys() == other.keys()
+        for key in other:
+            np.testing.assert_array_equal(found[0][key], other[key], err_msg=key)
 
 
 def test_episodes_differ_by_seed_and_number(collected: Path):
     """Validation continues the count of episodes, so that none of its episodes is a training episode."""
     first, second = np.split(load(collected)["observations"], 2)
     third = load(envs.validation_path(collected))["observations"]
-    other = collect.collect_episode(("cube-double", 1, 0, 0.1, 0.5, ROWS))["observations"]
-    same = collect.collect_episode(("cube-double", 0, 0, 0.1, 0.5, ROWS))["observations"]
+    recipe = collect.recipe_of("cube-double-play-v0")._replace(rows=ROWS)
+    other = collect.collect_episode(recipe, 1, 0)["observations"]
+    same = collect.collect_episode(recipe, 0, 0)["observations"]
     np.testing.assert_array_equal(same, first)
     found = [first, second, third, other]
     assert all(not np.array_equal(a, b) for i, a in enumerate(found) for b in found[:i])
 
 
-def test_an_episode_is_ogbenchs_loop():
+def make(name: str, rows: int, **options):
+    return gymnasium.make(f"{name}-v0", terminate_at_goal=False, max_episode_steps=rows, **options)
+
+
+def assert_episode(found: dict[str, np.ndarray], expected: dict[str, list]) -> None:
+    assert found.keys() == expected.keys()
+    for key in found:
+        np.testing.assert_array_equal(found[key], np.array(expected[key]).astype(found[key].dtype), err_msg=key)
+
+
+def test_a_play_episode_is_ogbenchs_loop():
     """OGBench's collection loop, written out: random targets, the plan oracle, a new plan when one is done."""
     from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle
 
     rows, plans = 250, 0  # a plan takes about a hundred steps
-    env = gymnasium.make("cube-double-v0", terminate_at_goal=False, mode="data_collection", max_episode_steps=rows)
+    env = make("cube-double", rows, mode="data_collection")
     oracle = CubePlanOracle(env=env, noise=0.2, noise_smoothing=0.7)
     env_seed, oracle_seed = np.random.SeedSequence([3, 11]).generate_state(2)
     np.random.seed(oracle_seed)
     observation, info = env.reset(seed=int(env_seed))
     p_stack = np.random.uniform(0.0, 0.25)
     oracle.reset(observation, info)
-    expected = {key: [] for key in collect.KEYS}
+    expected = {key: [] for key in KEYS}
     for step in range(rows):
         action = np.clip(oracle.select_action(observation, info), -1, 1)
         expected["observations"].append(observation)
@@ -105,10 +153,145 @@ def test_an_episode_is_ogbenchs_loop():
             plans += 1
     env.close()
     assert plans >= 1
+    recipe = collect.recipe_of("cube-double-play-v0")._replace(rows=rows, noise=0.2, noise_smoothing=0.7)
+    assert_episode(collect.collect_episode(recipe, 3, 11), expected)
 
-    found = collect.collect_episode(("cube-double", 3, 11, 0.2, 0.7, rows))
-    for key in collect.KEYS:
-        np.testing.assert_array_equal(found[key], np.array(expected[key]).astype(found[key].dtype), err_msg=key)
+
+def test_a_noisy_scene_episode_is_ogbenchs_loop():
+    """Four kinds of objects, each with its Markov oracle, one noise level per episode, and some random actions."""
+    from ogbench.manipspace.oracles.markov.button_markov import ButtonMarkovOracle
+    from ogbench.manipspace.oracles.markov.cube_markov import CubeMarkovOracle
+    from ogbench.manipspace.oracles.markov.drawer_markov import DrawerMarkovOracle
+    from ogbench.manipspace.oracles.markov.window_markov import WindowMarkovOracle
+
+    rows, handled = 400, []
+    env = make("scene", rows, mode="data_collection")
+    oracles = dict(
+        cube=CubeMarkovOracle(env=env, min_norm=0.4, max_step=100),
+        button=ButtonMarkovOracle(env=env, min_norm=0.4),
+        drawer=DrawerMarkovOracle(env=env, min_norm=0.4),
+        window=WindowMarkovOracle(env=env, min_norm=0.4),
+    )
+    env_seed, oracle_seed = np.random.SeedSequence([0, 1]).generate_state(2)
+    np.random.seed(oracle_seed)
+    scene = env.unwrapped  # was reset without a seed when it was made, and remembers the targets of that
+    scene._target_button, scene._target_drawer_pos, scene._target_window_pos = 0, 0.0, 0.0
+    scene._target_button_states[:] = 0
+    scene.model.site("drawer_handle_center_target").pos[1] = 0.0
+    scene.model.site("window_handle_center_target").pos[0] = 0.0
+    observation, info = env.reset(seed=int(env_seed))
+    p_stack = np.random.uniform(0.5, 0.5)
+    xi = np.random.uniform(0, 0.1)
+    handled.append(info["privileged/target_task"])
+    oracle = oracles[handled[-1]]
+    oracle.reset(observation, info)
+    expected = {key: [] for key in (*KEYS, "button_states")}
+    for step in range(rows):
+        if np.random.rand() < 0.1:
+            action = np.random.uniform(-1, 1, 5)
+        else:
+            action = oracle.select_action(observation, info)
+            action = np.array(action) + np.random.normal(0, [xi, xi, xi, 3 * xi, 10 * xi])
+        action = np.clip(action, -1, 1)
+        expected["observations"].append(observation)
+        expected["actions"].append(action)
+        observation, _, _, _, info = env.step(action)
+        expected["terminals"].append(step == rows - 1)
+        for key in ("qpos", "qvel", "button_states"):
+            expected[key].append(info[f"prev_{key}"])
+        if oracle.done:
+            target_observation, target_info = env.unwrapped.set_new_target(p_stack=p_stack)
+            handled.append(target_info["privileged/target_task"])
+            oracle = oracles[handled[-1]]
+            oracle.reset(target_observation, target_info)
+    env.close()
+    assert len(set(handled)) >= 2
+    found = collect.collect_episode(collect.recipe_of("scene-noisy-v0")._replace(rows=rows), 0, 1)
+    assert found["button_states"].dtype == np.int64 and found["button_states"].shape == (rows, 2)
+    assert_episode(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["navigate", "stitch"])
+def test_a_pointmaze_episode_is_ogbenchs_loop(kind: str):
+    """Towards the next cell of the shortest path to the goal; a new goal when one is reached, but not to stitch."""
+    rows = 400
+    env = make("pointmaze-medium", rows)
+    maze = env.unwrapped
+    cells = [(i, j) for i in range(8) for j in range(8) if maze.maze_map[i, j] == 0]
+    middle_of_a_corridor = [  # by hand, from the map of pointmaze-medium
+        (i, j)
+        for i, j in cells
+        if (maze.maze_map[i - 1, j], maze.maze_map[i + 1, j], maze.maze_map[i, j - 1], maze.maze_map[i, j + 1])
+        in ((0, 0, 1, 1), (1, 1, 0, 0))
+    ]
+    goals = [cell for cell in cells if cell not in middle_of_a_corridor]
+    env_seed, global_seed = np.random.SeedSequence([5, 0]).generate_state(2)
+    np.random.seed(global_seed)
+    start = cells[np.random.randint(len(cells))]
+    if kind == "stitch":
+        _, steps = maze.get_oracle_subgoal(maze.ij_to_xy(start), maze.ij_to_xy(start))
+        near = [cell for cell in cells if steps[cell] == 4]
+        goal = near[np.random.randint(len(near))]
+        assert all(abs(i - start[0]) + abs(j - start[1]) <= 4 for i, j in near)
+    else:
+        goal = goals[np.random.randint(len(goals))]
+    observation, _ = env.reset(seed=int(env_seed), options=dict(task_info=dict(init_ij=start, goal_ij=goal)))
+    noise = np.random.normal(0, 0.5, (rows, 2))
+    expected, reached = {key: [] for key in KEYS}, 0
+    for step in range(rows):
+        subgoal, _ = maze.get_oracle_subgoal(maze.get_xy(), maze.cur_goal_xy)
+        direction = (subgoal - maze.get_xy()) / (np.linalg.norm(subgoal - maze.get_xy()) + 1e-6)
+        action = np.clip(direction + noise[step], -1, 1)
+        expected["observations"].append(observation)
+        expected["actions"].append(action)
+        observation, _, _, _, info = env.step(action)
+        expected["terminals"].append(step == rows - 1)
+        expected["qpos"].append(info["prev_qpos"])
+        expected["qvel"].append(info["prev_qvel"])
+        if info["success"]:
+            reached += 1
+            if kind == "navigate":
+                goal = goals[np.random.randint(len(goals))]
+                maze.set_goal(goal_xy=maze.add_noise(maze.ij_to_xy(goal)))
+    env.close()
+    assert reached >= 1
+    found = collect.collect_episode(collect.recipe_of(f"pointmaze-medium-{kind}-v0")._replace(rows=rows), 5, 0)
+    for key in found:
+        np.testing.assert_allclose(found[key], np.array(expected[key]), atol=1e-5, err_msg=key)
+
+
+def test_corners_are_all_but_the_middles_of_straight_corridors():
+    """A ring of eight cells: four corners, and the middles of its four sides, of which one has a dead end."""
+    maze = np.array(
+        [
+            [1, 1, 1, 1, 1, 1],
+            [1, 0, 0, 0, 1, 1],
+            [1, 0, 1, 0, 0, 1],
+            [1, 0, 0, 0, 1, 1],
+            [1, 1, 1, 1, 1, 1],
+        ]
+    )
+    assert collect.free_cells(maze) == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 3), (2, 4), (3, 1), (3, 2), (3, 3)]
+    assert collect.corners(maze) == [(1, 1), (1, 3), (2, 3), (2, 4), (3, 1), (3, 3)]
+
+
+def test_scene_episodes_in_which_the_cube_leaves_are_made_again(monkeypatch: pytest.MonkeyPatch):
+    """The cube may lie beyond -0.3 m only in the open drawer, which is 6 to 8 cm high; beyond 0.29 m nowhere."""
+    qpos = np.zeros((5, 25))
+    assert collect.is_healthy(qpos)
+    for y, z, healthy in ((0.28, 0.0, True), (0.29, 0.07, False), (-0.3, 0.07, True), (-0.3, 0.05, False),
+                          (-0.35, 0.09, False), (-0.29, 0.5, True)):  # fmt: skip
+        qpos[3, 15:17] = y, z
+        assert collect.is_healthy(qpos) == healthy
+
+    verdicts = iter([False, False, True])
+    monkeypatch.setattr(collect, "is_healthy", lambda qpos: next(verdicts))
+    recipe = collect.recipe_of("scene-play-v0")._replace(rows=ROWS)
+    third = collect.collect_episode(recipe, 0, 0)["observations"]
+    monkeypatch.setattr(collect, "is_healthy", lambda qpos: True)
+    first = collect.collect_episode(recipe, 0, 0)["observations"]
+    assert len(third) == len(first) == ROWS and not np.array_equal(first, third)
+    assert next(verdicts, None) is None
 
 
 @pytest.mark.parametrize("compact", [True, False])
@@ -134,42 +317,57 @@ def test_the_description_says_where_the_data_comes_from(collected: Path):
     assert description == {
         "dataset": "cube-double-play-v0",
         "source": "collected",
+        "env": "cube-double",
+        "kind": "play",
         "episodes": 2,
         "validation_episodes": 1,
-        "rows_per_episode": ROWS,
+        "rows": ROWS,
         "seed": 0,
         "noise": 0.1,
         "noise_smoothing": 0.5,
+        "min_norm": 0.4,
+        "random_actions": 0.0,
+        "stacking": [0.0, 0.25],
     }
 
 
 @pytest.mark.parametrize(
     ("dataset", "expected"),
     [
-        ("cube-single-play-v0", True),
-        ("cube-octuple-play", True),
-        ("cube-double-noisy-v0", False),
-        ("visual-cube-single-play-v0", False),
-        ("scene-play-v0", False),
-        ("pointmaze-medium-navigate-v0", False),
+        ("cube-single-play-v0", dict(episodes=1000, rows=1001, noise=0.1, random_actions=0.0, stacking=(0.0, 0.0))),
+        ("cube-triple-noisy-v0", dict(episodes=3000, rows=1001, noise=0.1, random_actions=0.1, stacking=(0.05, 0.35))),
+        ("scene-play-v0", dict(episodes=1000, rows=1001, noise=0.1, random_actions=0.0)),
+        ("puzzle-4x6-noisy-v0", dict(episodes=5000, rows=1001, random_actions=0.2, min_norm=0.4)),
+        ("pointmaze-large-navigate-v0", dict(episodes=1000, rows=1001, noise=0.5)),
+        ("pointmaze-giant-navigate-v0", dict(episodes=500, rows=2001, noise=0.5)),
+        ("pointmaze-medium-stitch-v0", dict(episodes=5000, rows=201, noise=0.5)),
+        ("pointmaze-medium-explore-v0", None),
+        ("visual-cube-single-play-v0", None),
+        ("antmaze-large-navigate-v0", None),
+        ("scene-navigate-v0", None),
     ],
 )
-def test_is_collectable(dataset: str, expected: bool):
-    assert collect.is_collectable(dataset) is expected
+def test_recipes_are_those_of_ogbenchs_files(dataset: str, expected: dict | None):
+    """The numbers with which OGBench's repository says its published files were made."""
+    recipe = collect.recipe_of(dataset)
+    assert collect.is_collectable(dataset) is (expected is not None)
+    assert expected is None or expected.items() <= recipe._asdict().items()
 
 
 def test_what_has_no_scripted_behaviour_is_a_users_mistake(tmp_path: Path):
-    with pytest.raises(UserError, match=r"'scene-play-v0' cannot be collected.*cube-double.*--dataset"):
-        collect.collect("scene-play-v0", tmp_path / "data.npz", episodes=1)
+    with pytest.raises(UserError, match=r"'antmaze-giant-stitch-v0' cannot be collected.*trained experts.*--dataset"):
+        collect.collect("antmaze-giant-stitch-v0", tmp_path / "data.npz", episodes=1)
+    with pytest.raises(UserError, match=r"'pointmaze-large-explore-v0' cannot be collected, .*'explore' data of it"):
+        collect.collect("pointmaze-large-explore-v0", tmp_path / "data.npz", episodes=1)
     with pytest.raises(UserError, match="episodes must be at least 1, not 0"):
         collect.collect("cube-single-play-v0", tmp_path / "data.npz", episodes=0)
     assert contents(tmp_path) == {}
 
 
 @contextlib.contextmanager
-def inline_pool(workers: int):
+def inline_pool(workers: int, initializer):
     """`multiprocessing.Pool` without processes."""
-    yield types.SimpleNamespace(imap=map)
+    yield types.SimpleNamespace(imap_unordered=map)
 
 
 @pytest.mark.parametrize("failing", ["rollout", "validation file", "training file"])
@@ -178,10 +376,10 @@ def test_a_failure_leaves_no_training_file(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "data.npz"
     written = []
 
-    def episode(job):
-        if failing == "rollout" and job[2] == 1:
+    def episode(recipe, seed, number):
+        if failing == "rollout" and number == 1:
             raise RuntimeError("no rollout")
-        return {key: np.zeros(3, bool if key == "terminals" else np.float32) for key in collect.KEYS}
+        return {key: np.zeros(3, bool if key == "terminals" else np.float32) for key in KEYS}
 
     def savez(file, **arrays):
         file.write(b"half")
@@ -197,9 +395,78 @@ def test_a_failure_leaves_no_training_file(tmp_path: Path, monkeypatch: pytest.M
     complete = {
         "rollout": set(),
         "validation file": {"data.json"},
-        "training file": {"data.json", "data-val.npz"},
+        "training file": {"data.json", "data-val.npz", "data-val.npz.sha256"},
     }
-    assert set(contents(tmp_path)) == complete[failing]
+    assert {name for name in contents(tmp_path) if not name.startswith(".")} == complete[failing]
+
+
+def test_a_killed_collection_goes_on(tmp_path: Path):
+    """`kill -9` at random moments, then one that may finish: the same dataset as without, no block collected twice.
+
+    Fails if a file stands under the dataset's name before all is done, or if blocks of another collection are used.
+    """
+    options = dict(episodes=30, rows=200)
+    whole, path = tmp_path / "whole" / "maze.npz", tmp_path / "killed" / "maze.npz"
+    collect.collect("pointmaze-medium-navigate-v0", whole, workers=1, **options)
+    command = (
+        "import sys; from pathlib import Path; from common import collect; collect.BLOCK_ROWS = 600\n"
+        "if __name__ == '__main__':\n"
+        "    print('ready', flush=True)\n"
+        f"    collect.collect('pointmaze-medium-navigate-v0', Path(sys.argv[1]), workers=1, **{options})\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(command)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    folder, rng, seen = path.parent / ".maze.blocks", random.Random(0), []
+    for _ in range(6):
+        process = subprocess.Popen(
+            [sys.executable, script, path], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        process.stdout.readline()
+        done = len(list(folder.glob("*-*.npz")))
+        while process.poll() is None and len(list(folder.glob("*-*.npz"))) <= done:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.05))
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        seen.append(len(list(folder.glob("[0-9]*-*.npz"))))
+        assert not path.is_file() and not envs.validation_path(path).is_file()
+    assert seen == sorted(seen) and 6 <= seen[-1] < 11, seen
+    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("[0-9]*-*.npz")}
+    shutil.copytree(folder, tmp_path / "copy")
+
+    collected = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect, "BLOCK_ROWS", 600)
+        patch.setattr(collect.multiprocessing, "get_context", lambda _: types.SimpleNamespace(Pool=inline_pool))
+        patch.setattr(
+            collect, "_collect_block", lambda job, make=collect._collect_block: collected.append(job) or make(job)
+        )
+        collect.collect("pointmaze-medium-navigate-v0", path, workers=1, **options)
+    assert len(collected) == 11 - len(before)
+    assert_same_datasets(path, whole)
+    assert not folder.exists()
+
+    # Blocks of a collection with another seed are no use.
+    other = tmp_path / "other" / "maze.npz"
+    shutil.copytree(tmp_path / "copy", other.parent / ".maze.blocks")
+    collect.collect("pointmaze-medium-navigate-v0", other, workers=1, seed=1, **options)
+    assert not np.array_equal(load(other)["actions"][:3], load(whole)["actions"][:3])
+
+
+def test_a_second_collection_of_the_same_waits_and_finds_it_done(tmp_path: Path):
+    path = tmp_path / "maze.npz"
+    calls = [threading.Thread(target=collect.collect, args=("pointmaze-medium-stitch-v0", path),
+                              kwargs=dict(episodes=2, rows=30, workers=1)) for _ in range(2)]  # fmt: skip
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join()
+    changed = path.stat().st_mtime_ns
+    assert load(path)["actions"].shape == (60, 2)
+    collect.collect("pointmaze-medium-stitch-v0", path, episodes=2, rows=30, workers=1)
+    assert path.stat().st_mtime_ns == changed
 
 
 def test_command_line_writes_into_ogbenchs_cache(
@@ -210,6 +477,25 @@ def test_command_line_writes_into_ogbenchs_cache(
     monkeypatch.setattr(collect, "collect", lambda *args, **kwargs: calls.append((args, kwargs)))
     collect.main(parse_args(collect.Args, {}, ["--env", "cube-single-play", "--episodes", "3", "--seed", "5"]))
     path = tmp_path / ".ogbench/data/collected/cube-single-play-v0-ep3-seed5.npz"
-    settings = dict(episodes=3, seed=5, noise=0.1, noise_smoothing=0.5, workers=None)
-    assert calls == [(("cube-single-play-v0", path), settings)]
+    assert calls == [(("cube-single-play-v0", path), dict(episodes=3, seed=5, workers=None))]
     assert str(path) in capsys.readouterr().out
+
+    path.parent.mkdir(parents=True)
+    path.touch()
+    with pytest.raises(UserError, match="stands already: delete it"):
+        collect.main(parse_args(collect.Args, {}, ["--env", "cube-single-play", "--episodes", "3", "--seed", "5"]))
+    with pytest.raises(UserError, match="must not stand under its name: pass --out"):
+        collect.main(parse_args(collect.Args, {}, ["--env", "cube-single-noisy", "--min-norm", "0.2"]))
+    flags = [
+        "--env",
+        "cube-single-noisy",
+        "--min-norm",
+        "0.2",
+        "--random-actions",
+        "0.5",
+        "--out",
+        str(tmp_path / "a.npz"),
+    ]
+    collect.main(parse_args(collect.Args, {}, flags))
+    changes = dict(episodes=1000, seed=0, workers=None, min_norm=0.2, random_actions=0.5)
+    assert calls[1:] == [(("cube-single-noisy-v0", tmp_path / "a.npz"), changes)]

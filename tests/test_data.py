@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from common import data, envs
 from common.collect import collect
 from common.errors import UserError
-from tests.helpers import contents, tiny_dataset
 
 # --- Names -------------------------------------------------------------------------------------------------------
 
@@ -76,63 +75,6 @@ def test_run_name():
     for bad in ("../escape", "", ".hidden", "two words"):
         with pytest.raises(UserError, match="use letters"):
             envs.run_name(bad, Path("data.npz"))
-
-
-# --- Where files come from ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home directory without data, and a dataset host that is an empty folder."""
-    from ogbench import utils
-
-    (tmp_path / "host").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(utils, "DATASET_URL", (tmp_path / "host").as_uri())
-    return tmp_path
-
-
-def test_find_files_prefers_the_users_then_the_published_then_the_collected_file(home: Path):
-    folder = home / ".ogbench" / "data"
-    collected = tiny_dataset(folder / "collected" / "cube-single-play-v0-ep7-seed0.npz")
-    assert data.find_files("cube-single-play", None, episodes=7) == (collected, "collected")
-    official = tiny_dataset(folder / "cube-single-play-v0.npz")
-    assert data.find_files("cube-single-play", None, episodes=7) == (collected, "collected")  # half of a download
-    tiny_dataset(folder / "cube-single-play-v0-val.npz")
-    assert data.find_files("cube-single-play", None, episodes=7) == (official, "ogbench")
-    own = tiny_dataset(home / "own.npz")
-    assert data.find_files("any name", own, episodes=7) == (own, "file")
-    with pytest.raises(UserError, match=r"no dataset file at .*missing\.npz: check the path given to --dataset"):
-        data.find_files("cube-single-play", home / "missing.npz", episodes=7)
-
-
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # OGBench's download leaves that to the collector
-def test_find_files_downloads_both_files_into_ogbenchs_cache(home: Path):
-    tiny_dataset(home / "host" / "scene-play-v0.npz")
-    tiny_dataset(home / "host" / "scene-play-v0-val.npz", seed=1)
-    path, source = data.find_files("scene-play", None, episodes=7)
-    assert (path, source) == (home / ".ogbench" / "data" / "scene-play-v0.npz", "ogbench")
-    assert contents(path.parent) == contents(home / "host")
-
-
-def test_find_files_collects_what_cannot_be_downloaded_and_says_so(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    calls = []
-    monkeypatch.setattr(data, "collect", lambda *args, **kwargs: calls.append((args, kwargs)))
-    path, source = data.find_files("cube-double-play", None, episodes=7)
-    assert source == "collected"
-    assert path == home / ".ogbench" / "data" / "collected" / "cube-double-play-v0-ep7-seed0.npz"
-    assert calls == [(("cube-double-play-v0", path), {"episodes": 7})]
-    printed = capsys.readouterr().out
-    assert "COLLECTED HERE" in printed and "not the published file" in printed
-
-
-def test_find_files_says_what_to_do_where_nothing_can_be_collected(home: Path):
-    with pytest.raises(
-        UserError, match=r"puzzle-3x3-play-v0\.npz and puzzle-3x3-play-v0-val\.npz there, or .*--dataset"
-    ):
-        data.find_files("puzzle-3x3-play", None, episodes=7)
 
 
 # --- Reading -----------------------------------------------------------------------------------------------------
@@ -507,12 +449,3 @@ def test_rows_with_complete_returns_are_chosen_by_their_place_alone():
     assert rows.tolist() == [*range(13), *range(25, 30)]
     assert len(data.rows_with_complete_returns(terminals, discount=0.5, horizon=1, most=4)) == 4
     assert data.rows_with_complete_returns(terminals, discount=0.99, horizon=1).tolist() == []
-
-
-def test_describe_holds_the_hash_of_the_file(tmp_path: Path):
-    (tmp_path / "abc.npz").write_bytes(b"abc")
-    assert data.describe(tmp_path / "abc.npz", "file") == {
-        "name": "abc.npz",
-        "source": "file",
-        "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
-    }

@@ -154,7 +154,8 @@ def test_chosen_action_is_the_best_by_the_online_critic():
 def test_dataset_next_action_is_the_one_that_was_taken():
     args = dataclasses.replace(ARGS, next_action="dataset", horizon=2)
     actions = jnp.arange(12.0)[:, None]
-    dataset = evor_value.ValueData(jnp.zeros((12, 1)), actions, jnp.array([1, 4]), *(jnp.zeros((1, 2)),) * 2, None)
+    zeros = jnp.zeros((1, 2))
+    dataset = evor_value.ValueData(jnp.zeros((12, 1)), actions, jnp.array([1, 4]), zeros, zeros, None, None)
     chosen = evor_value.next_actions(args, CRITIC, dataset, REPLICA, jnp.array([1, 0]), key=jax.random.key(0))
     np.testing.assert_array_equal(chosen, [[6, 7], [3, 4]])
 
@@ -162,7 +163,7 @@ def test_dataset_next_action_is_the_one_that_was_taken():
 def test_base_next_actions_are_spread_over_the_bank():
     args = dataclasses.replace(ARGS, num_next_actions=4)
     bank = jnp.arange(8.0, dtype=jnp.float16).reshape(1, 2, 4, 1)
-    dataset = evor_value.ValueData(jnp.zeros((4, 1)), jnp.zeros((4, 1)), jnp.array([0, 2]), None, None, bank)
+    dataset = evor_value.ValueData(jnp.zeros((4, 1)), jnp.zeros((4, 1)), jnp.array([0, 2]), None, None, bank, None)
     index = jnp.repeat(jnp.array([0, 1]), 400)
     chosen = evor_value.next_actions(args, CRITIC, dataset, REPLICA, index, key=jax.random.key(0))[:, 0]
     counts = np.bincount(np.asarray(chosen, int), minlength=8)

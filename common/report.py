@@ -1,0 +1,203 @@
+"""What a dataset contains: success, returns, lengths and, in mazes, where it went. See `python -m common.data`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+
+from common import data, figures, sources
+from common.collect import is_collectable
+from common.envs import ENVIRONMENTS, import_ogbench, parse_env, run_name
+from common.errors import UserError
+from common.metrics import write_csv
+
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Describe a dataset, or list OGBench's."""
+
+    list: bool = False
+    """List OGBench's state-based single-task environments instead."""
+    env: str = "cube-double-play"
+    """OGBench dataset; with --dataset FILE that brings rewards, only a name."""
+    dataset: Path | None = None
+    """A file (.npz) or folder of your own in the layout of OGBench's."""
+    tasks: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """OGBench's single tasks."""
+    discounts: tuple[float, ...] = (0.99,)
+    """Discounts of the returns."""
+    episodes: int | None = None
+    """Episodes to collect if the data can neither be found nor downloaded; OGBench's number by default."""
+    out: Path | None = None
+    """Folder for report.csv and report.png; runs/ENV/data by default."""
+
+
+def main(args: Args) -> list[dict[str, Any]]:
+    """Prints and draws the report; returns its rows."""
+    if args.list:
+        print(listing())
+        return []
+    for discount in args.discounts:
+        if not 0.0 <= discount < 1.0:
+            raise UserError(f"--discounts must be in [0, 1), not {discount}.")
+    name = run_name(args.env, args.dataset)
+    path, source = sources.find_files(args.env, args.dataset, episodes=args.episodes)
+    files = sources.data_files(path)
+    own = args.dataset is not None and data.has_rewards(files[0])
+    tasks = (0,) if own else args.tasks
+    trajectories = data.load_trajectories(files[0], env=args.env, tasks=tasks)
+    data.print_summary(trajectories, sources.describe(path, source), tasks=tasks, discount=args.discounts[0])
+    if len(files) > 1:
+        print(f"  the first of {len(files)} files is described here: {files[0].name}")
+    rows = measure(trajectories, tasks, args.discounts)
+    for row in rows:
+        print(f"  {row['subject']:<28} " + "  ".join(f"{q:>4.0%} {row[f'q{q:g}']:10.4g}" for q in QUANTILES))
+    out = args.out or Path("runs") / name / "data"
+    write_csv(out / "report.csv", list(rows[0]), rows)
+    draw(trajectories, tasks, args.discounts, out / "report.png", title=f"{files[0].name} ({source})", env=args.env)
+    print(f"rows: {out / 'report.csv'}\nfigure: {out / 'report.png'}")
+    return rows
+
+
+def listing() -> str:
+    """A table of all environments; return bounds are those of the discount 0.99."""
+    lines = [
+        f"{'dataset':<30} {'observation':>11} {'action':>6} {'tasks':>5} {'episode':>7} {'returns (0.99)':>15}  "
+        f"collectable here"
+    ]
+    for prefix, environment in ENVIRONMENTS.items():
+        for kind in environment.kinds:
+            name = parse_env(f"{prefix}-{kind}")
+            bounds = f"[{100 * environment.lowest_reward}, 0]"
+            lines.append(
+                f"{name.short:<30} {environment.observations:>11} {environment.actions:>6} {5:>5} "
+                f"{environment.episode_steps:>7} {bounds:>15}  {'yes' if is_collectable(name.dataset) else 'no'}"
+            )
+    return "\n".join(lines)
+
+
+def episode_lengths(terminals: np.ndarray) -> Int[np.ndarray, " episodes"]:
+    """Transitions of each trajectory."""
+    ends = np.flatnonzero(terminals)
+    return np.diff(np.concatenate([[-1], ends])) - 1
+
+
+def measure(
+    trajectories: data.Trajectories, tasks: tuple[int, ...], discounts: tuple[float, ...]
+) -> list[dict[str, Any]]:
+    """Quantiles of the episode lengths and of the returns-to-go, and the success shares, one row per subject."""
+    terminals = trajectories.terminals
+    kept = ~terminals
+    episode = np.searchsorted(np.flatnonzero(terminals), np.arange(len(terminals)))
+
+    def row(subject: str, values: np.ndarray, **more: Any) -> dict[str, Any]:
+        columns = dict(task="", discount="", solved_transitions="", solved_episodes="")
+        quantiles = {
+            f"q{q:g}": float(value) for q, value in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)
+        }
+        return dict(subject=subject) | columns | more | quantiles
+
+    rows = [row("transitions per episode", episode_lengths(terminals))]
+    for i, task in enumerate(tasks):
+        solved = (trajectories.masks[i] == 0) & kept
+        shares = dict(
+            solved_transitions=float(solved[kept].mean()),
+            solved_episodes=len(np.unique(episode[solved])) / int(terminals.sum()),
+        )
+        for discount in discounts:
+            values = returns(trajectories, i, discount)[kept]
+            subject = f"returns of task {task} ({discount:g})" if task else f"returns ({discount:g})"
+            rows.append(row(subject, values, task=task, discount=discount, **shares))
+    return rows
+
+
+def returns(trajectories: data.Trajectories, task: int, discount: float) -> Float[np.ndarray, " rows"]:
+    """Returns-to-go as far as the trajectory goes; what comes after its end counts nothing."""
+    found, _ = data.monte_carlo_returns(
+        trajectories.rewards[task], trajectories.masks[task], trajectories.terminals, discount=discount
+    )
+    return found
+
+
+def draw(
+    trajectories: data.Trajectories,
+    tasks: tuple[int, ...],
+    discounts: tuple[float, ...],
+    path: Path,
+    *,
+    title: str,
+    env: str,
+) -> None:
+    """Histograms of the returns, one axis per discount; of the episode lengths; and the map of a maze."""
+    maze = maze_of(env)
+    figure, axes = figures.subplots(
+        1, len(discounts) + 1 + (maze is not None), width=4.2 * (len(discounts) + 2), height=3.6
+    )
+    kept = ~trajectories.terminals
+    for axis, discount in zip(axes[0], discounts, strict=False):
+        values = [returns(trajectories, i, discount)[kept] for i in range(len(tasks))]
+        edges = np.linspace(min(v.min() for v in values), max(v.max() for v in values) + 1e-9, 41)
+        for task, v in zip(tasks, values, strict=True):
+            share = np.histogram(v, edges)[0] / len(v)
+            axis.stairs(100 * share, edges, label=f"task {task}" if task else "own rewards", lw=1.2)
+        axis.set(xlabel="return-to-go within the episode", ylabel="% of transitions", yscale="log")
+        axis.set_title(f"discount {discount:g}", fontsize=9)
+        axis.legend(fontsize=7)
+    lengths = axes[0][len(discounts)]
+    steps = episode_lengths(trajectories.terminals)
+    lengths.hist(steps, bins=30, range=(0, 1.05 * steps.max()))
+    lengths.set(xlabel="transitions per episode", ylabel="episodes")
+    if maze is not None:
+        _draw_maze(axes[0][-1], trajectories, *maze, tasks=tasks)
+    figure.suptitle(title, fontsize=10)
+    figures.save(figure, path)
+
+
+def maze_of(env: str) -> tuple[np.ndarray, float, dict[int, tuple[float, float]]] | None:
+    """Walls (1) and free cells (0) of a maze, metres per cell, and the goal of each task; None without a maze.
+
+    Cell (i, j) is centred at x = unit (j - 1), y = unit (i - 1).
+    """
+    try:
+        name = parse_env(env)
+    except UserError:
+        return None
+    if name.prefix not in ENVIRONMENTS or not ("maze" in name.prefix or "soccer" in name.prefix):
+        return None
+    import_ogbench()
+    import gymnasium
+
+    made = gymnasium.make(name.gym_id(1))
+    maze = made.unwrapped
+    goals = {i + 1: info["goal_xy"] for i, info in enumerate(maze.task_infos)}
+    found = maze.maze_map.copy(), maze._maze_unit, goals
+    made.close()
+    return found
+
+
+def _draw_maze(
+    axis: Axes,
+    trajectories: data.Trajectories,
+    walls: np.ndarray,
+    unit: float,
+    goals: dict[int, tuple[float, float]],
+    *,
+    tasks: tuple[int, ...],
+) -> None:
+    """Visits per place, logarithmic; walls in grey, goals with the numbers of their tasks."""
+    rows, columns = walls.shape
+    extent = (-1.5 * unit, (columns - 1.5) * unit, -1.5 * unit, (rows - 1.5) * unit)
+    axis.imshow(np.where(walls, 1.0, np.nan), extent=extent, origin="lower", cmap="Greys", vmin=0, vmax=2)
+    x, y = trajectories.observations[:, 0], trajectories.observations[:, 1]
+    visits, x_edges, y_edges = np.histogram2d(x, y, bins=(6 * columns, 6 * rows), range=(extent[:2], extent[2:]))
+    axis.pcolormesh(x_edges, y_edges, np.where(visits > 0, np.log10(np.maximum(visits, 1)), np.nan).T)
+    for goal in {goals[task] for task in tasks if task in goals}:
+        text = ", ".join(str(task) for task in tasks if goals.get(task) == goal)
+        axis.annotate(text, goal, ha="center", va="center", color="red", fontsize=9, fontweight="bold")
+    axis.set(xlabel="x (m)", ylabel="y (m)", aspect="equal")
+    axis.set_title("visits (log), goals of the tasks", fontsize=9)
