@@ -242,14 +242,14 @@ def main(args: Args) -> dict[str, float]:
     if not set(args.ignore_observations) <= set(range(dims)):
         raise UserError(f"--ignore-observations {list(args.ignore_observations)}: observations have 0 to {dims - 1}.")
     standardizer = Standardizer.of(trajectories.observations, ignore=args.ignore_observations)
-    rows = max(data.num_rows(file) for file in files)
+    longest = max(data.num_rows(file) for file in files)
 
     def load(file: Path) -> BCData:
         """What training needs of one file, on the devices."""
         found = trajectories if file == files[0] else data.load_trajectories(file, env=args.env, like=trajectories)
         starts = data.transition_starts(found.terminals, args.horizon)
         arrays = standardizer.rows(found.observations), found.actions, starts
-        dataset = BCData(*(jnp.asarray(pad(array, rows)) for array in arrays), jnp.asarray(len(starts)))
+        dataset = BCData(*(jnp.asarray(pad(array, longest)) for array in arrays), jnp.asarray(len(starts)))
         return copy_to_devices(dataset, args.seeds)
 
     header = dict(

@@ -698,16 +698,16 @@ def main(args: Args) -> list[dict[str, Any]]:
         args=args,
     )
     run = Run(run_dir / "value", header, replicas=header["replicas"], args=args)
-    rows = max(data.num_rows(file) for file in files)
+    longest = max(data.num_rows(file) for file in files)
     bounds = data.return_bounds(trajectories.rewards[:, ~trajectories.terminals], args.discount)
     pairs, replicas, init_keys = make_replicas(args, tasks, bounds, *transitions(args, trajectories)[1:])
 
     def draw_bank(
         observations: Float[np.ndarray, "rows d"], starts: Int[np.ndarray, " n"], name: str, draw: int = 0
-    ) -> Float16[np.ndarray, "seeds rows K chunk"]:
+    ) -> Float16[np.ndarray, "seeds longest K chunk"]:
         """The next-action bank of a file; the first draw is kept beside the base policy."""
         if args.next_action == "dataset":
-            return np.zeros((args.seeds, rows, 0, policies.action_dim), np.float16)
+            return np.zeros((args.seeds, longest, 0, policies.action_dim), np.float16)
         bank = make_bank(
             policies,
             jnp.asarray(observations),
@@ -719,7 +719,7 @@ def main(args: Args) -> list[dict[str, Any]]:
             path=None if draw else policy_run_dir / "bc" / f"{name}.eqx",
             made_of=dict(policy_sha256=policy_sha256, data_sha256=info["sha256"]),
         )
-        return pad(bank, rows, axis=1)
+        return pad(bank, longest, axis=1)
 
     def load(file: Path) -> ValueData:
         """What training needs of one file, on the devices."""
@@ -728,11 +728,11 @@ def main(args: Args) -> list[dict[str, Any]]:
         observations = standardizer.rows(found.observations)
         name = f"bank-{args.num_next_actions}" + f"-{file.stem}" * (len(files) > 1)
         dataset = ValueData(
-            observations=pad(observations, rows),
-            actions=pad(found.actions, rows),
-            starts=pad(starts, rows),
-            rewards=pad(rewards, rows, axis=1),
-            bootstraps=pad(bootstraps, rows, axis=1),
+            observations=pad(observations, longest),
+            actions=pad(found.actions, longest),
+            starts=pad(starts, longest),
+            rewards=pad(rewards, longest, axis=1),
+            bootstraps=pad(bootstraps, longest, axis=1),
             bank=draw_bank(observations, starts, name),
             count=np.asarray(len(starts)),
         )

@@ -11,16 +11,17 @@ A file may bring its own `rewards` and `masks`; otherwise OGBench's `relabel_dat
 A transition of horizon `h` starts at row `i` and ends at row `i + h` of the same trajectory.
 """
 
+import contextlib
 import math
 import zipfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from common.envs import free_memory, import_ogbench, parse_env
+from common.envs import free_memory, import_ogbench, parse_env, trim_memory
 from common.errors import UserError, run_cli
 
 # --- Trajectories ------------------------------------------------------------------------------------------------
@@ -177,59 +178,78 @@ def load_trajectories(
         UserError: a malformed file, or one without what the rewards are to be computed from.
     """
     own = tuple(tasks) == (0,)
-    arrays = read_arrays(path, skip=("qpos", "button_states") if own or not tasks else ("rewards", "masks"))
-    actions = arrays.pop("actions").astype(np.float32, copy=False)
-    trajectories = Trajectories(
-        observations=arrays.pop("observations").astype(np.float32, copy=False),
-        actions=np.clip(actions, -1.0, 1.0, out=actions),
-        terminals=arrays.pop("terminals").astype(bool),
-    )
-    for field in ("observations", "actions") if like is not None else ():
-        widths = [getattr(t, field).shape[1] for t in (trajectories, like)]
-        if widths[0] != widths[1]:
-            raise UserError(
-                f"{field} in {path} have {widths[0]} columns, those of the folder's first file {widths[1]}: "
-                f"keep different datasets in different folders."
-            )
-    if not tasks:
-        return trajectories
-    if own:
-        if "rewards" not in arrays:
+    with contextlib.ExitStack() as stack:
+        # The environment first: compiling it takes memory that goes back before the arrays come.
+        simulator = stack.enter_context(_simulator(path, env)) if tasks and not own else None
+        arrays = read_arrays(path, skip=("qpos", "button_states") if simulator is None else ("rewards", "masks"))
+        actions = arrays.pop("actions").astype(np.float32, copy=False)
+        trajectories = Trajectories(
+            observations=arrays.pop("observations").astype(np.float32, copy=False),
+            actions=np.clip(actions, -1.0, 1.0, out=actions),
+            terminals=arrays.pop("terminals").astype(bool),
+        )
+        for field in ("observations", "actions") if like is not None else ():
+            widths = [getattr(t, field).shape[1] for t in (trajectories, like)]
+            if widths[0] != widths[1]:
+                raise UserError(
+                    f"{field} in {path} have {widths[0]} columns, those of the folder's first file {widths[1]}: "
+                    f"keep different datasets in different folders."
+                )
+        if not tasks:
+            return trajectories
+        if simulator is not None:
+            labels = [relabel(simulator, task, arrays, path) for task in tasks]
+        elif "rewards" in arrays:
+            labels = [(arrays["rewards"], arrays.get("masks", np.ones(len(arrays["rewards"]))))]
+        else:
             raise UserError(f"{path} has no array 'rewards', unlike the training file: add it.")
-        labels = [(arrays["rewards"], arrays.get("masks", np.ones(len(arrays["rewards"]))))]
-    else:
-        labels = [relabel(parse_env(env).gym_id(task), arrays, path) for task in tasks]
-    rewards = np.stack([r for r, _ in labels]).astype(np.float32)
-    masks = np.stack([m for _, m in labels]).astype(np.float32)
+    rewards = np.stack([r for r, _ in labels]).astype(np.float32, copy=False)
+    masks = np.stack([m for _, m in labels]).astype(np.float32, copy=False)
     if reward == "sparse":
         rewards = -masks  # for OGBench's rewards the same as QC's -(rewards != 0)
     return trajectories._replace(rewards=rewards, masks=masks)
 
 
-def relabel(gym_id: str, arrays: dict[str, np.ndarray], path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards and masks of every row for a single-task environment, by OGBench's own `relabel_dataset`."""
+@contextlib.contextmanager
+def _simulator(path: Path, env: str) -> Iterator[Any]:
+    """OGBench's single-task environment, to compute rewards with."""
     import_ogbench()
     import gymnasium
+
+    gym_id = parse_env(env).gym_id(1)
+    if gym_id not in gymnasium.registry:
+        raise UserError(f"{path} has no rewards, and {env!r} is no OGBench environment to compute them with.")
+    made = gymnasium.make(gym_id)
+    trim_memory()
+    yield made
+    made.close()
+
+
+def relabel(
+    env: Any, task: int, arrays: dict[str, np.ndarray], path: Path, *, block: int = 100_000
+) -> tuple[Float[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
+    """Rewards and masks of every row for one of an environment's tasks, by OGBench's own `relabel_dataset`."""
     from ogbench.relabel_utils import relabel_dataset
 
-    if gym_id not in gymnasium.registry:
-        raise UserError(f"{path} has no rewards, and {gym_id!r} is no OGBench environment to compute them with.")
     if "qpos" not in arrays:
         raise UserError(f"{path} has neither rewards nor qpos to compute OGBench's rewards from: add an array rewards.")
-    env = gymnasium.make(gym_id)
-    labels = {key: arrays[key] for key in ("qpos", "button_states") if key in arrays}
+    env.unwrapped._reward_task_id = task  # what the environments of the five tasks differ by
+    rewards, masks = np.empty((2, len(arrays["qpos"])), np.float32)
     try:
-        relabel_dataset(gym_id, env, labels)
+        for start in range(0, len(rewards), block):  # it needs several times the memory of what it is given
+            rows = slice(start, start + block)
+            labels = {key: arrays[key][rows] for key in ("qpos", "button_states") if key in arrays}
+            relabel_dataset(env.spec.id, env, labels)
+            rewards[rows], masks[rows] = labels["rewards"], labels["masks"]
         widths = arrays["qpos"].shape[1], env.unwrapped.model.nq
         if widths[0] != widths[1]:
             raise ValueError(f"qpos has {widths[0]} columns instead of {widths[1]}")
     except (IndexError, KeyError, ValueError) as error:
+        name = env.spec.id.partition("-singletask")[0]
         raise UserError(
-            f"{path} does not hold states of {gym_id} ({error}): pass the data of that environment."
+            f"{path} does not hold states of {name} ({error}): pass the data of that environment."
         ) from None
-    finally:
-        env.close()
-    return labels["rewards"], labels["masks"]
+    return rewards, masks
 
 
 def last_rows(terminals: Bool[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:

@@ -1,6 +1,8 @@
 """Names: what `--env` means, which Gymnasium environment and which files belong to it."""
 
+import ctypes
 import dataclasses
+import gc
 import os
 import re
 import sys
@@ -127,6 +129,14 @@ def free_memory() -> int | None:
     except (OSError, ValueError):  # another system, or no limit ("max")
         pass
     return min(free, default=None)
+
+
+def trim_memory() -> None:
+    """Gives unused memory back to the system (glibc only): compiling a MuJoCo model leaves a lot."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def import_ogbench() -> None:

@@ -8,9 +8,7 @@ counts as a success if the environment says so at its last step. Initial states 
 replicas and all settings of a sweep see the same episodes, whatever the number of processes.
 """
 
-import ctypes
 import functools
-import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +19,7 @@ import gymnasium
 import numpy as np
 from tqdm import tqdm
 
-from common.envs import free_memory, import_ogbench, num_cores
+from common.envs import free_memory, import_ogbench, num_cores, trim_memory
 
 # Environments in all, if every process has one of each replica then. One of a manipulation task takes about 130 MB (its
 # model and a second one for inverse kinematics) and a second to build.
@@ -33,14 +31,6 @@ def make_env(gym_id: str) -> gymnasium.Env:
     """One OGBench environment."""
     import_ogbench()
     return gymnasium.make(gym_id)
-
-
-def trim_memory() -> None:
-    """Gives unused memory back to the system (glibc only): compiling a MuJoCo model leaves a lot."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def max_environments() -> int:

@@ -1,6 +1,10 @@
 """Names, files, transitions, returns and rewards, against slow loops and OGBench's own functions."""
 
+import io
 import itertools
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import gymnasium
@@ -9,9 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common import data, envs
+from common import data, envs, report
 from common.collect import collect
 from common.errors import UserError
+
+ROOT = Path(__file__).parent.parent
 
 # --- Names -------------------------------------------------------------------------------------------------------
 
@@ -122,6 +128,9 @@ def with_value(shape: tuple[int, ...], index: int, value: float) -> np.ndarray:
         (dict(terminals=np.array([0, 0, 1, 0, 1, 0], bool)), ["terminals", "must be true at the last row"]),
         (dict(actions=with_value((6, 1), 2, -1.5)), ["actions", "leave [-1, 1]", "scale"]),
         (dict(masks=with_value((6,), 2, 0.5)), ["masks", "must be 0", "or 1"]),
+        (dict(terminals=np.array([0, 0, 1, 0, 0.5, 1])), ["terminals", "row 4", "0 or 1"]),
+        (dict(observations=np.full((6, 2), 1e39)), ["observations", "row 0", "not finite"]),
+        (dict(qpos=np.zeros(6)), ["qpos", "must be a 2-D array", "(6,)"]),
     ],
 )
 def test_read_arrays_names_the_array_and_the_remedy(tmp_path: Path, changes: dict, words: list[str]):
@@ -130,9 +139,54 @@ def test_read_arrays_names_the_array_and_the_remedy(tmp_path: Path, changes: dic
     assert all(word in str(error.value) for word in ["data.npz", *words]), str(error.value)
 
 
-def test_read_arrays_names_an_array_of_objects(tmp_path: Path):
-    path = write(tmp_path / "data.npz", actions=np.array([[0.0], [None]] * 3, object))
-    with pytest.raises(UserError, match=r"actions.*numbers|actions.*object"):
+def test_objects_are_never_unpickled(tmp_path: Path):
+    """Unpickling runs code of the file's choosing: this one would leave a file behind."""
+    trace = tmp_path / "trace"
+
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (trace,))
+
+    path = write(tmp_path / "data.npz", actions=np.array([[Trap()]] * 6, object))
+    with pytest.raises(UserError, match=r"actions in .* is an array of objects, which is never unpickled"):
+        data.read_arrays(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("key", ["rewards", "masks", "qpos", "button_states"])
+def test_read_arrays_skips_what_is_not_needed(tmp_path: Path, key: str):
+    """A broken array that nobody asked for is no reason to refuse a file; one that is asked for is."""
+    path = write(tmp_path / "data.npz", **{key: np.full((6, 1, 1), np.nan)})
+    with pytest.raises(UserError, match=key):
+        data.read_arrays(path)
+    assert key not in data.read_arrays(path, skip=(key,))
+
+
+def test_read_arrays_ignores_arrays_it_does_not_know(tmp_path: Path):
+    path = write(tmp_path / "data.npz", next_observations=np.array([None]), qvel=np.full(3, np.nan))
+    assert data.read_arrays(path).keys() == {"observations", "actions", "terminals", "rewards", "masks"}
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """64 MiB of zeros in 64 kB; fails if they are unpacked, which the archive would then have to survive."""
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, observations=np.zeros((2**21, 4)), actions=np.zeros((6, 1)), terminals=np.ones(6))
+    assert path.stat().st_size < 2**17
+    monkeypatch.setattr(data, "free_memory", lambda: 2**26)
+    monkeypatch.setattr(data.np, "load", None)
+    with pytest.raises(UserError, match=r"takes 0\.0625 GiB once unpacked, and 0\.0625 GiB of memory are free: split"):
+        data.read_arrays(path)
+
+
+def test_a_header_that_promises_too_much_is_refused(tmp_path: Path):
+    """NumPy allocates what the header of an array says before it reads any of it."""
+    path, header = tmp_path / "data.npz", io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**12, 37)})
+    write(tmp_path / "good.npz")
+    with zipfile.ZipFile(tmp_path / "good.npz") as good, zipfile.ZipFile(path, "w") as archive:
+        for name in good.namelist():
+            archive.writestr(name, header.getvalue() + b"0" * 64 if name == "observations.npy" else good.read(name))
+    with pytest.raises(UserError, match=r"observations in .*its header promises 148,000,000,000,000 bytes"):
         data.read_arrays(path)
 
 
@@ -165,6 +219,102 @@ def test_read_arrays_refuses_a_damaged_file(tmp_path: Path, save):
     path.write_bytes(good[: len(good) // 2])
     with pytest.raises(UserError, match="cannot be read"):
         data.read_arrays(path)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    changes=st.dictionaries(
+        st.sampled_from(["observations", "actions", "terminals", "rewards", "masks", "qpos"]),
+        st.one_of(
+            st.none(),
+            st.tuples(
+                st.sampled_from(["f2", "f4", "f8", "i4", "u1", "?", "c8", "U3", "O", "M8[s]", "V4"]),
+                st.lists(st.integers(0, 7), max_size=3).map(tuple),
+            ),
+            st.tuples(st.integers(0, 5), st.sampled_from([np.nan, np.inf, -np.inf, 2.0, -1.5, 1e39, 0.5])),
+        ),
+        max_size=3,
+    ),
+    compressed=st.booleans(),
+    tail=st.one_of(st.none(), st.integers(0, 200)),
+    flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=3),
+)
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # NumPy's, where the archive itself is damaged
+@pytest.mark.filterwarnings("ignore:Duplicate name")  # zipfile's, of a flipped bit in a name
+def test_no_file_brings_a_traceback(tmp_path: Path, changes: dict, compressed: bool, tail: int | None, flips: list):
+    """Arrays left out, of other types and shapes, with other values; the archive cut, and bytes of it flipped.
+
+    Whatever the file, the user gets trajectories that keep the contract, or one sentence.
+    """
+    arrays = dict(
+        observations=np.zeros((6, 2), np.float32),
+        actions=np.zeros((6, 1), np.float32),
+        terminals=np.array([0, 0, 1, 0, 0, 1], bool),
+        rewards=np.zeros(6, np.float32),
+        masks=np.ones(6, np.float32),
+    )
+    for key, change in changes.items():
+        if change is None:
+            arrays.pop(key, None)
+        elif isinstance(change[0], str):
+            arrays[key] = np.zeros(change[1], change[0])
+        else:
+            array = np.array(arrays.get(key, np.zeros((6, 3))), float)
+            array[change[0]] = change[1]
+            arrays[key] = array
+    path = tmp_path / "data.npz"
+    (np.savez_compressed if compressed else np.savez)(path, **arrays)
+    content = bytearray(path.read_bytes())
+    for place, value in flips:
+        content[int(place * (len(content) - 1))] ^= value
+    path.write_bytes(content if tail is None else content[: max(0, len(content) - tail)])
+    try:
+        found = data.load_trajectories(path, env="my-robot", tasks=(0,))
+    except UserError as error:
+        assert str(path) in str(error) and "\n" not in str(error).replace(str(path), "")
+        return
+    assert np.isfinite(found.observations).all() and found.observations.dtype == np.float32
+    assert np.abs(found.actions).max() <= 1.0 and found.terminals[-1] and np.isfinite(found.rewards).all()
+    assert len(found.observations) == len(found.actions) == len(found.terminals) == found.masks.shape[1]
+    assert set(np.unique(found.masks)) <= {0.0, 1.0}
+
+
+MEMORY = """
+import contextlib
+import sys
+from pathlib import Path
+from common import data
+
+def memory(what):
+    return int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) * 1024
+
+path, tasks = Path(sys.argv[1]), tuple(map(int, sys.argv[2:]))
+with contextlib.ExitStack() as stack:
+    if tasks:  # the environment is there before: it takes 200 MB whatever the data
+        simulator = stack.enter_context(data._simulator(path, "cube-double-play"))
+        simulator.reset()
+        data._simulator = lambda path, env: contextlib.nullcontext(simulator)
+    before = memory("VmRSS:")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    found = data.load_trajectories(path, env="cube-double-play", tasks=tasks)
+    print(memory("VmHWM:") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak memory from /proc")
+@pytest.mark.parametrize("tasks", [(), (2,)])
+def test_loading_takes_at_most_half_more_than_the_arrays(tmp_path: Path, tasks: tuple[int, ...]):
+    """A 1M x 37 dataset; with a task, the joint positions (1M x 28) are needed as well, and rewards and masks."""
+    path, rows = tmp_path / "data.npz", 1_000_000
+    qpos = np.zeros((rows, 28), np.float32)
+    np.savez(
+        path, observations=np.zeros((rows, 37), np.float32), actions=np.zeros((rows, 5), np.float32),
+        terminals=np.arange(rows) % 1000 == 999, qpos=qpos, qvel=qpos[:, :26],
+    )  # fmt: skip
+    size = rows * (4 * (37 + 5) + 1 + (4 * (28 + 2) if tasks else 0))
+    command = [sys.executable, "-c", MEMORY, str(path), *map(str, tasks)]
+    taken = int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    assert 0.8 * size < taken < 1.5 * size, taken / size
 
 
 def test_load_trajectories_takes_own_rewards_and_masks_as_they_are(tmp_path: Path):
@@ -217,6 +367,59 @@ def test_own_rewards_that_are_missing_are_a_users_mistake(tmp_path: Path):
     """A validation file beside a file with rewards may lack them."""
     with pytest.raises(UserError, match="rewards"):
         data.load_trajectories(write(tmp_path / "data.npz", rewards=None), env="my-robot", tasks=(0,))
+
+
+# --- All environments --------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_the_environments_that_are_installed():
+    """But for one that OGBench registers and that cannot be built: no maze of the humanoid has teleports."""
+    envs.import_ogbench()
+    ids = [i for i in gymnasium.registry if "-singletask-task1-" in i and not i.startswith("visual-")]
+    assert {i.removesuffix("-singletask-task1-v0") for i in ids} - {"humanoidmaze-teleport"} == set(envs.ENVIRONMENTS)
+
+
+@pytest.mark.parametrize("prefix", envs.ENVIRONMENTS)
+def test_every_environment_relabels_data_for_its_five_tasks(tmp_path: Path, prefix: str):
+    """Three rows of the environment's own initial states; fails where an environment, its numbers in the table or its
+    reward differ from OGBench's, computed here from one state at a time."""
+    about = envs.ENVIRONMENTS[prefix]
+    path = tmp_path / "data.npz"
+    env_name = f"{prefix}-{about.kinds[0]}"
+    rows = []
+    for task in range(1, 6):
+        env = gymnasium.make(envs.parse_env(env_name).gym_id(task))
+        observation, _ = env.reset(seed=0)
+        inner = env.unwrapped
+        assert observation.shape == env.observation_space.shape == (about.observations,)
+        assert env.action_space.shape == (about.actions,) and inner.num_tasks == 5
+        assert env.spec.max_episode_steps == about.episode_steps
+        row = dict(observations=observation, qpos=inner.data.qpos.copy())
+        if hasattr(inner, "_cur_button_states"):
+            row["button_states"] = inner._cur_button_states.copy()
+        _, reward, *_ = env.step(np.zeros(about.actions))
+        rows.append(row | {"reward": reward})
+        env.close()
+    columns = {key: np.stack([row[key] for row in rows]) for key in rows[0] if key != "reward"}
+    actions, terminals = np.zeros((5, about.actions), np.float32), np.arange(5) == 4
+    np.savez(path, actions=actions, terminals=terminals, **columns)
+    found = data.load_trajectories(path, env=env_name, tasks=(1, 2, 3, 4, 5))
+    assert found.rewards.shape == found.masks.shape == (5, 5)
+    assert set(np.unique(found.rewards)) <= set(range(about.lowest_reward, 1))
+    np.testing.assert_array_equal(found.masks == 0, found.rewards == 0)
+    # OGBench's single tasks reward the state in which an action is taken: the initial state of each task.
+    np.testing.assert_array_equal(np.diag(found.rewards), [row["reward"] for row in rows])
+    assert (np.diag(found.masks) == 1).all()
+
+
+def test_states_of_another_environment_are_refused(tmp_path: Path):
+    """A maze's reward looks at two columns, which every robot has."""
+    path = write(tmp_path / "data.npz", rewards=None, masks=None, qpos=np.zeros((6, 28), np.float32))
+    with pytest.raises(UserError, match=r"does not hold states of antmaze-.*qpos has 28 columns instead of 15"):
+        data.load_trajectories(path, env="antmaze-large-navigate", tasks=(1,))
+    write(path, rewards=None, masks=None, qpos=np.zeros((6, 23), np.float32))
+    with pytest.raises(UserError, match=r"does not hold states of puzzle-3x3.*button_states"):
+        data.load_trajectories(path, env="puzzle-3x3-play", tasks=(4,))
 
 
 # --- OGBench's rewards -------------------------------------------------------------------------------------------
@@ -276,10 +479,10 @@ def test_relabel_says_what_is_missing(tmp_path: Path):
     path = write(tmp_path / "data.npz", rewards=None, masks=None)
     with pytest.raises(UserError, match=r"neither rewards nor qpos .*add an array rewards"):
         data.load_trajectories(path, env="cube-single-play", tasks=(2,))
-    with pytest.raises(UserError, match="'cube-septuple-singletask-task2-v0' is no OGBench environment"):
+    with pytest.raises(UserError, match="'cube-septuple-play' is no OGBench environment"):
         data.load_trajectories(path, env="cube-septuple-play", tasks=(2,))
     write(path, rewards=None, masks=None, qpos=np.zeros((6, 9), np.float32))
-    with pytest.raises(UserError, match="does not hold states of cube-single-singletask-task2-v0"):
+    with pytest.raises(UserError, match="does not hold states of cube-single "):
         data.load_trajectories(path, env="cube-single-play", tasks=(2,))
 
 
@@ -449,3 +652,50 @@ def test_rows_with_complete_returns_are_chosen_by_their_place_alone():
     assert rows.tolist() == [*range(13), *range(25, 30)]
     assert len(data.rows_with_complete_returns(terminals, discount=0.5, horizon=1, most=4)) == 4
     assert data.rows_with_complete_returns(terminals, discount=0.99, horizon=1).tolist() == []
+
+
+# --- Report ------------------------------------------------------------------------------------------------------
+
+
+def test_listing_has_every_dataset():
+    lines = report.listing().splitlines()
+    assert len(lines) == 1 + sum(len(about.kinds) for about in envs.ENVIRONMENTS.values())
+    table = {line.split()[0]: line.split() for line in lines[1:]}
+    assert table["cube-double-play"][1:] == ["37", "5", "5", "500", "[-200,", "0]", "yes"]
+    assert table["humanoidmaze-giant-stitch"][1:] == ["69", "21", "5", "4000", "[-100,", "0]", "no"]
+    for name in table:
+        envs.check_env(envs.parse_env(name))
+
+
+def test_report_of_ones_own_data(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Two trajectories of three rows: G = -1 - 0.5 = -1.5 and -1, and 0.5 of the next one, solved at once, is none."""
+    rewards, masks = np.array([-1.0, -1, 9, -1, 0, 9]), np.array([1, 1, 1, 1, 0, 1])
+    path = write(tmp_path / "data.npz", rewards=rewards, masks=masks)
+    rows = report.main(report.Args(env="my-robot", dataset=path, discounts=(0.5, 0.0), out=tmp_path / "out"))
+    assert [row["subject"] for row in rows] == ["transitions per episode", "returns (0.5)", "returns (0)"]
+    quantiles = [[row[f"q{q:g}"] for q in report.QUANTILES] for row in rows]
+    assert quantiles == [[2, 2, 2, 2, 2], [-1.5, -1.125, -1, -0.75, 0], [-1, -1, -1, -0.75, 0]]
+    assert rows[1]["solved_transitions"] == 0.25 and rows[1]["solved_episodes"] == 0.5
+    assert (tmp_path / "out" / "report.png").stat().st_size > 10_000
+    assert len((tmp_path / "out" / "report.csv").read_text().splitlines()) == 4
+    assert "solved in 25.00% of the transitions, in 1 of 2 episodes" in capsys.readouterr().out
+
+
+def test_report_of_a_maze_draws_its_map(tmp_path: Path):
+    path = tmp_path / "maze.npz"
+    collect("pointmaze-medium-navigate-v0", path, episodes=2, rows=300, workers=1)
+    rows = report.main(report.Args(env="pointmaze-medium-navigate", dataset=path, out=tmp_path / "out"))
+    assert [row["task"] for row in rows[1:]] == [1, 2, 3, 4, 5]
+    walls, unit, goals = report.maze_of("pointmaze-medium-navigate")
+    assert walls.shape == (8, 8) and unit == 4.0 and goals[1] == (20.0, 20.0)  # cell (6, 6)
+    assert report.maze_of("cube-double-play") is None and report.maze_of("my-robot") is None
+    # Where the point went there is no wall.
+    with np.load(path) as file:
+        cells = np.floor(file["observations"][:, ::-1] / unit + 1.5).astype(int)
+    assert (walls[tuple(cells.T)] == 0).all() and len(np.unique(cells, axis=0)) > 3
+    assert (tmp_path / "out" / "report.png").is_file()
+
+
+def test_report_refuses_an_impossible_discount(tmp_path: Path):
+    with pytest.raises(UserError, match=r"--discounts must be in \[0, 1\), not 1"):
+        report.main(report.Args(env="my-robot", dataset=write(tmp_path / "data.npz"), discounts=(1.0,)))

@@ -1,0 +1,167 @@
+"""Datasets of many files: which one is trained on when, and that nothing else changes."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import evor_bc
+import evor_value
+from common import checkpoint, sources
+from common.errors import UserError
+from common.metrics import read_csv
+from common.rotation import Rotation, pad
+from tests.helpers import tiny_dataset
+
+FILES = [Path("a"), Path("b"), Path("c")]
+
+
+def test_files_take_turns_and_the_next_one_loads_meanwhile():
+    loaded, release = [], threading.Event()
+
+    def load(path: Path) -> str:
+        loaded.append((path.name, threading.current_thread() is threading.main_thread()))
+        if path.name == "b":
+            release.wait(10)
+        return path.name
+
+    with Rotation(FILES, load, every=100) as rotation:
+        assert rotation.at(0) == "a"
+        assert rotation.at(50) == "a"  # while b loads
+        release.set()
+        assert [rotation.at(step) for step in (100, 199, 200, 300, 301)] == ["b", "b", "c", "a", "a"]
+    assert [name for name, _ in loaded][:4] == ["a", "b", "c", "a"] and len(loaded) <= 5
+    assert not any(main for _, main in loaded)
+
+
+def test_a_resumed_run_starts_with_the_file_of_its_step():
+    for step, name in ((0, "a"), (250, "c"), (300, "a"), (499, "b")):
+        with Rotation(FILES, lambda path: path.name, every=100) as rotation:
+            assert rotation.at(step) == name
+            assert rotation.at(step + 100) == "abc"[("abc".index(name) + 1) % 3]
+
+
+def test_one_file_is_loaded_once():
+    loaded = []
+    with Rotation(FILES[:1], lambda path: loaded.append(path) or path.name, every=100) as rotation:
+        assert {rotation.at(step) for step in range(0, 1000, 50)} == {"a"}
+    assert loaded == FILES[:1]
+
+
+def test_an_error_while_loading_reaches_the_training_loop():
+    def load(path: Path) -> str:
+        if path.name == "b":
+            raise UserError("b is damaged.")
+        return path.name
+
+    with Rotation(FILES, load, every=100) as rotation:
+        assert rotation.at(0) == "a"
+        with pytest.raises(UserError, match="b is damaged"):
+            rotation.at(100)
+
+
+def test_pad():
+    np.testing.assert_array_equal(pad(np.ones((2, 3)), 4), [[1, 1, 1]] * 2 + [[0, 0, 0]] * 2)
+    np.testing.assert_array_equal(pad(np.ones((2, 3)), 4, axis=1), [[1, 1, 1, 0]] * 2)
+    array = np.ones((2, 0))
+    assert pad(array, 2) is array
+
+
+# --- Training ----------------------------------------------------------------------------------------------------
+
+
+def arguments(tmp_path: Path, dataset: Path, name: str, **changes) -> dict:
+    settings = dict(
+        dataset=dataset, env="my-robot", run_dir=tmp_path / name, width=16, depth=2, batch_size=16, steps=60,
+        chunk=10, save_every=10, file_steps=20,
+    )  # fmt: skip
+    return settings | changes
+
+
+def losses(run_dir: Path, stage: str) -> list[float]:
+    return [float(row["value"]) for row in read_csv(run_dir / stage / "metrics.csv") if row["metric"] == "loss"]
+
+
+def train(tmp_path: Path, dataset: Path, name: str, *, next_action: str = "base") -> dict[str, list[float]]:
+    settings = arguments(tmp_path, dataset, name)
+    evor_bc.main(evor_bc.Args(**settings))
+    evor_value.main(evor_value.Args(**settings, num_next_actions=2, next_action=next_action))
+    return {stage: losses(tmp_path / name, stage) for stage in ("bc", "value")}
+
+
+def test_copies_of_one_file_train_as_that_file_does(tmp_path: Path):
+    """Fails if the turns, the filling up or the banks of files change anything but the data."""
+    for name in ("a", "b"):
+        tiny_dataset(tmp_path / "copies" / f"{name}.npz")
+    alone = train(tmp_path, tiny_dataset(tmp_path / "alone.npz"), "one")
+    copies = train(tmp_path, tmp_path / "copies", "two")
+    assert alone == copies and len(alone["bc"]) == len(alone["value"]) == 6
+    banks = sorted(path.name for path in (tmp_path / "two" / "bc").glob("bank-*"))
+    assert banks == ["bank-2-a.eqx", "bank-2-b.eqx"]
+
+
+def test_files_of_different_lengths_share_one_program_and_every_row(tmp_path: Path):
+    """The second file is three times as long. In the turn of the first one, training is that on it alone: its filling
+    is never drawn. (With the next actions of the data: the base policies of the two runs differ.)"""
+    folder = tmp_path / "folder"
+    tiny_dataset(folder / "a.npz", trajectories=2)
+    tiny_dataset(folder / "b.npz", trajectories=6, seed=1)
+    before = evor_bc.train_chunk._cache_size(), evor_value.train_chunk._cache_size()
+    mixed = train(tmp_path, folder, "mixed", next_action="dataset")
+    after = evor_bc.train_chunk._cache_size(), evor_value.train_chunk._cache_size()
+    assert (after[0] - before[0], after[1] - before[1]) == (1, 1)
+    first = train(tmp_path, folder / "a.npz", "first", next_action="dataset")
+    for stage in ("bc", "value"):
+        np.testing.assert_allclose(mixed[stage][:2], first[stage][:2], rtol=1e-6)
+        assert mixed[stage][2:4] != first[stage][2:4]
+
+
+def test_resuming_in_the_middle_of_a_turn_changes_nothing(tmp_path: Path):
+    folder = tmp_path / "folder"
+    tiny_dataset(folder / "a.npz")
+    tiny_dataset(folder / "b.npz", trajectories=3, seed=1)
+    whole = train(tmp_path, folder, "whole")
+    settings = arguments(tmp_path, folder, "resumed", steps=60)
+
+    stop = RuntimeError("stopped")
+    for stage, main, args in (
+        ("bc", evor_bc, evor_bc.Args(**settings)),
+        ("value", evor_value, evor_value.Args(**settings, num_next_actions=2)),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            chunk, calls = main.train_chunk, []
+
+            def interrupted(*arguments, chunk=chunk, calls=calls):
+                calls.append(1)
+                if len(calls) > 3:
+                    raise stop
+                return chunk(*arguments)
+
+            patch.setattr(main, "train_chunk", interrupted)
+            with pytest.raises(RuntimeError, match="stopped"):
+                main.main(args)
+        assert checkpoint.read_header(tmp_path / "resumed" / stage / "model.eqx", stage=stage, remedy="")["step"] == 30
+        main.main(evor_bc.dataclasses.replace(args, resume=True))
+        assert losses(tmp_path / "resumed", stage) == whole[stage]
+
+
+def test_files_of_another_robot_are_refused(tmp_path: Path):
+    folder = tmp_path / "folder"
+    tiny_dataset(folder / "a.npz")
+    tiny_dataset(folder / "b.npz", observation_dim=4)
+    with pytest.raises(UserError, match=r"observations in .*b\.npz have 4 columns, those of the folder's first file 3"):
+        evor_bc.main(evor_bc.Args(**arguments(tmp_path, folder, "run")))
+
+
+def test_turns_have_to_fit(tmp_path: Path):
+    folder = tmp_path / "folder"
+    tiny_dataset(folder / "a.npz")
+    tiny_dataset(folder / "b.npz")
+    with pytest.raises(UserError, match="--file-steps 25 is no multiple of --chunk 10"):
+        evor_bc.main(evor_bc.Args(**arguments(tmp_path, folder, "run", file_steps=25)))
+    settings = arguments(tmp_path, folder, "run")
+    evor_bc.main(evor_bc.Args(**settings))
+    with pytest.raises(UserError, match="--redraw-bank: each file of a folder has one bank"):
+        evor_value.main(evor_value.Args(**settings, redraw_bank=20))
+    assert len(sources.data_files(folder)) == 2
