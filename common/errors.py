@@ -22,8 +22,9 @@ def parse_args(args_type: type, presets: Mapping[str, Mapping[str, Any]], argv: 
     chosen = [name for name in presets if f"--{name}" in argv]
     if len(chosen) > 1:
         raise UserError(f"--{chosen[0]} and --{chosen[1]} exclude each other: pass one of them.")
-    default = dataclasses.replace(args_type(), **presets[chosen[0]]) if chosen else args_type()
-    return tyro.cli(args_type, default=default, args=argv)
+    if not chosen:
+        return tyro.cli(args_type, args=argv)
+    return tyro.cli(args_type, default=dataclasses.replace(args_type(), **presets[chosen[0]]), args=argv)
 
 
 def run_cli(main: Callable, args_type: type, presets: Mapping[str, Mapping[str, Any]] | None = None) -> None:
