@@ -17,7 +17,7 @@ import numpy as np
 import evor_value
 from benchmarks import probes
 from common.errors import UserError, run_cli
-from common.metrics import git_revision, package_versions, write_csv
+from common.metrics import git_revision, package_versions, read_csv, write_csv
 from common.networks import CRITIC_FIELDS
 
 TARGETS = ("paper", "independent-noise", "shared-noise", "velocity")
@@ -37,6 +37,8 @@ class Args:
     """Units per hidden layer of the trunk critic's head."""
     head_depth: int = 3
     """Hidden layers of the trunk critic's head."""
+    num_next_actions: int = 4
+    """Actions per transition in the next-action bank."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds."""
     steps: int = 3_000
@@ -53,6 +55,8 @@ class Args:
     """Euler steps at evaluation."""
     out: Path = Path("results/return_law.csv")
     """CSV file; the table goes beside it."""
+    append: bool = False
+    """Add to the file that stands there: several settings in one table."""
 
 
 def return_range(probe: probes.Probe) -> float:
@@ -77,6 +81,7 @@ def main(args: Args) -> list[dict]:
                 td_target=target,
                 critic=args.critic,
                 **{field: getattr(args, field) for field in CRITIC_FIELDS},
+                num_next_actions=args.num_next_actions,
                 steps=args.steps,
                 chunk=args.steps,
                 target_steps=args.target_steps,
@@ -100,7 +105,7 @@ def main(args: Args) -> list[dict]:
             settings = dict(
                 probe=probe.name, target=target, critic=args.critic, steps=args.steps, width=args.width,
                 depth=args.depth, head_width=args.head_width, head_depth=args.head_depth, noise_std=args.noise_std,
-                target_steps=args.target_steps, flow_steps=args.flow_steps,
+                target_steps=args.target_steps, flow_steps=args.flow_steps, num_next_actions=args.num_next_actions,
             )  # fmt: skip
             versions = dict(git_revision=git_revision(), jax=package_versions()["jax"])
             for i, seed in enumerate(args.seeds):
@@ -112,31 +117,48 @@ def main(args: Args) -> list[dict]:
                 f"({time.monotonic() - began:.0f} s)",
                 flush=True,
             )
+    if args.append and args.out.is_file():
+        rows = read_rows(args.out) + rows
     write_csv(args.out, list(rows[0]), rows)
     args.out.with_suffix(".md").write_text(table(args, rows))
     print(f"rows: {args.out}\ntable: {args.out.with_suffix('.md')}")
     return rows
 
 
+def read_rows(path: Path) -> list[dict]:
+    """Rows of an earlier comparison, with their distances as numbers."""
+    numbers = ("w1", "w1_to_normal", "mean_error")
+    return [row | {key: float(row[key]) for key in numbers} for row in read_csv(path)]
+
+
+def setting(row: dict) -> str:
+    """What a column of the table is about."""
+    head = f" {row['head_depth']} x {row['head_width']}" if row["critic"] == "trunk" else ""
+    return f"`{row['target']}`, {row['critic']}{head}, K = {row['num_next_actions']}"
+
+
 def table(args: Args, rows: list[dict]) -> str:
-    """The comparison as a Markdown table: probes by targets."""
-    head = f" (head {args.head_depth} x {args.head_width})" if args.critic == "trunk" else ""
+    """The comparison as a Markdown table: probes by targets and settings."""
+    settings = list(dict.fromkeys(setting(row) for row in rows))
+    names = list(dict.fromkeys(row["probe"] for row in rows))
+    published = [row for row in rows if row["target"] == "paper"]
+    columns = settings + ["`paper` to N(Q, sigma^2)"] * bool(published)
     lines = [
         f"W1 distance to the exact law of the reward-to-go, mean over {len(args.seeds)} seeds (range). "
-        f"{args.critic}{head}, {args.depth} x {args.width}, {args.steps:,} steps, "
-        f"noise standard deviation {args.noise_std:g}, {args.flow_steps} Euler steps.",
+        f"{args.depth} x {args.width}, {args.steps:,} steps, noise standard deviation {args.noise_std:g}, "
+        f"{args.flow_steps} Euler steps; K next actions per transition.",
         "",
-        "| probe | " + " | ".join(f"`{t}`" for t in args.targets) + " | `paper` to N(Q, sigma^2) |",
-        "|---|" + "---|" * (len(args.targets) + 1),
+        "| probe | " + " | ".join(columns) + " |",
+        "|---|" + "---|" * len(columns),
     ]
-    for probe in (p for p in probes.PROBES if p.name in args.probes):
+    for name in names:
         cells = []
-        for target in args.targets:
-            w1 = [r["w1"] for r in rows if r["probe"] == probe.name and r["target"] == target]
-            cells.append(f"{np.mean(w1):.3f} ({min(w1):.3f} to {max(w1):.3f})")
-        normal = [r["w1_to_normal"] for r in rows if r["probe"] == probe.name and r["target"] == "paper"]
-        cells.append(f"{np.mean(normal):.3f}" if normal else "")
-        lines.append(f"| {probe.name} | " + " | ".join(cells) + " |")
+        for column in settings:
+            w1 = [row["w1"] for row in rows if row["probe"] == name and setting(row) == column]
+            cells.append(f"{np.mean(w1):.3f} ({min(w1):.3f} to {max(w1):.3f})" if w1 else "")
+        if published:
+            cells.append(f"{np.mean([row['w1_to_normal'] for row in published if row['probe'] == name]):.3f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
