@@ -94,9 +94,9 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line per run, task and seed."""
     lines = [
-        "| data | task | target | backup | critic | h | EVOR | base policy alone | mean return, predicted / observed "
+        "| data | task | target | backup | critic | K | h | EVOR | base policy alone | mean return, predicted / observed "
         "| correlation | CRPS |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         cells = (
@@ -105,6 +105,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"`{r['td_target']}`",
             f"`{r['next_action']}`",
             r["critic"],
+            r["num_next_actions"],
             r["horizon"],
             f"**{r['success']:.0%}** [{r['low']:.0%}, {r['high']:.0%}]",
             f"{r['base_success']:.0%} [{r['base_low']:.0%}, {r['base_high']:.0%}]",
