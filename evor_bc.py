@@ -242,16 +242,18 @@ def main(args: Args) -> dict[str, float]:
     if not set(args.ignore_observations) <= set(range(dims)):
         raise UserError(f"--ignore-observations {list(args.ignore_observations)}: observations have 0 to {dims - 1}.")
     standardizer = Standardizer.of(trajectories.observations, ignore=args.ignore_observations)
-    longest = max(data.num_rows(file) for file in files)
+    longest = max(data.check_headers(file, like=trajectories) for file in files)
 
     def load(file: Path) -> BCData:
         """What training needs of one file, on the devices."""
-        found = trajectories if file == files[0] else data.load_trajectories(file, env=args.env, like=trajectories)
-        starts = data.transition_starts(found.terminals, args.horizon)
+        found = trajectories if file == files[0] else data.load_trajectories(file, env=args.env)
+        starts = data.transition_starts(found.terminals, args.horizon, where=file.name)
         arrays = standardizer.rows(found.observations), found.actions, starts
         dataset = BCData(*(jnp.asarray(pad(array, longest)) for array in arrays), jnp.asarray(len(starts)))
         return copy_to_devices(dataset, args.seeds)
 
+    rotation = Rotation(files, load, every=args.file_steps, steps=args.steps)
+    data.transition_starts(trajectories.terminals, args.horizon, where=files[0].name)  # before an old run is deleted
     header = dict(
         stage="bc",
         env=name,
@@ -277,12 +279,11 @@ def main(args: Args) -> dict[str, float]:
     state = stack_replicas(lambda key: init_state(args, header, key=key), init_keys)
     state = run.restore(state)
     state, train_keys = spread((state, train_keys), args.seeds)
-    with Rotation(files, load, every=args.file_steps) as rotation:
-        metrics = run.train(
-            state,
-            lambda state, step: train_chunk(args, state, rotation.at(step), train_keys),
-            model=lambda state: (state.policy, standardizer),
-        )
+    metrics = run.train(
+        state,
+        lambda state, step: train_chunk(args, state, rotation.at(step), train_keys),
+        model=lambda state: (state.policy, standardizer),
+    )
     print(f"base policy: {run.directory / 'model.eqx'}")
     return metrics
 

@@ -40,6 +40,7 @@ Source: EVOR, arXiv 2510.08218, stage 2. *Ours*, not disclosed there: discount, 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -553,6 +554,7 @@ def bc_args(args: Args, policy_run_dir: Path) -> evor_bc.Args:
     """The arguments with which a missing base policy is trained: this command's preset, data, seeds and horizon."""
     preset = "quick" if args.quick else "preview" if args.preview else None
     changes = dict(evor_bc.PRESETS[preset], **{preset: True}) if preset else {}
+    chunk = changes.get("chunk", evor_bc.Args.chunk)
     return evor_bc.Args(
         **changes
         | dict(
@@ -562,7 +564,7 @@ def bc_args(args: Args, policy_run_dir: Path) -> evor_bc.Args:
             run_dir=policy_run_dir,
             dataset=args.dataset,
             episodes=args.episodes,
-            file_steps=args.file_steps,
+            file_steps=math.ceil(args.file_steps / chunk) * chunk,
             horizon=args.horizon,
             ignore_observations=args.ignore_observations,
             track=args.track,
@@ -622,11 +624,11 @@ def load_base_policy(
 
 
 def transitions(
-    args: Args, trajectories: data.Trajectories
+    args: Args, trajectories: data.Trajectories, file: Path
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "tasks n"], Float[np.ndarray, "tasks n"]]:
     """Starts, rewards and bootstrap factors of a file's transitions."""
     extra = args.horizon - 1 if args.next_action == "dataset" else 0  # the next chunk has to be in the data too
-    starts = data.transition_starts(trajectories.terminals, args.horizon, extra=extra)
+    starts = data.transition_starts(trajectories.terminals, args.horizon, extra=extra, where=file.name)
     rewards, bootstraps = data.chunk_rewards(
         trajectories.rewards, trajectories.masks, starts, horizon=args.horizon, discount=args.discount
     )
@@ -675,6 +677,10 @@ def main(args: Args) -> list[dict[str, Any]]:
     held_out = validation_path(files[0])
     validation = load_file(held_out) if held_out.is_file() else None
     data.print_summary(trajectories, info, tasks=tasks, discount=args.discount, files=len(files))
+    longest = max(data.check_headers(file, like=trajectories) for file in files)
+    starts, rewards, bootstraps = transitions(args, trajectories, files[0])
+    in_transitions = trajectories.rewards[:, ~trajectories.terminals]
+    span = data.reward_range(files, in_transitions, env=args.env, own=own_rewards, reward=args.reward)
     if len(files) > 1 and args.redraw_bank:
         raise UserError("--redraw-bank: each file of a folder has one bank: leave it out.")
 
@@ -698,14 +704,16 @@ def main(args: Args) -> list[dict[str, Any]]:
         args=args,
     )
     run = Run(run_dir / "value", header, replicas=header["replicas"], args=args)
-    longest = max(data.num_rows(file) for file in files)
-    bounds = data.return_bounds(trajectories.rewards[:, ~trajectories.terminals], args.discount)
-    pairs, replicas, init_keys = make_replicas(args, tasks, bounds, *transitions(args, trajectories)[1:])
+    pairs, replicas, init_keys = make_replicas(
+        args, tasks, data.return_bounds(span, args.discount), rewards, bootstraps
+    )
 
     def draw_bank(
-        observations: Float[np.ndarray, "rows d"], starts: Int[np.ndarray, " n"], name: str, draw: int = 0
+        observations: Float[np.ndarray, "rows d"], starts: Int[np.ndarray, " n"], file: Path, draw: int = 0
     ) -> Float16[np.ndarray, "seeds longest K chunk"]:
         """The next-action bank of a file; the first draw is kept beside the base policy."""
+        many = len(files) > 1
+        name = f"bank-{args.num_next_actions}" + f"-{file.stem}" * many
         if args.next_action == "dataset":
             return np.zeros((args.seeds, longest, 0, policies.action_dim), np.float16)
         bank = make_bank(
@@ -717,23 +725,24 @@ def main(args: Args) -> list[dict[str, Any]]:
             flow_steps=args.flow_steps,
             draw=draw,
             path=None if draw else policy_run_dir / "bc" / f"{name}.eqx",
-            made_of=dict(policy_sha256=policy_sha256, data_sha256=info["sha256"]),
+            made_of=dict(
+                policy_sha256=policy_sha256, data_sha256=sources.fingerprint(file) if many else info["sha256"]
+            ),
         )
         return pad(bank, longest, axis=1)
 
     def load(file: Path) -> ValueData:
         """What training needs of one file, on the devices."""
-        found = trajectories if file == files[0] else load_file(file, like=trajectories)
-        starts, rewards, bootstraps = transitions(args, found)
+        found = trajectories if file == files[0] else load_file(file)
+        starts, rewards, bootstraps = transitions(args, found, file)
         observations = standardizer.rows(found.observations)
-        name = f"bank-{args.num_next_actions}" + f"-{file.stem}" * (len(files) > 1)
         dataset = ValueData(
             observations=pad(observations, longest),
             actions=pad(found.actions, longest),
             starts=pad(starts, longest),
             rewards=pad(rewards, longest, axis=1),
             bootstraps=pad(bootstraps, longest, axis=1),
-            bank=draw_bank(observations, starts, name),
+            bank=draw_bank(observations, starts, file),
             count=np.asarray(len(starts)),
         )
         return copy_to_devices(jax.tree.map(jnp.asarray, dataset), len(pairs))
@@ -741,6 +750,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     # Training.
     state = run.restore(stack_replicas(lambda key: init_state(args, header, key=key), init_keys))
     state, spread_replicas = spread((state, replicas), len(pairs))
+    rotation = Rotation(files, load, every=args.file_steps, steps=args.steps)
     redrawn: tuple[int, Any] = (0, None)
 
     def next_chunk(state: TrainState, step: int) -> tuple[TrainState, dict]:
@@ -749,9 +759,8 @@ def main(args: Args) -> list[dict[str, Any]]:
         dataset = rotation.at(step)
         draw = step // args.redraw_bank if args.redraw_bank else 0
         if draw != redrawn[0]:
-            redrawn = draw, None  # frees the last one's memory
-            observations, starts = standardizer.rows(trajectories.observations), transitions(args, trajectories)[0]
-            bank = jnp.asarray(draw_bank(observations, starts, "", draw))
+            redrawn = draw, None  # frees the memory of the last one, but for the first draw
+            bank = jnp.asarray(draw_bank(standardizer.rows(trajectories.observations), starts, files[0], draw))
             redrawn = draw, copy_to_devices(bank, len(pairs))
         if draw:
             dataset = dataset._replace(bank=redrawn[1])
@@ -791,14 +800,13 @@ def main(args: Args) -> list[dict[str, Any]]:
         return found
 
     evaluated = args.eval_episodes > 0 and not own_rewards
-    with Rotation(files, load, every=args.file_steps) as rotation:
-        run.train(
-            state,
-            next_chunk,
-            model=lambda state: (state.critic, replicas.scale),
-            evaluate=evaluate if evaluated else None,
-            evaluate_every=args.eval_every,
-        )
+    run.train(
+        state,
+        next_chunk,
+        model=lambda state: (state.critic, replicas.scale),
+        evaluate=evaluate if evaluated else None,
+        evaluate_every=args.eval_every,
+    )
 
     # Report.
     if jax.process_index() > 0:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,12 +92,14 @@ def make_bank(
     began = time.monotonic()
     draw_batch(0, 0)
     seconds = (time.monotonic() - began) * len(seeds) * math.ceil(len(states) / batch)
-    print(
+    tqdm.write(
         f"next-action bank: {num_actions} actions in each of {len(states):,} states, {len(seeds)} policies: "
-        f"{bank.nbytes / 2**20:,.0f} MiB, about {seconds:,.0f} s",
-        flush=True,
+        f"{bank.nbytes / 2**20:,.0f} MiB, about {seconds:,.0f} s"
     )
-    with tqdm(total=len(seeds) * len(states), desc="next-action bank", unit="state", unit_scale=True) as bar:
+    beside = threading.current_thread() is not threading.main_thread()  # while another file is trained on: no bar
+    with tqdm(
+        total=len(seeds) * len(states), desc="next-action bank", unit="state", unit_scale=True, disable=beside
+    ) as bar:
         for replica in range(len(seeds)):
             for first in range(0, len(states), batch):
                 drawn = draw_batch(replica, first)

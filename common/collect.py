@@ -341,9 +341,27 @@ def _end_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _load(path: Path) -> Episode:
-    with np.load(path) as file:
-        return dict(file)
+def _is_intact(block: Path) -> bool:
+    """Whether a block is there and can be read."""
+    try:
+        with zipfile.ZipFile(block) as archive:
+            return archive.testzip() is None
+    except Exception:  # a damaged archive raises a dozen types
+        return False
+
+
+def _join(blocks: list[Path], path: Path) -> None:
+    """Writes what `numpy.savez_compressed` would of all blocks one after the other, holding one array at a time."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with np.load(blocks[0]) as first:
+            keys = first.files
+        for key in keys:
+            parts = []
+            for block in blocks:
+                with np.load(block) as file:
+                    parts.append(file[key])
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.concatenate(parts), allow_pickle=False)
 
 
 def collect(
@@ -377,10 +395,13 @@ def collect(
     if episodes < 1:
         raise UserError(f"episodes must be at least 1, not {episodes}.")
     recipe = recipe._replace(episodes=episodes)
-    train_path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(train_path.with_name(f".{train_path.name}.lock")):
-        if not train_path.is_file():  # else another process has collected it meanwhile
-            _collect(dataset_name, recipe, train_path, seed, workers or num_cores())
+    try:
+        train_path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(train_path.with_name(f".{train_path.name}.lock")):
+            if not train_path.is_file():  # else another process has collected it meanwhile
+                _collect(dataset_name, recipe, train_path, seed, workers or num_cores())
+    except OSError as error:
+        raise UserError(f"{train_path} cannot be written ({error}): collect it elsewhere with --out FILE.") from None
 
 
 def _collect(dataset_name: str, recipe: Recipe, train_path: Path, seed: int, workers: int) -> None:
@@ -400,7 +421,6 @@ def _collect(dataset_name: str, recipe: Recipe, train_path: Path, seed: int, wor
         shutil.rmtree(folder, ignore_errors=True)
         write_json(folder / "description.json", description)
     size = max(1, BLOCK_ROWS // recipe.rows)
-    size = min(size, math.ceil((recipe.episodes + validation) / workers))
     parts = {
         validation_path(train_path): range(recipe.episodes, recipe.episodes + validation),
         train_path: range(recipe.episodes),
@@ -411,7 +431,7 @@ def _collect(dataset_name: str, recipe: Recipe, train_path: Path, seed: int, wor
         (recipe, seed, numbers, file)
         for path in reversed(list(blocks))
         for numbers, file in zip(blocks[path], files[path], strict=True)
-        if not zipfile.is_zipfile(file)
+        if not _is_intact(file)
     ]
     left = sum(len(numbers) for _, _, numbers, _ in jobs)
     total = recipe.episodes + validation
@@ -423,15 +443,27 @@ def _collect(dataset_name: str, recipe: Recipe, train_path: Path, seed: int, wor
 
     write_json(train_path.with_suffix(".json"), description)
     for path, some in files.items():
-        loaded = [_load(file) for file in some]
         with atomic(path) as temporary:
-            with open(temporary, "wb") as file:
-                np.savez_compressed(file, **{key: np.concatenate([b[key] for b in loaded]) for key in loaded[0]})
+            _join(some, temporary)
             record_sha256(temporary, path)
     shutil.rmtree(folder)
 
 
+def check_args(args: Args) -> None:
+    """Raises `UserError` for settings that make no sense."""
+    for name in ("seed", "noise", "noise_smoothing", "min_norm"):
+        if getattr(args, name) is not None and not getattr(args, name) >= 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative: {getattr(args, name)}.")
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers must be at least 1, not {args.workers}.")
+    if args.random_actions is not None and not 0 <= args.random_actions <= 1:
+        raise UserError(f"--random-actions is a probability, not {args.random_actions}.")
+    if args.out is not None and args.out.is_dir():
+        raise UserError(f"--out {args.out} is a folder: name a file in it.")
+
+
 def main(args: Args) -> None:
+    check_args(args)
     dataset_name = parse_env(args.env).dataset
     fields = ("noise", "noise_smoothing", "min_norm", "random_actions")
     changes = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from common.envs import free_memory, import_ogbench, parse_env, trim_memory
+from common.envs import ENVIRONMENTS, free_memory, import_ogbench, parse_env, trim_memory
 from common.errors import UserError, run_cli
 
 # --- Trajectories ------------------------------------------------------------------------------------------------
@@ -82,16 +82,41 @@ def read_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     return headers
 
 
-def num_rows(path: Path) -> int:
-    """Rows of a file, without reading them."""
-    headers = read_headers(path)
-    if "observations" not in headers:
-        raise UserError(f"{path} has no array 'observations': it needs observations, actions and terminals.")
-    return headers["observations"][0][0]
-
-
 def _read_header_2_0(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     return np.lib.format.read_array_header_2_0(file)
+
+
+def check_headers(path: Path, *, skip: Collection[str] = (), like: "Trajectories | None" = None) -> int:
+    """Checks which arrays a file has and their shapes, without reading them; returns the number of rows.
+
+    Args:
+        skip: optional arrays that are not needed.
+        like: another file of the same dataset, whose dimensions it has to have.
+
+    Raises:
+        UserError: an array is missing, or of a wrong kind or shape.
+    """
+    headers = read_headers(path)
+    for key in ("observations", "actions", "terminals"):
+        if key not in headers:
+            raise UserError(f"{path} has no array {key!r}: it needs observations, actions and terminals.")
+    for key in (key for key in NDIM if key in headers and key not in skip):
+        shape, dtype = headers[key]
+        if len(shape) != NDIM[key] or dtype.kind not in "biuf" or 0 in shape[1:]:
+            raise UserError(f"{key} in {path} must be a {NDIM[key]}-D array of numbers, not {dtype} {shape}.")
+        if shape[0] != headers["observations"][0][0]:
+            raise UserError(
+                f"{key} in {path} has {shape[0]} rows, observations has {headers['observations'][0][0]}: "
+                f"they must be equal."
+            )
+    for key in ("observations", "actions") if like is not None else ():
+        widths = headers[key][0][1], getattr(like, key).shape[1]
+        if widths[0] != widths[1]:
+            raise UserError(
+                f"{key} in {path} have {widths[0]} columns, those of the folder's first file {widths[1]}: "
+                f"keep different datasets in different folders."
+            )
+    return headers["observations"][0][0]
 
 
 def read_arrays(path: Path, skip: Collection[str] = ()) -> dict[str, np.ndarray]:
@@ -103,46 +128,44 @@ def read_arrays(path: Path, skip: Collection[str] = ()) -> dict[str, np.ndarray]
     Raises:
         UserError: not an `.npz` file, an array is missing, or of a wrong kind, shape or content.
     """
-    headers = read_headers(path)
-    for key in ("observations", "actions", "terminals"):
-        if key not in headers:
-            raise UserError(f"{path} has no array {key!r}: it needs observations, actions and terminals.")
-    wanted = [key for key in NDIM if key in headers and key not in skip]
-    for key in wanted:
-        shape, dtype = headers[key]
-        if len(shape) != NDIM[key] or dtype.kind not in "biuf" or 0 in shape[1:]:
-            raise UserError(f"{key} in {path} must be a {NDIM[key]}-D array of numbers, not {dtype} {shape}.")
-        if shape[0] != headers["observations"][0][0]:
-            raise UserError(
-                f"{key} in {path} has {shape[0]} rows, observations has {headers['observations'][0][0]}: "
-                f"they must be equal."
-            )
+    check_headers(path, skip=skip)
     try:
         arrays, key = {}, "file"
         with np.load(path, allow_pickle=False) as file:
-            for key in wanted:
+            for key in (key for key in NDIM if key in file.files and key not in skip):
                 arrays[key] = file[key]
     except Exception as error:
         raise UserError(
             f"{key} in {path} cannot be read ({error}): the file is damaged, make or fetch it anew."
         ) from None
     for key, array in arrays.items():
-        row = first_row(array, lambda part: ~(np.abs(part) <= LARGEST)) if array.dtype.kind == "f" else None
+        row = first_row(array, _not_finite) if array.dtype.kind == "f" else None
         if row is not None:
             raise UserError(f"{key} in {path} is not finite at row {row}: remove or repair that row.")
-    if len(arrays["terminals"]) == 0 or not arrays["terminals"][-1]:
+    terminals = arrays["terminals"]
+    if len(terminals) == 0 or not terminals[-1]:
         raise UserError(
             f"terminals in {path} must be true at the last row of each trajectory, so also at the last row."
         )
-    row = first_row(arrays["terminals"], lambda part: (part != 0) & (part != 1))
+    row = first_row(terminals, lambda part: (part != 0) & (part != 1))
     if row is not None:
         raise UserError(f"terminals in {path} must be 0 or 1 everywhere, unlike at row {row}.")
-    row = first_row(arrays["actions"], lambda part: np.abs(part) > 1.001)
+    if terminals.all():
+        raise UserError(
+            f"terminals in {path} are true everywhere, so that there is no transition: they mark the last row of each "
+            f"trajectory alone."
+        )
+    row = first_row(arrays["actions"], lambda part: (part < -1.001) | (part > 1.001))
     if row is not None:
         raise UserError(f"actions in {path} leave [-1, 1] at row {row}: scale them to that range.")
     if "masks" in arrays and first_row(arrays["masks"], lambda part: (part != 0) & (part != 1)) is not None:
         raise UserError(f"masks in {path} must be 0 (the bootstrap stops) or 1 everywhere.")
     return arrays
+
+
+def _not_finite(part: np.ndarray) -> np.ndarray:
+    """NaN, infinite, or beyond single precision."""
+    return ~(np.abs(part.astype(np.float64)) <= LARGEST)
 
 
 def first_row(array: np.ndarray, bad: Callable[[np.ndarray], np.ndarray], *, part: int = 65_536) -> int | None:
@@ -165,12 +188,10 @@ def load_trajectories(
     env: str,
     tasks: Sequence[int] = (),
     reward: str = "default",
-    like: Trajectories | None = None,
 ) -> Trajectories:
     """Reads a file; with `tasks`, also the rewards and masks of those tasks.
 
     Args:
-        like: those of another file of the same dataset, whose dimensions it has to have.
         tasks: OGBench's single tasks, relabelled from `qpos`; `(0,)` stands for the file's own rewards and masks.
         reward: `default`, OGBench's; `sparse`, QC's variant of it: -1 until the task is solved, then 0.
 
@@ -188,13 +209,6 @@ def load_trajectories(
             actions=np.clip(actions, -1.0, 1.0, out=actions),
             terminals=arrays.pop("terminals").astype(bool),
         )
-        for field in ("observations", "actions") if like is not None else ():
-            widths = [getattr(t, field).shape[1] for t in (trajectories, like)]
-            if widths[0] != widths[1]:
-                raise UserError(
-                    f"{field} in {path} have {widths[0]} columns, those of the folder's first file {widths[1]}: "
-                    f"keep different datasets in different folders."
-                )
         if not tasks:
             return trajectories
         if simulator is not None:
@@ -258,16 +272,20 @@ def last_rows(terminals: Bool[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
     return ends[np.searchsorted(ends, np.arange(len(terminals)))]
 
 
-def transition_starts(terminals: Bool[np.ndarray, " rows"], horizon: int, *, extra: int = 0) -> Int[np.ndarray, " n"]:
+def transition_starts(
+    terminals: Bool[np.ndarray, " rows"], horizon: int, *, extra: int = 0, where: str = "the data"
+) -> Int[np.ndarray, " n"]:
     """Rows `i` whose trajectory also has row `i + horizon + extra`: the starts of all transitions of a horizon.
 
     Raises:
-        UserError: no trajectory is that long.
+        UserError: no trajectory of `where` is that long.
     """
     rows = np.arange(len(terminals))
     starts = rows[rows + horizon + extra <= last_rows(terminals)].astype(np.int32)
     if len(starts) == 0:
-        raise UserError(f"no trajectory is longer than {horizon + extra} rows: use a shorter --horizon or longer data.")
+        raise UserError(
+            f"no trajectory in {where} is longer than {horizon + extra} rows: use a shorter --horizon or longer data."
+        )
     return starts
 
 
@@ -340,6 +358,21 @@ def return_bounds(rewards: Float[np.ndarray, "tasks rows"], discount: float) -> 
     low, high = rewards.min(axis=1), rewards.max(axis=1)
     horizon = 1.0 / (1.0 - discount)
     return np.stack([np.minimum(low, low * horizon), np.maximum(high, high * horizon)], axis=1)
+
+
+def reward_range(
+    files: Sequence[Path], rewards: Float[np.ndarray, "tasks rows"], *, env: str, own: bool, reward: str
+) -> Float[np.ndarray, "tasks 2"]:
+    """Lowest and highest reward per task over all files of a dataset; `rewards` are those of the first one's
+    transitions."""
+    found = np.stack([rewards.min(axis=1), rewards.max(axis=1)], axis=1)
+    if len(files) == 1:
+        return found
+    if own and reward == "default":
+        parts = [read_arrays(file, skip=("qpos", "button_states"))["rewards"] for file in files[1:]]
+        return np.array([[min(p.min() for p in [found[0], *parts]), max(p.max() for p in [found[0], *parts])]])
+    lowest = -1.0 if reward == "sparse" or own else ENVIRONMENTS[parse_env(env).prefix].lowest_reward
+    return np.stack([np.minimum(found[:, 0], lowest), np.maximum(found[:, 1], 0.0)], axis=1)
 
 
 def mean_return(

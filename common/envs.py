@@ -125,8 +125,10 @@ def free_memory() -> int | None:
     try:
         cgroup = Path("/sys/fs/cgroup")
         limit, used = ((cgroup / name).read_text() for name in ("memory.max", "memory.current"))
-        free.append(int(limit) - int(used))
-    except (OSError, ValueError):  # another system, or no limit ("max")
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        cached = int(stat["active_file"]) + int(stat["inactive_file"])  # is given back when it is needed
+        free.append(int(limit) - int(used) + cached)
+    except (OSError, KeyError, ValueError):  # another system, or no limit ("max")
         pass
     return min(free, default=None)
 

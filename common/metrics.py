@@ -67,6 +67,8 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{platform.node()}.{os.getpid()}.{path.name}")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -85,14 +87,20 @@ def record_sha256(content: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Lets in one process at a time; a killed process lets go."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system: no lock
-        yield
-        return
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Lets in one process at a time; a killed process lets go. Where the file system has no locks, everybody is let in:
+    what they write is renamed when it is complete."""
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+
+            file = stack.enter_context(open(path, "a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process, which has locked {path}", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
         yield
 
 

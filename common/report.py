@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from common import data, figures, sources
 from common.collect import is_collectable
-from common.envs import ENVIRONMENTS, import_ogbench, parse_env, run_name
+from common.envs import ENVIRONMENTS, NUM_TASKS, import_ogbench, parse_env, run_name
 from common.errors import UserError
 from common.metrics import write_csv
 
@@ -42,9 +42,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     if args.list:
         print(listing())
         return []
-    for discount in args.discounts:
-        if not 0.0 <= discount < 1.0:
-            raise UserError(f"--discounts must be in [0, 1), not {discount}.")
+    check_args(args)
     name = run_name(args.env, args.dataset)
     path, source = sources.find_files(args.env, args.dataset, episodes=args.episodes)
     files = sources.data_files(path)
@@ -62,6 +60,17 @@ def main(args: Args) -> list[dict[str, Any]]:
     draw(trajectories, tasks, args.discounts, out / "report.png", title=f"{files[0].name} ({source})", env=args.env)
     print(f"rows: {out / 'report.csv'}\nfigure: {out / 'report.png'}")
     return rows
+
+
+def check_args(args: Args) -> None:
+    """Raises `UserError` for settings that make no sense."""
+    for discount in args.discounts:
+        if not 0.0 <= discount < 1.0:
+            raise UserError(f"--discounts must be in [0, 1), not {discount}.")
+    if not args.discounts or not args.tasks:
+        raise UserError("--tasks and --discounts need at least one number each.")
+    if not set(args.tasks) <= set(range(1, NUM_TASKS + 1)):
+        raise UserError(f"--tasks {list(args.tasks)}: OGBench has tasks 1 to {NUM_TASKS}.")
 
 
 def listing() -> str:

@@ -1,9 +1,9 @@
 """Datasets of many files: they take turns, and while one is trained on the next one loads."""
 
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -13,38 +13,61 @@ T = TypeVar("T")
 class Rotation(Generic[T]):
     """What is to be trained on at each step: file `(step // every) % len(files)`, so a resumed run goes on as it was.
 
-    At most two files are in memory: the one in use, and the one that a thread loads meanwhile.
+    At most two of them are on the devices: the one in use, and the one that a thread loads meanwhile.
     """
 
-    def __init__(self, files: Sequence[Path], load: Callable[[Path], T], *, every: int):
-        """`load` reads a file and puts what training needs onto the devices, in another thread; a turn takes `every`
-        gradient steps."""
-        self.files, self.load, self.every = list(files), load, every
+    def __init__(self, files: Sequence[Path], load: Callable[[Path], T], *, every: int, steps: int):
+        """`load` reads a file and puts what training needs onto the devices; a turn takes `every` gradient steps of
+        `steps` in all."""
+        self.files, self.load, self.every, self.steps = list(files), load, every, steps
         self._turn, self._current = -1, None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="next file")
-        self._next: tuple[int, Future] | None = None
+        self._next: _Loading | None = None
 
     def at(self, step: int) -> T:
-        """The data of a step; waits where it is not loaded yet."""
-        turn = (step // self.every) % len(self.files)
+        """The data of a step; waits where it is not loaded yet. An error of the next file is raised as soon as known.
+
+        The first file is loaded here, so that an interrupt ends it; the thread of the others ends with the process.
+        """
+        many = len(self.files) > 1
+        turn = step // self.every if many else 0
         if turn != self._turn:
-            ahead = self._next
-            if ahead is not None and ahead[0] != turn:  # the first step of a resumed run
-                ahead[1].cancel()
-                ahead = None
-            future = ahead[1] if ahead else self._thread.submit(self.load, self.files[turn])
-            self._current, self._next = None, None  # frees the last file's memory
-            self._turn, self._current = turn, future.result()
-        if self._next is None and len(self.files) > 1:
-            turn = (turn + 1) % len(self.files)
-            self._next = turn, self._thread.submit(self.load, self.files[turn])
+            ahead, self._next, self._current = self._next, None, None  # frees the last file's memory
+            if ahead is not None and ahead.turn == turn:
+                self._current = ahead.result()
+            else:
+                self._current = self.load(self.files[turn % len(self.files)])
+            self._turn = turn
+        if self._next is None and many and (turn + 1) * self.every < self.steps:
+            self._next = _Loading(turn + 1, self.load, self.files[(turn + 1) % len(self.files)])
+        elif self._next is not None:
+            self._next.check()
         return self._current
 
-    def __enter__(self) -> "Rotation[T]":
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
+class _Loading:
+    """A call in another thread."""
+
+    def __init__(self, turn: int, load: Callable[[Path], Any], file: Path):
+        self.turn, self._result, self._error = turn, None, None
+
+        def run() -> None:
+            try:
+                self._result = load(file)
+            except BaseException as error:  # raised again where the result is wanted
+                self._error = error
+
+        self._thread = threading.Thread(target=run, daemon=True, name=f"loading {file.name}")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises what the call has raised so far."""
+        if self._error is not None:
+            raise self._error
+
+    def result(self) -> Any:
+        self._thread.join()
+        self.check()
+        return self._result
 
 
 def pad(array: np.ndarray, length: int, *, axis: int = 0) -> np.ndarray:

@@ -13,7 +13,6 @@ import http.client
 import os
 import re
 import shutil
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -35,7 +34,8 @@ HOSTS = (
 )
 """Tried in this order; the environment variable EVOR_DATA_HOSTS (URLs, separated by spaces) replaces them."""
 
-# OGBench publishes no checksums. These were reported by people who downloaded the files from OGBench's own host.
+# OGBench publishes no checksums. These are what several public reports on GitHub say of its files: of antmaze-large and
+# cube-double downloaded from OGBench's own host, of cube-single from a mirror on Hugging Face.
 CHECKSUMS = {
     "antmaze-large-navigate-v0.npz": "2dbe946ac107ca5ac524f82f7a72efa951ceab0be915201d6b32e612d823f2e7",
     "antmaze-large-navigate-v0-val.npz": "e9a4126825faefb57c34c29f1ee423858dbc4b6f71d9a9846a8b8bdb908b44a1",
@@ -69,12 +69,12 @@ def find_files(env: str, dataset: Path | None, *, episodes: int | None) -> tuple
     name = parse_env(env)
     check_env(name)
     official = data_dir() / f"{name.dataset}.npz"
-    if official.is_file() and validation_path(official).is_file():
+    if official.is_file():  # a download brings its validation file first
         return official, "ogbench"
     recipe = recipe_of(name.dataset)
     episodes = recipe.episodes if episodes is None and recipe is not None else episodes
     collected = collected_path(name.dataset, episodes or 0)
-    if collected.is_file() and validation_path(collected).is_file():
+    if collected.is_file():
         return collected, "collected"
     if download(name.dataset):
         return official, "ogbench"
@@ -125,9 +125,18 @@ def data_files(path: Path) -> list[Path]:
 
 
 def hosts() -> Sequence[str]:
-    """Where datasets are downloaded from, best first."""
+    """Where datasets are downloaded from, best first.
+
+    Raises:
+        UserError: an address without http:// or https://.
+    """
     own = os.environ.get("EVOR_DATA_HOSTS")
-    return HOSTS if own is None else own.split()
+    if own is None:
+        return HOSTS
+    for host in own.split():
+        if not host.startswith(("http://", "https://")):
+            raise UserError(f"EVOR_DATA_HOSTS has {host!r}: write http:// or https:// before it.")
+    return own.split()
 
 
 def download(dataset: str, *, timeout: float = 20.0) -> bool:
@@ -147,6 +156,7 @@ def _download_file(name: str, timeout: float) -> bool:
             for host in hosts():
                 if path.is_file():  # it stood there before, or another process has downloaded it meanwhile
                     return True
+                print(f"asking {host} for {name}", flush=True)
                 try:
                     fetch(f"{host.rstrip('/')}/{name}", path, timeout=timeout)
                 except Unavailable as error:
@@ -169,6 +179,15 @@ class Partial(NamedTuple):
     def size(self) -> int:
         return self.data.stat().st_size if self.data.is_file() else 0
 
+    def validator(self, url: str) -> str:
+        """What the host called the file, if it is from `url`; else nothing."""
+        lines = self.origin.read_text(errors="replace").split("\n") if self.origin.is_file() else []
+        return lines[1] if len(lines) == 2 and lines[0] == url else ""
+
+
+class Cut(Exception):
+    """A connection ended before the file did; what came stays."""
+
 
 def fetch(url: str, path: Path, *, timeout: float, patience: int = 3) -> None:
     """Downloads `url` to `path`, from where an earlier attempt stopped, and verifies it.
@@ -182,76 +201,88 @@ def fetch(url: str, path: Path, *, timeout: float, patience: int = 3) -> None:
         OSError: the file cannot be written.
     """
     partial = Partial(path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.origin"))
-    continued, failures = partial.size() > 0, 0
+    pieces, failures = int(partial.size() > 0), 0
     while True:
         before = partial.size()
         try:
             _transfer(url, partial, timeout)
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code not in (408, 425, 429) and error.code < 500:
-                raise Unavailable(f"HTTP {error.code} {error.reason}") from None
-            reason: Exception = error
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, socket.gaierror | ConnectionRefusedError):
-                raise Unavailable(str(error.reason)) from None  # no network, no such host: waiting does not help
-            reason = error
-        except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
-            reason = error
-        else:
-            problem = damage(partial.data, path.name)
-            if problem is None:
-                break
-            partial.clear()
-            if not continued:
-                raise Unavailable(problem)
-            continued = False  # the beginning may have been another file's: once more, from the start
+        except Cut as error:
+            gained = partial.size() > before
+            pieces += gained
+            failures = 1 if gained else failures + 1
+            if failures >= patience:
+                raise Unavailable(f"{error} ({partial.size():,} bytes are kept)") from None
+            time.sleep(PAUSE * 2 ** (failures - 1))
             continue
-        failures = 1 if partial.size() > before else failures + 1
-        if failures >= patience:
-            raise Unavailable(f"{reason!r} after {partial.size():,} bytes")
-        time.sleep(PAUSE * 2 ** (failures - 1))
+        problem = damage(partial.data, path.name)
+        if problem is None:
+            break
+        partial.clear()
+        if pieces == 0:
+            raise Unavailable(problem)
+        pieces = 0  # they may have been of different files: once more, in one piece
     record_sha256(partial.data, path)
     os.replace(partial.data, path)
     partial.clear()
 
 
 def _transfer(url: str, partial: Partial, timeout: float) -> None:
-    """One connection: appends what is missing to `partial`. Returns at the end of the file, raises where it is cut."""
-    start = partial.size()
-    address, validator = [*partial.origin.read_text().split("\n"), "", ""][:2] if partial.origin.is_file() else ("", "")
+    """One connection: appends what is missing to `partial`. Returns at the end of the file.
+
+    Raises:
+        Cut: the connection failed; trying again may help.
+        Unavailable: trying again will not help.
+    """
+    start, validator = partial.size(), partial.validator(url)
     headers = {"User-Agent": "evor-jax"}
-    if start and address == url and validator:
+    if start and validator:
         headers |= {"Range": f"bytes={start}-", "If-Range": validator}
     else:
         start = 0
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # of 416: nothing is left to send, or the file is shorter than what is here
-            raise
-        error.close()
-        if error.headers.get("Content-Range", "").rpartition("/")[2] != str(start):
-            partial.clear()
-            raise ConnectionError("the file on the host has changed") from None
+    response = _open(urllib.request.Request(url, headers=headers), timeout)
+    if response is None:  # status 416: nothing is left to send, or the file is shorter than what is here
         return
     with response:
-        if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            if response.status == 206:
-                partial.clear()
-                raise ConnectionError("the host sent another part than was asked for")
+        span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", "").strip())
+        same = response.headers.get("ETag" if validator.startswith('"') else "Last-Modified", validator) == validator
+        if response.status == 206 and (span is None or int(span[1]) != start or not same):
+            partial.clear()
+            raise Cut("the host sent another part than was asked for")
+        if response.status == 206:
+            total: int | None = int(span[3])
+        else:
             start = 0
-        left = response.headers.get("Content-Length")
+            length = response.headers.get("Content-Length", "")
+            total = int(length) if length.isdecimal() else None
         free = shutil.disk_usage(partial.data.parent).free
-        if left is not None and int(left) > free:
-            raise Unavailable(f"it takes {int(left):,} bytes, and {free:,} are free in {partial.data.parent}")
-        strong = response.headers.get("ETag", "")
-        validator = strong if strong.startswith('"') else response.headers.get("Last-Modified", "")
+        if total is not None and total - start > free:
+            raise Unavailable(f"it takes {total - start:,} bytes, and {free:,} are free in {partial.data.parent}")
         if start == 0:
             partial.clear()
-        partial.origin.write_text(f"{url}\n{validator}")
-        total = None if left is None else start + int(left)
+            etag = response.headers.get("ETag", "")  # a weak one does not promise the same bytes
+            validator = etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
+            partial.origin.write_text(f"{url}\n{validator}")
         _copy(response, partial.data, start=start, total=total, timeout=timeout, name=url.rpartition("/")[2])
+
+
+def _open(request: urllib.request.Request, timeout: float) -> http.client.HTTPResponse | None:
+    """The response; None where there is nothing left to send."""
+    try:
+        return urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416:
+            return None
+        reason = f"HTTP {error.code} {error.reason}"
+        if error.code in (408, 425, 429) or error.code >= 500:
+            raise Cut(reason) from None
+        raise Unavailable(reason) from None
+    except urllib.error.URLError as error:  # no connection: no network, no such host, nobody listens
+        raise Unavailable(str(error.reason)) from None
+    except (OSError, http.client.HTTPException) as error:
+        raise Cut(str(error) or repr(error)) from None
+    except ValueError as error:
+        raise Unavailable(str(error)) from None
 
 
 def _copy(
@@ -263,18 +294,24 @@ def _copy(
         tqdm(desc=name, initial=start, total=total, unit="B", unit_scale=True, unit_divisor=1024) as bar,
     ):
         began, received = time.monotonic(), 0
-        while block := response.read1(1 << 18):
+        while True:
+            try:
+                block = response.read1(1 << 18)
+            except (OSError, http.client.HTTPException) as error:
+                raise Cut(str(error) or repr(error)) from None
+            if not block:
+                break
             file.write(block)
             bar.update(len(block))
             received += len(block)
             if (passed := time.monotonic() - began) > timeout:
                 if received < LOWEST_RATE * passed:
-                    raise TimeoutError(f"slower than {LOWEST_RATE:,} bytes per second")
+                    raise Cut(f"slower than {LOWEST_RATE:,} bytes per second")
                 began, received = time.monotonic(), 0
         file.flush()
         os.fsync(file.fileno())
-        if total is not None and file.tell() != total:
-            raise ConnectionError(f"cut after {file.tell():,} of {total:,} bytes")
+        if total is not None and file.tell() < total:
+            raise Cut(f"cut after {file.tell():,} of {total:,} bytes")
 
 
 # --- Verifying ---------------------------------------------------------------------------------------------------
@@ -297,26 +334,45 @@ def damage(path: Path, name: str) -> str | None:
     return f"it has no {min(missing)}" if missing else None
 
 
+def fingerprint(path: Path) -> str:
+    """SHA-256 of the names, sizes and checksums of the arrays in an `.npz` file; it takes no time."""
+    with zipfile.ZipFile(path) as archive:
+        members = sorted((info.filename, info.file_size, info.CRC) for info in archive.infolist())
+    return hashlib.sha256(repr(members).encode()).hexdigest()
+
+
 def describe(path: Path, source: str) -> dict[str, Any]:
-    """Provenance of a file, for headers, configurations and result tables; of a folder, `sha256` is that of the list
-    of its files and their sizes.
+    """Provenance of a dataset, for headers, configurations and result tables. Of a folder, `sha256` is that of the
+    `fingerprint`s of its files.
 
     Raises:
-        UserError: a published or collected file is not what it was on first use.
+        UserError: a published or collected file, or the validation file beside it, is damaged, or not what it was on
+            first use.
     """
-    if path.is_dir():  # hashing the names and sizes of many files takes no time
-        listed = "\n".join(f"{file.name} {file.stat().st_size}" for file in data_files(path))
+    if path.is_dir():
+        listed = "\n".join(f"{file.name} {fingerprint(file)}" for file in data_files(path))
         return {"name": path.resolve().name, "source": source, "sha256": hashlib.sha256(listed.encode()).hexdigest()}
+    if source != "file":
+        for file in (path, validation_path(path)):
+            if file.is_file():
+                _compare_with_first_use(file, source)
+    return {"name": path.name, "source": source, "sha256": sha256(path)}
+
+
+def _compare_with_first_use(path: Path, source: str) -> None:
     found, record = sha256(path), sha256_path(path)
     expected = CHECKSUMS.get(path.name) if source == "ogbench" else None
-    if expected is None and source != "file" and record.is_file():
-        expected = (re.findall(r"^[0-9a-f]{64}", record.read_text()) or [None])[0]
+    if expected is None and record.is_file():
+        expected = (re.findall(r"^[0-9a-f]{64}", record.read_text(errors="replace")) or [None])[0]
     if expected is not None and found != expected:
         raise UserError(
             f"{path} has the SHA-256 {found[:12]}..., and {expected[:12]}... was expected: it was changed or damaged; "
             f"delete it and {record.name}, and it will be fetched anew."
         )
-    if source != "file" and not record.is_file():
-        with contextlib.suppress(OSError):  # a cache that others share may be read-only
-            record_sha256(path, path)
-    return {"name": path.name, "source": source, "sha256": found}
+    if record.is_file():
+        return
+    problem = damage(path, path.name)
+    if problem is not None:
+        raise UserError(f"{path} is damaged, {problem}: delete it, and it will be fetched anew.")
+    with contextlib.suppress(OSError):  # a cache that others share may be read-only
+        record_sha256(path, path)

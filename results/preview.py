@@ -94,8 +94,8 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line per run, task and seed."""
     lines = [
-        "| data | task | target | backup | critic | K | h | EVOR | base policy alone | mean return, predicted / observed "
-        "| correlation | CRPS |",
+        "| data | task | target | backup | critic | K | h | EVOR | base policy alone "
+        "| mean return, predicted / observed | correlation | CRPS |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:

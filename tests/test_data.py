@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common import data, envs, report
+from common import data, envs, report, sources
 from common.collect import collect
 from common.errors import UserError
 
@@ -131,6 +131,9 @@ def with_value(shape: tuple[int, ...], index: int, value: float) -> np.ndarray:
         (dict(terminals=np.array([0, 0, 1, 0, 0.5, 1])), ["terminals", "row 4", "0 or 1"]),
         (dict(observations=np.full((6, 2), 1e39)), ["observations", "row 0", "not finite"]),
         (dict(qpos=np.zeros(6)), ["qpos", "must be a 2-D array", "(6,)"]),
+        (dict(terminals=np.ones(6, bool)), ["terminals", "true everywhere", "no transition"]),
+        (dict(observations=np.full((6, 2), np.inf, np.float16)), ["observations", "row 0", "not finite"]),
+        (dict(actions=np.full((6, 1), -128, np.int8)), ["actions", "row 0", "leave [-1, 1]"]),
     ],
 )
 def test_read_arrays_names_the_array_and_the_remedy(tmp_path: Path, changes: dict, words: list[str]):
@@ -231,7 +234,12 @@ def test_read_arrays_refuses_a_damaged_file(tmp_path: Path, save):
                 st.sampled_from(["f2", "f4", "f8", "i4", "u1", "?", "c8", "U3", "O", "M8[s]", "V4"]),
                 st.lists(st.integers(0, 7), max_size=3).map(tuple),
             ),
-            st.tuples(st.integers(0, 5), st.sampled_from([np.nan, np.inf, -np.inf, 2.0, -1.5, 1e39, 0.5])),
+            st.tuples(
+                st.integers(0, 5),
+                st.sampled_from([np.nan, np.inf, -np.inf, 1.0, 2.0, -1.5, -128, 1e39, 0.5]),
+                st.sampled_from(["f2", "f4", "f8", "i1", "?"]),
+            ),
+            st.tuples(st.just("?"), st.just((6,)), st.just(1)),
         ),
         max_size=3,
     ),
@@ -257,10 +265,11 @@ def test_no_file_brings_a_traceback(tmp_path: Path, changes: dict, compressed: b
         if change is None:
             arrays.pop(key, None)
         elif isinstance(change[0], str):
-            arrays[key] = np.zeros(change[1], change[0])
+            arrays[key] = np.zeros(change[1], change[0]) if len(change) == 2 else np.ones(change[1], change[0])
         else:
-            array = np.array(arrays.get(key, np.zeros((6, 3))), float)
-            array[change[0]] = change[1]
+            array = np.array(arrays.get(key, np.zeros((6, 3))), change[2])
+            with np.errstate(all="ignore"):
+                array[change[0]] = np.array(change[1]).astype(change[2])
             arrays[key] = array
     path = tmp_path / "data.npz"
     (np.savez_compressed if compressed else np.savez)(path, **arrays)
@@ -270,6 +279,8 @@ def test_no_file_brings_a_traceback(tmp_path: Path, changes: dict, compressed: b
     path.write_bytes(content if tail is None else content[: max(0, len(content) - tail)])
     try:
         found = data.load_trajectories(path, env="my-robot", tasks=(0,))
+        report.measure(found, (0,), (0.9,))
+        data.print_summary(found, sources.describe(path, "file"), tasks=(0,), discount=0.9)
     except UserError as error:
         assert str(path) in str(error) and "\n" not in str(error).replace(str(path), "")
         return
@@ -469,6 +480,12 @@ def test_rewards_count_unsolved_cubes_and_masks_stop_at_the_solution(collected: 
     assert found.masks[0, [5, 7, 9]].tolist() == [0, 1, 1]
     assert set(np.unique(found.rewards)) <= set(range(-cubes, 1))
     np.testing.assert_array_equal(found.masks == 0, found.rewards == 0)
+
+    # Rows are relabelled in blocks; where the blocks end changes nothing.
+    with np.load(path) as file, data._simulator(path, f"{name}-play") as simulator:
+        rewards, masks = data.relabel(simulator, 2, {"qpos": file["qpos"]}, path, block=7)
+    np.testing.assert_array_equal(rewards, found.rewards[0])
+    np.testing.assert_array_equal(masks, found.masks[0])
 
     sparse = data.load_trajectories(path, env=f"{name}-play", tasks=(2,), reward="sparse")
     np.testing.assert_array_equal(sparse.rewards, np.where(found.rewards == 0, 0, -1))
@@ -699,3 +716,7 @@ def test_report_of_a_maze_draws_its_map(tmp_path: Path):
 def test_report_refuses_an_impossible_discount(tmp_path: Path):
     with pytest.raises(UserError, match=r"--discounts must be in \[0, 1\), not 1"):
         report.main(report.Args(env="my-robot", dataset=write(tmp_path / "data.npz"), discounts=(1.0,)))
+    with pytest.raises(UserError, match="need at least one number each"):
+        report.main(report.Args(env="my-robot", dataset=tmp_path / "data.npz", discounts=()))
+    with pytest.raises(UserError, match=r"--tasks \[0\]: OGBench has tasks 1 to 5"):
+        report.main(report.Args(env="my-robot", dataset=tmp_path / "data.npz", tasks=(0,)))

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 import evor_bc
+import evor_infer
 import evor_value
-from common import checkpoint, sources
+from common import checkpoint, data, sources
 from common.errors import UserError
 from common.metrics import read_csv
 from common.rotation import Rotation, pad
-from tests.helpers import tiny_dataset
+from tests.helpers import contents, tiny_dataset
 
 FILES = [Path("a"), Path("b"), Path("c")]
 
@@ -26,39 +27,43 @@ def test_files_take_turns_and_the_next_one_loads_meanwhile():
             release.wait(10)
         return path.name
 
-    with Rotation(FILES, load, every=100) as rotation:
-        assert rotation.at(0) == "a"
-        assert rotation.at(50) == "a"  # while b loads
-        release.set()
-        assert [rotation.at(step) for step in (100, 199, 200, 300, 301)] == ["b", "b", "c", "a", "a"]
-    assert [name for name, _ in loaded][:4] == ["a", "b", "c", "a"] and len(loaded) <= 5
-    assert not any(main for _, main in loaded)
+    rotation = Rotation(FILES, load, every=100, steps=400)
+    assert rotation.at(0) == "a"
+    assert rotation.at(50) == "a"  # while b loads
+    release.set()
+    assert [rotation.at(step) for step in (100, 199, 200, 300, 301)] == ["b", "b", "c", "a", "a"]
+    # The first one here, where an interrupt reaches it; the others beside; and none for a turn that never comes.
+    assert loaded == [("a", True), ("b", False), ("c", False), ("a", False)]
 
 
 def test_a_resumed_run_starts_with_the_file_of_its_step():
     for step, name in ((0, "a"), (250, "c"), (300, "a"), (499, "b")):
-        with Rotation(FILES, lambda path: path.name, every=100) as rotation:
-            assert rotation.at(step) == name
-            assert rotation.at(step + 100) == "abc"[("abc".index(name) + 1) % 3]
+        rotation = Rotation(FILES, lambda path: path.name, every=100, steps=1000)
+        assert rotation.at(step) == name
+        assert rotation.at(step + 100) == "abc"[("abc".index(name) + 1) % 3]
+        assert rotation.at(step + 500) == "abc"[("abc".index(name) + 2) % 3]  # not the one that was loaded ahead
 
 
 def test_one_file_is_loaded_once():
     loaded = []
-    with Rotation(FILES[:1], lambda path: loaded.append(path) or path.name, every=100) as rotation:
-        assert {rotation.at(step) for step in range(0, 1000, 50)} == {"a"}
+    rotation = Rotation(FILES[:1], lambda path: loaded.append(path) or path.name, every=100, steps=1000)
+    assert {rotation.at(step) for step in range(0, 1000, 50)} == {"a"}
     assert loaded == FILES[:1]
 
 
-def test_an_error_while_loading_reaches_the_training_loop():
+def test_an_error_of_the_next_file_ends_training_as_soon_as_it_is_known():
     def load(path: Path) -> str:
         if path.name == "b":
             raise UserError("b is damaged.")
         return path.name
 
-    with Rotation(FILES, load, every=100) as rotation:
-        assert rotation.at(0) == "a"
-        with pytest.raises(UserError, match="b is damaged"):
-            rotation.at(100)
+    rotation = Rotation(FILES, load, every=10_000, steps=30_000)
+    assert rotation.at(0) == "a"
+    rotation._next._thread.join()
+    with pytest.raises(UserError, match="b is damaged"):
+        rotation.at(10)
+    with pytest.raises(UserError, match="b is damaged"):
+        rotation.at(10_000)
 
 
 def test_pad():
@@ -146,12 +151,82 @@ def test_resuming_in_the_middle_of_a_turn_changes_nothing(tmp_path: Path):
         assert losses(tmp_path / "resumed", stage) == whole[stage]
 
 
-def test_files_of_another_robot_are_refused(tmp_path: Path):
+def test_a_bad_file_is_found_before_training_and_before_an_old_run_is_deleted(tmp_path: Path):
+    """Also the tenth of them: fails if a run has to come to its turn to find out, or if `--overwrite` is too quick."""
     folder = tmp_path / "folder"
     tiny_dataset(folder / "a.npz")
-    tiny_dataset(folder / "b.npz", observation_dim=4)
-    with pytest.raises(UserError, match=r"observations in .*b\.npz have 4 columns, those of the folder's first file 3"):
-        evor_bc.main(evor_bc.Args(**arguments(tmp_path, folder, "run")))
+    tiny_dataset(folder / "b.npz")
+    settings = arguments(tmp_path, folder, "run", overwrite=True)
+    evor_bc.main(evor_bc.Args(**settings))
+    evor_value.main(evor_value.Args(**settings))
+    before = contents(tmp_path / "run")
+
+    tiny_dataset(folder / "c.npz", observation_dim=4)
+    other = r"observations in .*c\.npz have 4 columns, those of the folder's first file 3"
+    for main, args in ((evor_bc.main, evor_bc.Args), (evor_value.main, evor_value.Args)):
+        with pytest.raises(UserError, match=other):
+            main(args(**settings))
+        np.savez(folder / "c.npz", observations=np.zeros(()), actions=np.zeros(()), terminals=np.zeros(()))
+        with pytest.raises(
+            UserError, match=r"observations in .*c\.npz must be a 2-D array of numbers, not float64 \(\)"
+        ):
+            main(args(**settings))
+        tiny_dataset(folder / "c.npz", observation_dim=4)
+    (folder / "c.npz").unlink()
+    for main, args in ((evor_bc.main, evor_bc.Args), (evor_value.main, evor_value.Args)):
+        with pytest.raises(UserError, match=r"no trajectory in a\.npz is longer than 30 rows"):
+            main(args(**settings | dict(horizon=30)))
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_file_that_changed_is_another_dataset(tmp_path: Path):
+    """Of the same name and size: its bank must not be used again, nor the base policy of what it was."""
+    folder = tmp_path / "folder"
+    tiny_dataset(folder / "a.npz")
+    tiny_dataset(folder / "b.npz")
+    settings = arguments(tmp_path, folder, "run", overwrite=True)
+    evor_bc.main(evor_bc.Args(**settings))
+    evor_value.main(evor_value.Args(**settings))
+    banks = {path.name: path.read_bytes() for path in (tmp_path / "run" / "bc").glob("bank-*")}
+    size = (folder / "b.npz").stat().st_size
+    tiny_dataset(folder / "b.npz", seed=5)
+    assert (folder / "b.npz").stat().st_size == size
+    with pytest.raises(UserError, match="was trained on other data"):
+        evor_value.main(evor_value.Args(**settings))
+    evor_bc.main(evor_bc.Args(**settings))
+    evor_value.main(evor_value.Args(**settings))
+    again = {path.name: path.read_bytes() for path in (tmp_path / "run" / "bc").glob("bank-*")}
+    assert banks.keys() == again.keys() == {"bank-4-a.eqx", "bank-4-b.eqx"}
+    assert banks["bank-4-b.eqx"] != again["bank-4-b.eqx"]
+
+
+def test_returns_are_bounded_by_the_rewards_of_all_files(tmp_path: Path):
+    """0 in the first file and 1 in the second: with the bounds of the first, every return would be clipped to zero."""
+    folder = tmp_path / "folder"
+    for name, reward in (("a", 0.0), ("b", 1.0)):
+        arrays = dict(np.load(tiny_dataset(folder / f"{name}.npz")))
+        np.savez(folder / f"{name}.npz", **arrays | dict(rewards=np.full(120, reward, np.float32)))
+    settings = arguments(tmp_path, folder, "run")
+    evor_bc.main(evor_bc.Args(**settings))
+    evor_value.main(evor_value.Args(**settings, discount=0.9))
+    _, (_, scale) = evor_infer.load_critic(tmp_path / "run")
+    np.testing.assert_allclose([float(scale.low[0]), float(scale.high[0])], [0.0, 10.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("reward", "lowest"), [("default", -2.0), ("sparse", -1.0)])
+def test_ogbenchs_rewards_are_bounded_by_its_subgoals(reward: str, lowest: float):
+    """Also where the first file has not all of them."""
+    found = data.reward_range(
+        [Path("a"), Path("b")], np.array([[-1.0, -1.0]]), env="cube-double-play", own=False, reward=reward
+    )
+    assert found.tolist() == [[lowest, 0.0]]
+    alone = data.reward_range([Path("a")], np.array([[-1.0, -1.0]]), env="cube-double-play", own=False, reward=reward)
+    assert alone.tolist() == [[-1.0, -1.0]]
+
+
+def test_a_missing_base_policy_gets_turns_that_fit_its_own_calls(tmp_path: Path):
+    args = evor_value.Args(file_steps=1_010, chunk=10)
+    assert evor_value.bc_args(args, tmp_path).file_steps == 2_000
 
 
 def test_turns_have_to_fit(tmp_path: Path):
