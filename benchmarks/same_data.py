@@ -122,6 +122,11 @@ def main(args: Args) -> list[dict]:
     loaded = [data.load_trajectories(path, env=args.env, tasks=tasks) for path in paths]
     episodes = tuple(episodes_of(t.terminals) for t in loaded)
     counts = [e[-1] + 1 for e in episodes]
+    number = sum(t.shape[1] for t in (loaded[0].observations, loaded[0].actions)) + 2 * NUM_TASKS + 2
+    if args.permutations < 20 * number:
+        raise UserError(
+            f"--permutations {args.permutations}: {number} variables need {20 * number} for p-values of 0.05."
+        )
     rng = np.random.default_rng(0)
     labels = np.arange(sum(counts)) < counts[0]
     weights = np.stack([labels, *(rng.permutation(labels) for _ in range(args.permutations))]).astype(float)

@@ -10,7 +10,9 @@ import pytest
 from common.errors import parse_args
 
 ROOT = Path(__file__).parent.parent
-VARIABLES = {"$target": "paper", "$backup": "base", "$velocities": "6 7 8"}  # of results/preview.sh
+VARIABLES = {  # of results/*.sh
+    "$target": "paper", "$backup": "base", "$velocities": "6 7 8", "$K": "2", "$width": "32", "$depth": "2",
+}  # fmt: skip
 
 
 def commands(text: str) -> list[str]:
@@ -23,7 +25,8 @@ def commands(text: str) -> list[str]:
 def all_commands() -> list[str]:
     texts = [(ROOT / "README.md").read_text()]
     texts += [path.read_text() for path in sorted(ROOT.glob("results/*.sh"))]
-    texts += [re.match(r'"""(.*?)"""', path.read_text(), re.S)[1] for path in sorted(ROOT.glob("evor_*.py"))]
+    modules = [path.read_text() for path in sorted([*ROOT.glob("evor_*.py"), *ROOT.glob("*/*.py")])]
+    texts += [re.match(r'"""(.*?)"""', text, re.S)[1] for text in modules if text.startswith('"""')]
     return sorted({c for text in texts for c in commands(text)})
 
 
@@ -34,7 +37,7 @@ def test_command_parses(command):
     words = shlex.split(command)
     module = words[1] if words[0] == "-m" else words[0].removesuffix(".py").replace("/", ".")
     argv = words[2:] if words[0] == "-m" else words[1:]
-    script = importlib.import_module(module)
+    script = importlib.import_module({"common.data": "common.report"}.get(module, module))
     parse_args(script.Args, getattr(script, "PRESETS", {}), argv)
 
 
