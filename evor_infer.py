@@ -46,7 +46,7 @@ from common.errors import UserError, run_cli
 from common.evaluation import Episodes
 from common.flow import Solver
 from common.metrics import git_revision, package_versions, read_csv, sha256, write_csv, write_json
-from common.networks import FlowCritic, FlowPolicy, ReturnScale, make_critic, make_policy, stratified_normal
+from common.networks import Critic, FlowPolicy, ReturnScale, make_critic, make_policy, stratified_normal
 from common.statistics import success_interval
 from common.training import Standardizer, in_blocks, over_replicas
 
@@ -109,7 +109,7 @@ class AgentParams(NamedTuple):
     """All arrays of an agent; with replicas, each leaf has a leading axis."""
 
     policy: FlowPolicy
-    critic: FlowCritic
+    critic: Critic
     standardizer: Standardizer
     scale: ReturnScale
 
@@ -130,8 +130,15 @@ class Extraction(eqx.Module):
 # --- Maths -------------------------------------------------------------------------------------------------------
 
 
-def log_mean_exp(returns: Float[Array, "*batch num"], temperature: Float[ArrayLike, ""]) -> Float[Array, "*batch"]:
+def log_mean_exp(
+    returns: Float[Array, "*batch num"],
+    temperature: Float[ArrayLike, ""],
+    weights: Float[Array, "*batch num"] | None = None,
+) -> Float[Array, "*batch"]:
     """`tau log( (1/N) sum_j exp(r_j / tau) )` over the last axis; tau = inf is the mean, tau = 0 the maximum.
+
+    With `weights`, the probabilities of the returns: `tau log( sum_j w_j exp(r_j / tau) )`, the same of a law that is
+    known. (At tau = 0 the largest value then counts, however improbable.)
 
     Written as `max + tau log1p(mean(expm1((r - max) / tau)))`, which neither overflows at a small tau nor loses its
     digits at a large one. Increasing in every return, decreasing in tau, between mean and maximum.
@@ -139,9 +146,10 @@ def log_mean_exp(returns: Float[Array, "*batch num"], temperature: Float[ArrayLi
     largest = jnp.max(returns, axis=-1)
     limit = (temperature == 0) | jnp.isinf(temperature)
     finite = jnp.where(limit, 1.0, temperature)
-    excess = jnp.mean(jnp.expm1((returns - largest[..., None]) / finite), axis=-1)
+    weights = jnp.full_like(returns, 1.0 / returns.shape[-1]) if weights is None else weights
+    excess = jnp.sum(weights * jnp.expm1((returns - largest[..., None]) / finite), axis=-1)
     soft = largest + finite * jnp.log1p(excess)
-    return jnp.where(limit, jnp.where(temperature == 0, largest, jnp.mean(returns, axis=-1)), soft)
+    return jnp.where(limit, jnp.where(temperature == 0, largest, jnp.sum(weights * returns, axis=-1)), soft)
 
 
 def return_noise(settings: Extraction, *, key: PRNGKeyArray) -> Float[Array, " num_returns"]:
@@ -152,7 +160,7 @@ def return_noise(settings: Extraction, *, key: PRNGKeyArray) -> Float[Array, " n
 
 
 def score_one(
-    critic: FlowCritic,
+    critic: Critic,
     observation: Float[Array, " observation"],
     action: Float[Array, " action"],
     noise: Float[Array, " num_returns"],
@@ -161,8 +169,10 @@ def score_one(
     flow_steps: int,
     solver: Solver = "euler",
 ) -> Float[Array, ""]:
-    """`Q*(x, a)` in the model's units, from the returns that the flow makes of `noise`; `temperature` likewise."""
-    return log_mean_exp(critic.sample(observation, action, noise, flow_steps=flow_steps, solver=solver), temperature)
+    """`Q*(x, a)` in the model's units, from the returns that the flow makes of `noise`; `temperature` likewise. Exact
+    for critics that say the law at once."""
+    returns, weights = critic.law(observation, action, noise, flow_steps=flow_steps, solver=solver)
+    return log_mean_exp(returns, temperature, weights)
 
 
 def select(
@@ -227,7 +237,7 @@ def load_policy(run_dir: Path) -> tuple[dict[str, Any], tuple[FlowPolicy, Standa
     return checkpoint.load(run_dir / "bc" / "model.eqx", build, stage="bc", remedy="train it with evor_bc.py first.")
 
 
-def load_critic(run_dir: Path) -> tuple[dict[str, Any], tuple[FlowCritic, ReturnScale]]:
+def load_critic(run_dir: Path) -> tuple[dict[str, Any], tuple[Critic, ReturnScale]]:
     """Header and (critic, scale) of stage 2; the leaves have a leading axis of (task, seed) replicas."""
 
     def build(header):
@@ -317,6 +327,18 @@ def _sample_returns(agent, observations, actions, settings, *, key):
     return agent.scale.to_environment(draws)
 
 
+@jax.jit
+def _q_value(agent, observations, actions, settings, *, key):
+    noise = return_noise(settings, key=key)
+    temperature = settings.return_temperature * agent.scale.width
+    ode = dict(flow_steps=settings.flow_steps, solver=settings.solver)
+
+    def one(x, a):
+        return score_one(agent.critic, agent.standardizer(x), a, noise, temperature=temperature, **ode)
+
+    return agent.scale.to_environment(in_blocks(one, observations, actions, rows=settings.num_returns))
+
+
 @dataclasses.dataclass(frozen=True)
 class Agent:
     """A trained agent. Inputs are batched; everything is jitted once per shape; returns are in environment units."""
@@ -392,10 +414,10 @@ class Agent:
         key: PRNGKeyArray,
         **settings,
     ) -> Float[Array, " batch"]:
-        """`Q*(x, a)`, the log-mean-exp of sampled returns; temperature as a fraction of the return range."""
-        returns = self.sample_returns(observations, actions, num_returns, key=key, **settings)
-        width = float(self.params.scale.high - self.params.scale.low)
-        return log_mean_exp(returns, return_temperature * width)
+        """`Q*(x, a)`, the log-mean-exp of the returns; temperature as a fraction of the return range."""
+        actions = self._check(observations, actions)
+        extraction = Extraction(num_returns=num_returns, return_temperature=return_temperature, **settings)
+        return _q_value(self.params, observations, actions, extraction, key=key)
 
 
 def load_agent(

@@ -60,7 +60,7 @@ from common.errors import UserError, run_cli
 from common.evaluation import Episodes
 from common.flow import integrate
 from common.metrics import sha256, write_csv
-from common.networks import CRITIC_FIELDS, FlowCritic, FlowPolicy, ReturnScale, make_critic, stratified_normal
+from common.networks import CRITIC_FIELDS, Critic, FlowCritic, FlowPolicy, ReturnScale, make_critic, stratified_normal
 from common.rotation import Rotation, pad
 from common.statistics import calibration
 from common.training import (
@@ -200,6 +200,10 @@ class Args:
     def all_seeds(self) -> tuple[int, ...]:
         return tuple(range(self.first_seed, self.first_seed + self.seeds))
 
+    @property
+    def method(self) -> str:
+        return self.td_target
+
 
 class ValueData(NamedTuple):
     """The dataset as it lies on the device. A transition i starts at row `starts[i]` and ends `horizon` rows later."""
@@ -225,8 +229,8 @@ class Replica(NamedTuple):
 class TrainState(NamedTuple):
     """Arrays only; with replicas, each leaf has a leading axis."""
 
-    critic: FlowCritic
-    target: FlowCritic
+    critic: Critic
+    target: Critic
     opt_state: optax.OptState
     step: Int[Array, ""]
 
@@ -296,7 +300,7 @@ def value_loss_one(
 
 
 def choose_next_action(
-    critic: FlowCritic,
+    critic: Critic,
     observation: Float[Array, " observation"],
     candidates: Float[Array, "K action"],
     noise: Float[Array, " num_returns"],
@@ -334,7 +338,7 @@ def draw_noise(args: Args, scale: ReturnScale, *, key: PRNGKeyArray) -> Noise:
 
 def next_actions(
     args: Args,
-    critic: FlowCritic,
+    critic: Critic,
     dataset: ValueData,
     replica: Replica,
     index: Int[Array, " batch"],
@@ -479,7 +483,7 @@ def last_screen(
     line = "-" * 100
     print(f"\n{line}\nEVOR on {name}: {info['name']} (source: {info['source']}, sha256 {info['sha256'][:12]})")
     print(
-        f"reward model: {args.td_target}, next action {args.next_action}, critic {args.critic}, "
+        f"reward model: {args.method}, next action {args.next_action}, critic {args.critic}, "
         f"horizon {args.horizon}, {args.steps:,} steps, seeds {list(args.all_seeds)}"
     )
     if args.quick:
@@ -653,8 +657,15 @@ def make_replicas(
     return pairs, Replica(jnp.asarray(task), jnp.asarray(seed), scale, train_keys), init_keys
 
 
-def main(args: Args) -> list[dict[str, Any]]:
-    """Data, base policy, reward models, evaluation, report; returns the summary of the last evaluation."""
+def main(
+    args: Args, *, init_state: Callable = init_state, train_chunk: Callable = train_chunk, outputs: int = 1
+) -> list[dict[str, Any]]:
+    """Data, base policy, reward models, evaluation, report; returns the summary of the last evaluation.
+
+    Args:
+        init_state, train_chunk: how a reward model starts and learns; baselines bring their own.
+        outputs: of a baseline's network.
+    """
     args = dataclasses.replace(args, save_every=min(args.save_every, args.steps))
     check_args(args)
     if args.distributed:
@@ -696,6 +707,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         horizon=args.horizon,
         critic=args.critic,
         **{field: getattr(args, field) for field in CRITIC_FIELDS},
+        outputs=outputs,
         replicas=[(task, seed) for task in tasks for seed in args.all_seeds],
         data=info,
         ignored_observations=np.flatnonzero(np.isinf(standardizer.std)).tolist(),
@@ -811,7 +823,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     # Report.
     if jax.process_index() > 0:
         return []
-    figures.training(run.directory / "metrics.csv", run.directory / "training.png", title=f"{name}: {args.td_target}")
+    figures.training(run.directory / "metrics.csv", run.directory / "training.png", title=f"{name}: {args.method}")
     if validation is not None:
         calibrate(args, agents(run.state), pairs, validation, tasks, run.directory)
     found: list[dict[str, Any]] = evaluate(args.steps, run.state) if evaluated else []

@@ -6,6 +6,7 @@ Each lists its possible transitions with probabilities and, for some state-actio
 
 import dataclasses
 from collections.abc import Sequence
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from scipy import stats
 
 import evor_value
 from common import data
-from common.networks import CRITIC_FIELDS, FlowCritic, ReturnScale, stratified_normal
+from common.networks import CRITIC_FIELDS, Critic, ReturnScale, stratified_normal
 from common.training import stack_replicas
 
 Atoms = tuple[Sequence[float], Sequence[float]]  # values, probabilities
@@ -120,9 +121,15 @@ def make_data(probe: Probe, *, copies: int = 400, num_next_actions: int = 4, see
 
 
 def train(
-    probe: Probe, args: evor_value.Args, *, seeds: Sequence[int] = (0,), copies: int = 400
-) -> tuple[FlowCritic, ReturnScale]:
-    """Critics (a leading axis of seeds) and scales of a probe, trained for `args.steps` steps by stage 2."""
+    probe: Probe,
+    args: evor_value.Args,
+    *,
+    seeds: Sequence[int] = (0,),
+    copies: int = 400,
+    learner: ModuleType = evor_value,
+) -> tuple[Critic, ReturnScale]:
+    """Critics (a leading axis of seeds) and scales of a probe, trained for `args.steps` steps by stage 2, or by the
+    `init_state` and `train_chunk` of a baseline."""
     dataset = make_data(probe, copies=copies, num_next_actions=args.num_next_actions)
     args = dataclasses.replace(args, discount=probe.discount)
     header = dict(
@@ -131,6 +138,7 @@ def train(
         horizon=1,
         critic=args.critic,
         **{field: getattr(args, field) for field in CRITIC_FIELDS},
+        outputs=getattr(args, "outputs", 1),
     )
     rewards = np.asarray(dataset.rewards)
     bounds = data.return_bounds(rewards, probe.discount)[np.zeros(len(seeds), int)]
@@ -139,14 +147,14 @@ def train(
     scale = ReturnScale.of(bounds[:, 0], bounds[:, 1], shift=shift, width=args.return_width)
     zeros = jnp.zeros(len(seeds), jnp.int32)
     replicas = evor_value.Replica(task=zeros, seed=zeros, scale=scale, key=keys)
-    state = stack_replicas(lambda key: evor_value.init_state(args, header, key=key), keys)
+    state = stack_replicas(lambda key: learner.init_state(args, header, key=key), keys)
     for _ in range(args.steps // args.chunk):
-        state, _ = evor_value.train_chunk(args, state, dataset, replicas)
+        state, _ = learner.train_chunk(args, state, dataset, replicas)
     return state.critic, scale
 
 
 def sample_returns(
-    critic: FlowCritic,
+    critic: Critic,
     scale: ReturnScale,
     probe: Probe,
     query: tuple[int, float],
@@ -165,9 +173,7 @@ def sample_returns(
     return np.asarray(jax.vmap(one)(critic, scale))
 
 
-def w1(
-    critic: FlowCritic, scale: ReturnScale, probe: Probe, *, flow_steps: int = 10, noise_std: float = 0.0
-) -> np.ndarray:
+def w1(critic: Critic, scale: ReturnScale, probe: Probe, *, flow_steps: int = 10, noise_std: float = 0.0) -> np.ndarray:
     """Wasserstein-1 distance to the exact law, in the probe's units, averaged over its queries; one number per seed.
 
     With `noise_std`, distance to the normal law around the exact mean instead: what `paper` converges to.

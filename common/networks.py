@@ -114,7 +114,39 @@ class FlowPolicy(eqx.Module):
         return jnp.clip(actions, -1.0, 1.0)
 
 
-class FlowCritic(eqx.Module):
+class Critic(eqx.Module):
+    """What stage 3 asks of a critic, in the model's units: its law of the reward-to-go, and draws from it."""
+
+    def law(
+        self,
+        observation: Float[Array, " observation"],
+        action: Float[Array, " action"],
+        noise: Float[Array, " num"],
+        *,
+        flow_steps: int,
+        solver: Solver = "euler",
+    ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+        """Values of the return and their probabilities. Only a flow has to sample, and makes use of the noise."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        observation: Float[Array, " observation"],
+        action: Float[Array, " action"],
+        noise: Float[Array, " num"],
+        *,
+        flow_steps: int,
+        solver: Solver = "euler",
+    ) -> Float[Array, " num"]:
+        """Draws of the return: the quantiles of the law at `Phi(noise)`."""
+        values, weights = self.law(observation, action, noise, flow_steps=flow_steps, solver=solver)
+        order = jnp.argsort(values)
+        below = jnp.cumsum(weights[order])
+        index = jnp.searchsorted(below, jax.scipy.special.ndtr(noise) * below[-1])
+        return values[order][jnp.minimum(index, len(values) - 1)]
+
+
+class FlowCritic(Critic):
     """Velocity field `s(z_t, t | x, a)` of the reward-to-go law, in the model's units.
 
     kind `mlp`: one MLP on `[x, a, z_t, t]`, the paper's. kind `trunk`: hidden layers compute features of `(x, a)` and a
@@ -192,6 +224,72 @@ class FlowCritic(eqx.Module):
         velocity = jax.vmap(self.velocity, (None, 0, None))
         return integrate(lambda z, t: velocity(features, z, t), noise, num_steps=flow_steps, solver=solver)
 
+    def law(
+        self,
+        observation: Float[Array, " observation"],
+        action: Float[Array, " action"],
+        noise: Float[Array, " num"],
+        *,
+        flow_steps: int,
+        solver: Solver = "euler",
+    ) -> tuple[Float[Array, " num"], Float[Array, " num"]]:
+        """The draws that the flow makes of the noise, equally probable."""
+        values = self.sample(observation, action, noise, flow_steps=flow_steps, solver=solver)
+        return values, jnp.full_like(values, 1.0 / len(values))
+
+
+class DirectCritic(Critic):
+    """A critic of the baselines: one MLP on `[x, a]` whose outputs say the law at once.
+
+    kind `scalar`: the expected return. `qr`: `outputs` quantiles of the return at the levels (i + 1/2) / outputs, each
+    of probability 1 / outputs. `c51`: logits of the probabilities of the values `atoms`. All start, with the small
+    outputs of an untrained network, at what a flow starts from: N(0, 1), or its mean.
+    """
+
+    mlp: MLP
+    atoms: Float[Array, " outputs"]  # of `c51`: the values of the return, no parameters
+    kind: str = eqx.field(static=True)
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        *,
+        kind: str,
+        outputs: int,
+        width: int = 512,
+        depth: int = 4,
+        key: PRNGKeyArray,
+    ):
+        mlp = MLP(observation_dim + action_dim, outputs, width=width, depth=depth, layer_norm=True, key=key)
+        self.mlp = eqx.tree_at(lambda m: m.output.weight, mlp, 0.01 * mlp.output.weight)
+        self.atoms, self.kind = jnp.zeros(outputs), kind
+
+    def __call__(
+        self, observation: Float[Array, " observation"], action: Float[Array, " action"]
+    ) -> Float[Array, " outputs"]:
+        """The value, the quantiles, or the logits of the atoms' probabilities."""
+        out = self.mlp(jnp.concatenate([observation, action]))
+        if self.kind == "qr":
+            return stratified_normal(len(out)) + out
+        if self.kind == "c51":
+            return out - 0.5 * jax.lax.stop_gradient(self.atoms) ** 2
+        return out
+
+    def law(
+        self,
+        observation: Float[Array, " observation"],
+        action: Float[Array, " action"],
+        noise: Float[Array, " num"],
+        *,
+        flow_steps: int,
+        solver: Solver = "euler",
+    ) -> tuple[Float[Array, " outputs"], Float[Array, " outputs"]]:
+        out = self(observation, action)
+        if self.kind == "c51":
+            return self.atoms, jax.nn.softmax(out)
+        return out, jnp.full_like(out, 1.0 / len(out))
+
 
 class ReturnScale(eqx.Module):
     """The affine map between returns in the environment's units and in the model's, `return = shift + scale * z`.
@@ -247,8 +345,11 @@ def make_policy(header: dict[str, Any], *, key: PRNGKeyArray) -> FlowPolicy:
 CRITIC_FIELDS = ("width", "depth", "head_width", "head_depth")  # of a checkpoint header, beside `critic`, its kind
 
 
-def make_critic(header: dict[str, Any], *, key: PRNGKeyArray) -> FlowCritic:
+def make_critic(header: dict[str, Any], *, key: PRNGKeyArray) -> Critic:
     """An untrained critic with the dimensions of a checkpoint header."""
     chunk_dim = header["action_dim"] * header["horizon"]
+    if header["critic"] in ("scalar", "c51", "qr"):
+        shape = dict(outputs=header["outputs"], width=header["width"], depth=header["depth"])
+        return DirectCritic(header["observation_dim"], chunk_dim, kind=header["critic"], **shape, key=key)
     dims = {name: header[name] for name in CRITIC_FIELDS}
     return FlowCritic(header["observation_dim"], chunk_dim, kind=header["critic"], **dims, key=key)

@@ -164,12 +164,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a copy of `trained`, no other data, and a dataset host that does not answer."""
-    from ogbench import utils
-
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(utils, "DATASET_URL", "http://127.0.0.1:9")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -196,10 +192,13 @@ MISTAKES_OF_TRAINING = {
     "no kind of data": (dict(env="nonsense", dataset=None), "unknown environment 'nonsense'|such as cube-double-play"),
     "no such environment": (dict(env="cube-septuple-play", dataset=None), "'cube-septuple-play'|has|cube-double"),
     "no such task": (dict(env="cube-double-play-singletask-task9-v0", dataset=None), "task 9|tasks 1 to 5"),
-    "no data to be had": (dict(env="scene-play", dataset=None), "scene-play-v0.npz|--dataset FILE"),
+    "no data to be had": (
+        dict(env="antmaze-large-navigate", dataset=None),
+        "antmaze-large-navigate-v0.npz|trained experts|--dataset FILE",
+    ),
     "nothing to collect": (dict(env="cube-triple-play", dataset=None, episodes=0), "episodes must be at least 1"),
     "no such file": (dict(dataset=Path("missing.npz")), "missing.npz|check the path given to --dataset"),
-    "a folder as dataset": (dict(dataset=Path("run")), "no dataset file|--dataset"),
+    "a folder as dataset": (dict(dataset=Path("run")), "no training files|--dataset"),
     "a name for no run": (dict(env="../escape"), "--env '../escape'|use letters"),
     "steps and chunk": (dict(steps=5), "--steps 5|--chunk 2|change one of them"),
     "no steps": (dict(steps=0), "--steps 0|--chunk"),

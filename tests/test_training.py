@@ -301,7 +301,6 @@ print("process", jax.process_index(), "devices", len(jax.devices()), "evaluated"
 def test_the_main_job_on_collected_data_with_chunks(tmp_path, monkeypatch, capsys):
     """Everything from nothing, offline: collection, base policy, reward model, evaluation, figures, then a sweep."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("ogbench.utils.DATASET_URL", "http://127.0.0.1:9")
     monkeypatch.chdir(tmp_path)
     settings = SMALL | dict(steps=20, save_every=20)
     bc = evor_bc.Args(env="cube-single-play", episodes=2, horizon=5, **settings)

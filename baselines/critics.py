@@ -1,0 +1,201 @@
+"""EVOR without flow TD: stage 2 with a critic that says the reward-to-go at once, by one MLP on (x, a).
+
+    python -m baselines.critics --env cube-double-play --critic scalar
+
+The TD problem of `evor_value.py`, with its data, base policy, next-action bank, backups, checkpoints and evaluation:
+Z(x, a) = r + g Z(x', a'), g = discount * mask, a' by `--next-action`. Only the critic and its loss differ:
+
+    --critic   outputs                          target, made with the target network    loss
+    scalar     Q(x, a)                          y = r + g Q_bar(x', a')                 (Q - y)^2
+    c51        probabilities p of fixed atoms   r + g atoms, projected on the atoms     - sum_i target_i log p_i
+    qr         quantiles q_i at (i + 1/2) / n   y_j = r + g q_bar_j(x', a')             quantile Huber, below
+
+C51's projection shares the mass of each shifted atom, clipped to the support, between its two neighbours. QR's loss is
+`sum_i mean_j |tau_i - [y_j < q_i]| H(y_j - q_i) / k`, with Huber's H(u) = u^2 / 2 where |u| < k and k (|u| - k/2)
+elsewhere, k a small part of the possible returns: a large one learns expectiles. All is in the scaled units of
+`evor_value.py`, and bootstrapped values are clipped as there. With one of the banked next actions per update, `scalar`
+is expected SARSA in the mean over updates.
+
+Reads and writes what `evor_value.py` does; `evor_infer.py` loads the result. There the log-mean-exp is exact: the value
+of `scalar`, a weighted sum over atoms or quantiles of the others, without sampling.
+
+Sources: C51, Bellemare et al., arXiv 1707.06887; QR, Dabney et al., arXiv 1710.10044.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
+
+import evor_bc
+import evor_value
+from common.errors import UserError, run_cli
+from common.networks import DirectCritic, make_critic
+from common.training import over_replicas
+
+PRESETS: dict[str, dict[str, Any]] = {
+    name: {key: value for key, value in preset.items() if key != "critic"}
+    for name, preset in evor_value.PRESETS.items()
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(evor_value.Args):
+    """Stage 2 with a scalar critic, C51 or QR in the place of the flow. Flags of the flow alone have no effect."""
+
+    critic: Literal["scalar", "c51", "qr"] = "scalar"  # type: ignore[assignment]
+    """The critic; see the table at the top of the file."""
+    atoms: int = 51
+    """Atoms of C51, evenly over the possible returns and --clip-margin."""
+    quantiles: int = 32
+    """Quantiles of QR."""
+    huber: float = 0.005
+    """Threshold of QR's Huber loss, as a fraction of the return range: one reward of -1 on cube-double (ours)."""
+
+    @property
+    def method(self) -> str:
+        return self.critic
+
+    @property
+    def outputs(self) -> int:
+        return {"scalar": 1, "c51": self.atoms, "qr": self.quantiles}[self.critic]
+
+
+# --- Maths -------------------------------------------------------------------------------------------------------
+
+
+def project(
+    values: Float[Array, " n"], weights: Float[Array, " n"], atoms: Float[Array, " atoms"]
+) -> Float[Array, " atoms"]:
+    """The law `sum_j weights_j delta(values_j)` on evenly spaced atoms: each value, clipped to their range, shares its
+    weight between its two neighbours in proportion to how near they are. Keeps the mean of values within the range."""
+    step = atoms[1] - atoms[0]
+    place = (jnp.clip(values, atoms[0], atoms[-1]) - atoms[0]) / step
+    apart = jnp.abs(place[:, None] - jnp.arange(len(atoms))[None, :])
+    return weights @ jnp.clip(1.0 - apart, 0.0)
+
+
+def quantile_huber(
+    quantiles: Float[Array, " n"], values: Float[Array, " m"], threshold: Float[ArrayLike, ""]
+) -> Float[Array, ""]:
+    """`sum_i mean_j |tau_i - [y_j < q_i]| H(y_j - q_i) / k`, `tau_i = (i + 1/2) / n`, H Huber's, k its threshold."""
+    levels = (jnp.arange(len(quantiles)) + 0.5) / len(quantiles)
+    error = values[None, :] - quantiles[:, None]
+    size = jnp.abs(error)
+    huber = jnp.where(size < threshold, 0.5 * error**2 / threshold, size - 0.5 * threshold)
+    return jnp.sum(jnp.mean(jnp.abs(levels[:, None] - (error < 0)) * huber, axis=1))
+
+
+def td_loss_one(
+    critic: DirectCritic,
+    target: DirectCritic,
+    observation: Float[Array, " observation"],
+    action: Float[Array, " action"],
+    reward: Float[Array, ""],
+    bootstrap: Float[Array, ""],
+    next_observation: Float[Array, " observation"],
+    next_action: Float[Array, " action"],
+    *,
+    low: Float[Array, ""],
+    high: Float[Array, ""],
+    threshold: Float[ArrayLike, ""],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Loss of one transition, the table at the top of the file, and the mean of its target; in the model's units."""
+    no_noise = jnp.zeros(1)
+    values, weights = target.law(next_observation, next_action, no_noise, flow_steps=1)
+    values = jax.lax.stop_gradient(reward + bootstrap * jnp.clip(values, low, high))
+    weights = jax.lax.stop_gradient(weights)
+    out = critic(observation, action)
+    if critic.kind == "scalar":
+        loss = (out[0] - values[0]) ** 2
+    elif critic.kind == "c51":
+        loss = -jnp.sum(project(values, weights, jax.lax.stop_gradient(critic.atoms)) * jax.nn.log_softmax(out))
+    else:
+        loss = quantile_huber(out, values, threshold)
+    return loss, jnp.sum(weights * values)
+
+
+# --- Training ----------------------------------------------------------------------------------------------------
+
+
+def with_atoms(critic: DirectCritic, low: Float[Array, ""], high: Float[Array, ""]) -> DirectCritic:
+    """The critic with its atoms evenly over `[low, high]`."""
+    if critic.kind != "c51":
+        return critic
+    return eqx.tree_at(lambda c: c.atoms, critic, jnp.linspace(low, high, len(critic.atoms)))
+
+
+def train_step(
+    args: Args, state: evor_value.TrainState, dataset: evor_value.ValueData, replica: evor_value.Replica
+) -> tuple[evor_value.TrainState, dict[str, Float[Array, ""]]]:
+    """One gradient step of one replica. Keys are derived from the step, so a resumed run draws the same batches."""
+    batch_key, _, action_key = jax.random.split(jax.random.fold_in(replica.key, state.step), 3)
+    index = jax.random.randint(batch_key, (args.batch_size,), 0, dataset.count)
+    starts = dataset.starts[index]
+    observations, next_observations = dataset.observations[starts], dataset.observations[starts + args.horizon]
+    actions = evor_bc.action_chunks(dataset.actions, starts, args.horizon)
+    bootstrap = dataset.bootstraps[replica.task, index]
+    reward = replica.scale.reward_to_model(dataset.rewards[replica.task, index], bootstrap)
+
+    margin = args.clip_margin * (replica.scale.high - replica.scale.low)
+    low = replica.scale.to_model(replica.scale.low - margin)
+    high = replica.scale.to_model(replica.scale.high + margin)
+    online, target_critic = with_atoms(state.critic, low, high), with_atoms(state.target, low, high)
+    chosen = evor_value.next_actions(args, online, dataset, replica, index, key=action_key)
+
+    def loss_fn(critic):
+        limits = dict(low=low, high=high, threshold=args.huber * replica.scale.width)
+        one = functools.partial(td_loss_one, critic, target_critic, **limits)
+        losses, targets = jax.vmap(one)(observations, actions, reward, bootstrap, next_observations, chosen)
+        return jnp.mean(losses), jnp.mean(targets)
+
+    (loss, target), gradient = jax.value_and_grad(loss_fn, has_aux=True)(online)
+    updates, opt_state = evor_value.make_optimizer(args).update(gradient, state.opt_state)
+    critic = with_atoms(optax.apply_updates(online, updates), low, high)
+    # Polyak average of the *updated* online parameters: the target lags by tau alone, not by one step more.
+    target_critic = optax.incremental_update(critic, target_critic, args.tau)
+    metrics = {
+        "loss": loss,
+        "gradient_norm": optax.tree.norm(gradient),
+        "target_return": replica.scale.to_environment(target),
+    }
+    return evor_value.TrainState(critic, target_critic, opt_state, state.step + 1), metrics
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def train_chunk(
+    args: Args, state: evor_value.TrainState, dataset: evor_value.ValueData, replicas: evor_value.Replica
+) -> tuple[evor_value.TrainState, dict]:
+    """`args.chunk` gradient steps of all replicas in one call; metrics are averaged over the chunk."""
+
+    def steps_of_one(state, replica):
+        return jax.lax.scan(lambda s, _: train_step(args, s, dataset, replica), state, length=args.chunk)
+
+    state, metrics = over_replicas(steps_of_one, state, replicas)
+    return state, jax.tree.map(lambda m: jnp.mean(m, axis=1), metrics)
+
+
+def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> evor_value.TrainState:
+    """A fresh training state of one replica; the target network starts as a copy of the online one."""
+    critic = make_critic(header, key=key)
+    target = jax.tree.map(jnp.copy, critic)
+    optimizer = evor_value.make_optimizer(args)
+    return evor_value.TrainState(critic, target, optimizer.init(critic), jnp.zeros((), jnp.int32))
+
+
+def main(args: Args) -> list[dict[str, Any]]:
+    """`evor_value.main` with these critics; returns the summary of the last evaluation."""
+    if args.atoms < 2 or args.quantiles < 1:
+        raise UserError("--atoms must be at least 2 and --quantiles at least 1.")
+    if not args.huber > 0:
+        raise UserError(f"--huber must be positive, not {args.huber}.")
+    return evor_value.main(args, init_state=init_state, train_chunk=train_chunk, outputs=args.outputs)
+
+
+if __name__ == "__main__":
+    run_cli(main, Args, PRESETS)
