@@ -146,10 +146,13 @@ def log_mean_exp(
     largest = jnp.max(returns, axis=-1)
     limit = (temperature == 0) | jnp.isinf(temperature)
     finite = jnp.where(limit, 1.0, temperature)
-    weights = jnp.full_like(returns, 1.0 / returns.shape[-1]) if weights is None else weights
-    excess = jnp.sum(weights * jnp.expm1((returns - largest[..., None]) / finite), axis=-1)
+
+    def mean(x):
+        return jnp.mean(x, axis=-1) if weights is None else jnp.sum(weights * x, axis=-1)
+
+    excess = mean(jnp.expm1((returns - largest[..., None]) / finite))
     soft = largest + finite * jnp.log1p(excess)
-    return jnp.where(limit, jnp.where(temperature == 0, largest, jnp.sum(weights * returns, axis=-1)), soft)
+    return jnp.where(limit, jnp.where(temperature == 0, largest, mean(returns)), soft)
 
 
 def return_noise(settings: Extraction, *, key: PRNGKeyArray) -> Float[Array, " num_returns"]:

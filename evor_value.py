@@ -43,6 +43,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -657,15 +658,13 @@ def make_replicas(
     return pairs, Replica(jnp.asarray(task), jnp.asarray(seed), scale, train_keys), init_keys
 
 
-def main(
-    args: Args, *, init_state: Callable = init_state, train_chunk: Callable = train_chunk, outputs: int = 1
-) -> list[dict[str, Any]]:
+def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, Any]]:
     """Data, base policy, reward models, evaluation, report; returns the summary of the last evaluation.
 
     Args:
-        init_state, train_chunk: how a reward model starts and learns; baselines bring their own.
-        outputs: of a baseline's network.
+        baseline: brings its own `init_state` and `train_chunk`, the way in which a reward model starts and learns.
     """
+    init, train = (baseline.init_state, baseline.train_chunk) if baseline else (init_state, train_chunk)
     args = dataclasses.replace(args, save_every=min(args.save_every, args.steps))
     check_args(args)
     if args.distributed:
@@ -707,7 +706,7 @@ def main(
         horizon=args.horizon,
         critic=args.critic,
         **{field: getattr(args, field) for field in CRITIC_FIELDS},
-        outputs=outputs,
+        outputs=getattr(args, "outputs", 1),  # of a baseline's network
         replicas=[(task, seed) for task in tasks for seed in args.all_seeds],
         data=info,
         ignored_observations=np.flatnonzero(np.isinf(standardizer.std)).tolist(),
@@ -760,7 +759,7 @@ def main(
         return copy_to_devices(jax.tree.map(jnp.asarray, dataset), len(pairs))
 
     # Training.
-    state = run.restore(stack_replicas(lambda key: init_state(args, header, key=key), init_keys))
+    state = run.restore(stack_replicas(lambda key: init(args, header, key=key), init_keys))
     state, spread_replicas = spread((state, replicas), len(pairs))
     rotation = Rotation(files, load, every=args.file_steps, steps=args.steps)
     redrawn: tuple[int, Any] = (0, None)
@@ -776,7 +775,7 @@ def main(
             redrawn = draw, copy_to_devices(bank, len(pairs))
         if draw:
             dataset = dataset._replace(bank=redrawn[1])
-        return train_chunk(args, state, dataset, spread_replicas)
+        return train(args, state, dataset, spread_replicas)
 
     def agents(state: TrainState) -> evor_infer.AgentParams:
         standardizers = jax.tree.map(lambda x: jnp.stack([x] * len(pairs)), standardizer)

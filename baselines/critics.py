@@ -24,6 +24,7 @@ Sources: C51, Bellemare et al., arXiv 1707.06887; QR, Dabney et al., arXiv 1710.
 
 import dataclasses
 import functools
+import sys
 from typing import Any, Literal
 
 import equinox as eqx
@@ -194,7 +195,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         raise UserError("--atoms must be at least 2 and --quantiles at least 1.")
     if not args.huber > 0:
         raise UserError(f"--huber must be positive, not {args.huber}.")
-    return evor_value.main(args, init_state=init_state, train_chunk=train_chunk, outputs=args.outputs)
+    return evor_value.main(args, baseline=sys.modules[__name__])
 
 
 if __name__ == "__main__":

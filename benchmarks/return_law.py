@@ -39,6 +39,8 @@ class Args:
     """Hidden layers of the trunk critic's head."""
     num_next_actions: int = 4
     """Actions per transition in the next-action bank."""
+    copies: int = 400
+    """Size of the data: transitions per unit of probability. Few of them leave sampling errors in the bank."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds."""
     steps: int = 3_000
@@ -89,7 +91,7 @@ def main(args: Args) -> list[dict]:
                 schedule="cosine",
                 return_width=return_range(probe) / args.noise_std,
             )
-            critic, scale = probes.train(probe, train_args, seeds=args.seeds)
+            critic, scale = probes.train(probe, train_args, seeds=args.seeds, copies=args.copies)
             exact = probes.w1(critic, scale, probe, flow_steps=args.flow_steps)
             normal = probes.w1(critic, scale, probe, flow_steps=args.flow_steps, noise_std=args.noise_std)
             mean_error = np.mean(
@@ -106,6 +108,7 @@ def main(args: Args) -> list[dict]:
                 probe=probe.name, target=target, critic=args.critic, steps=args.steps, width=args.width,
                 depth=args.depth, head_width=args.head_width, head_depth=args.head_depth, noise_std=args.noise_std,
                 target_steps=args.target_steps, flow_steps=args.flow_steps, num_next_actions=args.num_next_actions,
+                copies=args.copies,
             )  # fmt: skip
             versions = dict(git_revision=git_revision(), jax=package_versions()["jax"])
             for i, seed in enumerate(args.seeds):
@@ -128,13 +131,14 @@ def main(args: Args) -> list[dict]:
 def read_rows(path: Path) -> list[dict]:
     """Rows of an earlier comparison, with their distances as numbers."""
     numbers = ("w1", "w1_to_normal", "mean_error")
-    return [row | {key: float(row[key]) for key in numbers} for row in read_csv(path)]
+    return [{"copies": "400"} | row | {key: float(row[key]) for key in numbers} for row in read_csv(path)]
 
 
 def setting(row: dict) -> str:
     """What a column of the table is about."""
     head = f" {row['head_depth']} x {row['head_width']}" if row["critic"] == "trunk" else ""
-    return f"`{row['target']}`, {row['critic']}{head}, K = {row['num_next_actions']}"
+    size = f", {int(row['copies']):,} copies" if int(row["copies"]) != Args.copies else ""
+    return f"`{row['target']}`, {row['critic']}{head}, K = {row['num_next_actions']}{size}"
 
 
 def table(args: Args, rows: list[dict]) -> str:

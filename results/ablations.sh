@@ -21,6 +21,7 @@ for depth in 1 2 4; do
 done
 for K in 1 2 4 8 16; do
   python -m benchmarks.return_law --targets shared-noise --num-next-actions $K --probes "action-dependent reward, stochastic policy" --out results/return_law_next_actions.csv --append
+  python -m benchmarks.return_law --targets shared-noise --num-next-actions $K --probes "action-dependent reward, stochastic policy" --copies 40000 --out results/return_law_next_actions.csv --append
 done
 python -m benchmarks.return_law --critic trunk --out results/return_law_trunk.csv
 

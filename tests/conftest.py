@@ -10,3 +10,17 @@ from jaxtyping import install_import_hook
 
 # Checks every shape annotation of the project while tests run.
 install_import_hook(["common", "evor_bc", "evor_value", "evor_infer", "benchmarks", "baselines"], "beartype.beartype")
+
+import gc  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs() -> Iterator[None]:
+    """Each compiled program is mapped into memory, and a process may have 65,530 maps: beyond that XLA crashes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
