@@ -6,7 +6,7 @@ The TD problem of `evor_value.py`, with its data, base policy, next-action bank,
 Z(x, a) = r + g Z(x', a'), g = discount * mask, a' by `--next-action`. Only the critic and its loss differ:
 
     --critic   outputs                          target, made with the target network    loss
-    scalar     Q(x, a)                          y = r + g Q_bar(x', a')                 (Q - y)^2
+    scalar     Q_k(x, a), k = 1..ensemble       y = r + g mean_k Q_bar_k(x', a')        mean_k (Q_k - y)^2
     c51        probabilities p of fixed atoms   r + g atoms, projected on the atoms     - sum_i target_i log p_i
     qr         quantiles q_i at (i + 1/2) / n   y_j = r + g q_bar_j(x', a')             quantile Huber, below
 
@@ -51,6 +51,8 @@ class Args(evor_value.Args):
 
     critic: Literal["scalar", "c51", "qr"] = "scalar"  # type: ignore[assignment]
     """The critic; see the table at the top of the file."""
+    ensemble: int = 1
+    """Scalar critics, whose mean is the value; QC has 2."""
     atoms: int = 51
     """Atoms of C51, evenly over the possible returns and --clip-margin."""
     quantiles: int = 32
@@ -64,7 +66,7 @@ class Args(evor_value.Args):
 
     @property
     def outputs(self) -> int:
-        return {"scalar": 1, "c51": self.atoms, "qr": self.quantiles}[self.critic]
+        return {"scalar": self.ensemble, "c51": self.atoms, "qr": self.quantiles}[self.critic]
 
 
 # --- Maths -------------------------------------------------------------------------------------------------------
@@ -113,7 +115,7 @@ def td_loss_one(
     weights = jax.lax.stop_gradient(weights)
     out = critic(observation, action)
     if critic.kind == "scalar":
-        loss = (out[0] - values[0]) ** 2
+        loss = jnp.mean((out - values) ** 2)  # values has one element
     elif critic.kind == "c51":
         loss = -jnp.sum(project(values, weights, jax.lax.stop_gradient(critic.atoms)) * jax.nn.log_softmax(out))
     else:
@@ -191,8 +193,8 @@ def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> evor
 
 def main(args: Args) -> list[dict[str, Any]]:
     """`evor_value.main` with these critics; returns the summary of the last evaluation."""
-    if args.atoms < 2 or args.quantiles < 1:
-        raise UserError("--atoms must be at least 2 and --quantiles at least 1.")
+    if args.atoms < 2 or args.quantiles < 1 or args.ensemble < 1:
+        raise UserError("--atoms must be at least 2, --quantiles and --ensemble at least 1.")
     if not args.huber > 0:
         raise UserError(f"--huber must be positive, not {args.huber}.")
     return evor_value.main(args, baseline=sys.modules[__name__])

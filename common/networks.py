@@ -5,6 +5,7 @@ biases, tanh-approximate GELU, LayerNorm *after* the activation with eps 1e-6 in
 time `t` appended to the input. One thing differs: critics start with an output layer a hundred times smaller.
 """
 
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -241,9 +242,10 @@ class FlowCritic(Critic):
 class DirectCritic(Critic):
     """A critic of the baselines: one MLP on `[x, a]` whose outputs say the law at once.
 
-    kind `scalar`: the expected return. `qr`: `outputs` quantiles of the return at the levels (i + 1/2) / outputs, each
-    of probability 1 / outputs. `c51`: logits of the probabilities of the values `atoms`. All start, with the small
-    outputs of an untrained network, at what a flow starts from: N(0, 1), or its mean.
+    kind `scalar`: the expected return, the mean over `outputs` MLPs. `qr`: `outputs` quantiles of the return at the
+    levels (i + 1/2) / outputs, each of probability 1 / outputs. `c51`: logits of the probabilities of the values
+    `atoms`. All start, with the small outputs of an untrained network, at what a flow starts from: N(0, 1), or its
+    mean.
     """
 
     mlp: MLP
@@ -261,20 +263,27 @@ class DirectCritic(Critic):
         depth: int = 4,
         key: PRNGKeyArray,
     ):
-        mlp = MLP(observation_dim + action_dim, outputs, width=width, depth=depth, layer_norm=True, key=key)
+        make = functools.partial(MLP, observation_dim + action_dim, width=width, depth=depth, layer_norm=True)
+        if kind == "scalar":
+            mlp = jax.vmap(lambda key: make(1, key=key))(jax.random.split(key, outputs))
+        else:
+            mlp = make(outputs, key=key)
         self.mlp = eqx.tree_at(lambda m: m.output.weight, mlp, 0.01 * mlp.output.weight)
         self.atoms, self.kind = jnp.zeros(outputs), kind
 
     def __call__(
         self, observation: Float[Array, " observation"], action: Float[Array, " action"]
     ) -> Float[Array, " outputs"]:
-        """The value, the quantiles, or the logits of the atoms' probabilities."""
-        out = self.mlp(jnp.concatenate([observation, action]))
+        """The value according to each MLP, the quantiles, or the logits of the atoms' probabilities."""
+        x = jnp.concatenate([observation, action])
+        if self.kind == "scalar":
+            return jax.vmap(lambda mlp: mlp(x)[0])(self.mlp)
+        out = self.mlp(x)
         if self.kind == "qr":
             return stratified_normal(len(out)) + out
         if self.kind == "c51":
             return out - 0.5 * jax.lax.stop_gradient(self.atoms) ** 2
-        return out
+        raise ValueError(f"critic must be 'scalar', 'c51' or 'qr', not {self.kind!r}.")
 
     def law(
         self,
@@ -284,8 +293,10 @@ class DirectCritic(Critic):
         *,
         flow_steps: int,
         solver: Solver = "euler",
-    ) -> tuple[Float[Array, " outputs"], Float[Array, " outputs"]]:
+    ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         out = self(observation, action)
+        if self.kind == "scalar":
+            return jnp.mean(out, keepdims=True), jnp.ones(1)
         if self.kind == "c51":
             return self.atoms, jax.nn.softmax(out)
         return out, jnp.full_like(out, 1.0 / len(out))

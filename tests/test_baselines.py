@@ -71,7 +71,7 @@ def test_quantile_huber_is_least_at_the_quantiles():
 
 
 def critic_of(kind: str, seed: int = 0) -> DirectCritic:
-    outputs = {"scalar": 1, "c51": 9, "qr": 4}[kind]
+    outputs = {"scalar": 2, "c51": 9, "qr": 4}[kind]
     critic = DirectCritic(3, 2, kind=kind, outputs=outputs, width=8, depth=2, key=jax.random.key(seed))
     critic = eqx.tree_at(lambda c: c.mlp, critic, jax.tree.map(lambda x: 3.0 * x + 0.01, critic.mlp))
     return critics.with_atoms(critic, jnp.float32(-2.0), jnp.float32(2.0))
@@ -90,14 +90,17 @@ def test_td_loss_is_the_formula(kind: str, bootstrap: float, reward: float):
     loss, mean = critics.td_loss_one(*arguments, next_x, next_a, **limits)
 
     out, following = np.asarray(online(x, a), float), np.asarray(target(next_x, next_a), float)
-    if kind == "c51":
+    if kind == "scalar":
+        values, weights = np.array([following.mean()]), np.ones(1)
+    elif kind == "c51":
         values = np.asarray(target.atoms, float)
         weights = np.exp(following) / np.exp(following).sum()
     else:
         values, weights = following, np.full(len(following), 1 / len(following))
     values = reward + bootstrap * np.clip(values, -1, 1)
     if kind == "scalar":
-        expected = (out[0] - values[0]) ** 2
+        assert len(out) == 2 and abs(out[0] - out[1]) > 1e-3
+        expected = ((out[0] - values[0]) ** 2 + (out[1] - values[0]) ** 2) / 2
     elif kind == "c51":
         expected = -loop_projection(values, weights, ATOMS) @ (out - np.log(np.exp(out).sum()))
     else:
