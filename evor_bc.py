@@ -278,6 +278,7 @@ def main(args: Args) -> dict[str, float]:
     init_keys, train_keys = keys[:, 0], keys[:, 1]
     state = stack_replicas(lambda key: init_state(args, header, key=key), init_keys)
     state = run.restore(state)
+    rotation.at(int(np.max(state.step)))  # loads before the progress bar of training starts
     state, train_keys = spread((state, train_keys), args.seeds)
     metrics = run.train(
         state,

@@ -760,8 +760,9 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
 
     # Training.
     state = run.restore(stack_replicas(lambda key: init(args, header, key=key), init_keys))
-    state, spread_replicas = spread((state, replicas), len(pairs))
     rotation = Rotation(files, load, every=args.file_steps, steps=args.steps)
+    rotation.at(int(np.max(state.step)))  # loads before the progress bar of training starts
+    state, spread_replicas = spread((state, replicas), len(pairs))
     redrawn: tuple[int, Any] = (0, None)
 
     def next_chunk(state: TrainState, step: int) -> tuple[TrainState, dict]:
