@@ -248,7 +248,7 @@ class DirectCritic(Critic):
     mean.
     """
 
-    mlp: MLP
+    mlps: tuple[MLP, ...]
     atoms: Float[Array, " outputs"]  # of `c51`: the values of the return, no parameters
     kind: str = eqx.field(static=True)
 
@@ -264,11 +264,11 @@ class DirectCritic(Critic):
         key: PRNGKeyArray,
     ):
         make = functools.partial(MLP, observation_dim + action_dim, width=width, depth=depth, layer_norm=True)
-        if kind == "scalar":
-            mlp = jax.vmap(lambda key: make(1, key=key))(jax.random.split(key, outputs))
+        if kind == "scalar":  # not one batched MLP: XLA's batched product is slow on a CPU
+            mlps = tuple(make(1, key=k) for k in jax.random.split(key, outputs))
         else:
-            mlp = make(outputs, key=key)
-        self.mlp = eqx.tree_at(lambda m: m.output.weight, mlp, 0.01 * mlp.output.weight)
+            mlps = (make(outputs, key=key),)
+        self.mlps = tuple(eqx.tree_at(lambda m: m.output.weight, mlp, 0.01 * mlp.output.weight) for mlp in mlps)
         self.atoms, self.kind = jnp.zeros(outputs), kind
 
     def __call__(
@@ -276,9 +276,9 @@ class DirectCritic(Critic):
     ) -> Float[Array, " outputs"]:
         """The value according to each MLP, the quantiles, or the logits of the atoms' probabilities."""
         x = jnp.concatenate([observation, action])
+        out = jnp.concatenate([mlp(x) for mlp in self.mlps])
         if self.kind == "scalar":
-            return jax.vmap(lambda mlp: mlp(x)[0])(self.mlp)
-        out = self.mlp(x)
+            return out
         if self.kind == "qr":
             return stratified_normal(len(out)) + out
         if self.kind == "c51":

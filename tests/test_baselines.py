@@ -73,7 +73,7 @@ def test_quantile_huber_is_least_at_the_quantiles():
 def critic_of(kind: str, seed: int = 0) -> DirectCritic:
     outputs = {"scalar": 2, "c51": 9, "qr": 4}[kind]
     critic = DirectCritic(3, 2, kind=kind, outputs=outputs, width=8, depth=2, key=jax.random.key(seed))
-    critic = eqx.tree_at(lambda c: c.mlp, critic, jax.tree.map(lambda x: 3.0 * x + 0.01, critic.mlp))
+    critic = eqx.tree_at(lambda c: c.mlps, critic, jax.tree.map(lambda x: 3.0 * x + 0.01, critic.mlps))
     return critics.with_atoms(critic, jnp.float32(-2.0), jnp.float32(2.0))
 
 
@@ -123,7 +123,7 @@ def test_no_gradient_reaches_the_target_or_the_atoms(kind: str):
 
     of_online, of_target = jax.grad(loss, argnums=(0, 1))(online, target)
     assert all(not leaf.any() for leaf in jax.tree.leaves(of_target)) and not of_online.atoms.any()
-    assert any(leaf.any() for leaf in jax.tree.leaves(of_online.mlp))
+    assert any(leaf.any() for leaf in jax.tree.leaves(of_online.mlps))
 
 
 # --- What they learn ---------------------------------------------------------------------------------------------
