@@ -84,7 +84,7 @@ class Args:
 
     # --- data ---
     dataset: Path | None = None
-    """An .npz file in OGBench's layout to train on instead."""
+    """An .npz file in OGBench's layout to train on instead, or a folder of them, which take turns."""
     episodes: int | None = None
     """Episodes to collect if the data can neither be found nor downloaded; OGBench's number by default."""
     file_steps: int = 10_000

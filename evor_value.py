@@ -121,7 +121,7 @@ class Args:
 
     # --- data ---
     dataset: Path | None = None
-    """An .npz file in OGBench's layout, with its own rewards and masks or with qpos."""
+    """An .npz file in OGBench's layout, with its own rewards and masks or with qpos, or a folder of them."""
     episodes: int | None = None
     """Episodes to collect if the data can neither be found nor downloaded; OGBench's number by default."""
     file_steps: int = 10_000

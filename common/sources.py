@@ -335,9 +335,18 @@ def damage(path: Path, name: str) -> str | None:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of the names, sizes and checksums of the arrays in an `.npz` file; it takes no time."""
-    with zipfile.ZipFile(path) as archive:
-        members = sorted((info.filename, info.file_size, info.CRC) for info in archive.infolist())
+    """SHA-256 of the names, sizes and checksums of the arrays in an `.npz` file; it takes no time.
+
+    Raises:
+        UserError: it is no archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = sorted((info.filename, info.file_size, info.CRC) for info in archive.infolist())
+    except Exception as error:  # a damaged archive raises a dozen types
+        raise UserError(
+            f"{path} cannot be read ({error}): make or fetch it anew, or remove it from the folder."
+        ) from None
     return hashlib.sha256(repr(members).encode()).hexdigest()
 
 

@@ -637,6 +637,13 @@ def test_describe_tells_folders_apart(tmp_path: Path):
     assert sources.describe(tmp_path / "one", "file")["sha256"] != found["sha256"]
 
 
+def test_a_damaged_file_in_a_folder_is_a_users_mistake(tmp_path: Path):
+    tiny_dataset(tmp_path / "a.npz")
+    (tmp_path / "b.npz").write_text("no archive")
+    with pytest.raises(UserError, match=r"b\.npz cannot be read .*remove it from the folder"):
+        sources.describe(tmp_path, "file")
+
+
 @pytest.mark.parametrize("source", ["ogbench", "collected"])
 def test_a_file_that_changed_since_its_first_use_is_refused(tmp_path: Path, source: str):
     path = tiny_dataset(tmp_path / "data.npz")
