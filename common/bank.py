@@ -17,7 +17,7 @@ from tqdm import tqdm
 from common import checkpoint
 from common.networks import FlowPolicy
 
-BATCH = 4096  # states per call
+CPU_ROWS, ROWS = 4096, 131_072  # actions per call: a CPU is a third faster where the activations stay in its cache
 
 
 @functools.partial(jax.jit, static_argnames=("num_actions", "flow_steps"))
@@ -77,7 +77,8 @@ def make_bank(
         _, bank = checkpoint.load(path, lambda _: jnp.zeros(shape, jnp.float16), stage="bank", remedy="delete it.")
         return np.asarray(bank)
     bank = np.empty(shape, np.float16)
-    batch = min(BATCH, len(states))
+    rows = CPU_ROWS if jax.default_backend() == "cpu" else ROWS
+    batch = min(max(1, rows // num_actions), len(states))
 
     def draw_batch(replica: int, first: int) -> np.ndarray:
         policy = jax.tree.map(lambda x: x[replica], policies)
