@@ -288,7 +288,8 @@ def load_agents(
             f"{run_dir / 'value'} was trained with another base policy than {policy_path}: pass that one's run "
             f"directory with --policy-run-dir, or train evor_value.py again."
         )
-    policy_index = np.array([policy_header["seeds"].index(seed) for _, seed in replicas])
+    shared = header["args"].get("policy_seed")
+    policy_index = np.array([policy_header["seeds"].index(seed if shared is None else shared) for _, seed in replicas])
     agents = AgentParams(
         policy=jax.tree.map(lambda x: jnp.asarray(x)[policy_index], policies),
         critic=jax.tree.map(lambda x: jnp.asarray(x)[np.array(chosen)], critics),

@@ -106,6 +106,8 @@ class Args:
     """Where the run goes; runs/ENV (runs/ENV-quick) by default. This stage writes to its folder value/."""
     policy_run_dir: Path | None = None
     """The run directory with the base policy; --run-dir by default."""
+    policy_seed: int | None = None
+    """The base policy that all seeds share, by its seed; each seed's own by default."""
     resume: bool = False
     """Continue from the last checkpoint in the run directory."""
     overwrite: bool = False
@@ -202,6 +204,11 @@ class Args:
         return tuple(range(self.first_seed, self.first_seed + self.seeds))
 
     @property
+    def policy_seeds(self) -> tuple[int, ...]:
+        """Seeds of the base policies that are used."""
+        return self.all_seeds if self.policy_seed is None else (self.policy_seed,)
+
+    @property
     def method(self) -> str:
         return self.td_target
 
@@ -214,7 +221,7 @@ class ValueData(NamedTuple):
     starts: Int[Array, " n"]
     rewards: Float[Array, "tasks n"]  # environment units
     bootstraps: Float[Array, "tasks n"]  # discount^horizon * masks
-    bank: Float16[Array, "seeds n K chunk"]  # next actions of each seed's base policy; K = 0 for the data's own
+    bank: Float16[Array, "policies n K chunk"]  # next actions of each base policy; K = 0 for the data's own
     count: Int[Array, ""]  # how many of the n transitions count; see `evor_bc.BCData`
 
 
@@ -222,7 +229,7 @@ class Replica(NamedTuple):
     """What distinguishes one replica from another; with replicas, each leaf has a leading axis."""
 
     task: Int[Array, ""]  # index into rewards and bootstraps
-    seed: Int[Array, ""]  # index into the bank
+    policy: Int[Array, ""]  # index into the base policies and the bank
     scale: ReturnScale
     key: PRNGKeyArray
 
@@ -352,14 +359,14 @@ def next_actions(
         return evor_bc.action_chunks(dataset.actions, ends, args.horizon)
     if args.next_action == "base":
         pick = jax.random.randint(key, index.shape, 0, args.num_next_actions)
-        return dataset.bank[replica.seed, index, pick].astype(jnp.float32)
+        return dataset.bank[replica.policy, index, pick].astype(jnp.float32)
     choose = functools.partial(
         choose_next_action,
         return_temperature=args.return_temperature * replica.scale.width,
         action_temperature=args.backup_temperature * replica.scale.width,
         flow_steps=args.target_steps,
     )
-    candidates = dataset.bank[replica.seed, index].astype(jnp.float32)
+    candidates = dataset.bank[replica.policy, index].astype(jnp.float32)
     keys = jax.random.split(key, len(index))
     noise = stratified_normal(args.backup_returns)
     batched = jax.vmap(lambda x, c, k: choose(critic, x, c, noise, key=k))
@@ -515,6 +522,8 @@ def check_args(args: Args) -> None:
         raise UserError("--redraw-bank: --next-action dataset uses no bank: leave one of them out.")
     if args.redraw_bank < 0 or args.redraw_bank % args.chunk:
         raise UserError(f"--redraw-bank {args.redraw_bank} is no multiple of --chunk {args.chunk}: change one of them.")
+    if args.policy_seed is not None and args.policy_seed < 0:
+        raise UserError(f"--policy-seed must not be negative: {args.policy_seed}.")
     if args.eval_episodes < 0:
         raise UserError(f"--eval-episodes must not be negative: {args.eval_episodes}; 0 skips evaluation.")
     if not 0.0 < args.tau <= 1.0:
@@ -564,8 +573,8 @@ def bc_args(args: Args, policy_run_dir: Path) -> evor_bc.Args:
         **changes
         | dict(
             env=args.env,
-            seeds=args.seeds,
-            first_seed=args.first_seed,
+            seeds=len(args.policy_seeds),
+            first_seed=args.policy_seeds[0],
             run_dir=policy_run_dir,
             dataset=args.dataset,
             episodes=args.episodes,
@@ -581,7 +590,7 @@ def bc_args(args: Args, policy_run_dir: Path) -> evor_bc.Args:
 def load_base_policy(
     args: Args, policy_run_dir: Path, *, env: str, data_sha256: str, **dims: int
 ) -> tuple[FlowPolicy, Standardizer, str]:
-    """The base policies of `args.all_seeds` (leading axis), the standardizer, and the sha256 of their file.
+    """The base policies of `args.policy_seeds` (leading axis), the standardizer, and the sha256 of their file.
 
     Where none stand in this run's own directory they are trained; a training that was interrupted is continued.
 
@@ -618,13 +627,13 @@ def load_base_policy(
             f"--ignore-observations {list(args.ignore_observations)}: the base policy at {path} ignores {ignored}: "
             f"train it anew, or leave the flag out."
         )
-    unknown = set(args.all_seeds) - set(header["seeds"])
+    unknown = set(args.policy_seeds) - set(header["seeds"])
     if unknown:
         raise UserError(
-            f"{path} has no seed {min(unknown)}: train it with evor_bc.py --first-seed {args.first_seed} --seeds "
-            f"{args.seeds} --overwrite, or use its seeds, {header['seeds']}."
+            f"{path} has no seed {min(unknown)}: train it with evor_bc.py --first-seed {args.policy_seeds[0]} --seeds "
+            f"{len(args.policy_seeds)} --overwrite, or use its seeds, {header['seeds']}, or one with --policy-seed."
         )
-    index = np.array([header["seeds"].index(seed) for seed in args.all_seeds])
+    index = np.array([header["seeds"].index(seed) for seed in args.policy_seeds])
     return jax.tree.map(lambda x: jnp.asarray(x)[index], policies), standardizer, sha256(path)
 
 
@@ -649,13 +658,14 @@ def make_replicas(
 ) -> tuple[list[tuple[int, int]], Replica, Key[Array, " replicas"]]:
     """The (task, seed) pairs, what distinguishes them, and the keys that initialise them."""
     pairs = [(task, seed) for task in tasks for seed in args.all_seeds]
-    task, seed = (np.repeat(np.arange(len(tasks)), args.seeds), np.tile(np.arange(args.seeds), len(tasks)))
+    task = np.repeat(np.arange(len(tasks)), args.seeds)
+    policy = np.tile(np.minimum(np.arange(args.seeds), len(args.policy_seeds) - 1), len(tasks))
     shift = data.mean_return(rewards, bootstraps)[task]
     scale = ReturnScale.of(bounds[task, 0], bounds[task, 1], shift=shift, width=args.return_width)
     # A replica's randomness depends on its task and seed, not on what is trained beside it.
     keys = [jax.random.split(jax.random.fold_in(jax.random.key(s), t)) for t, s in pairs]
     init_keys, train_keys = jnp.stack([k[0] for k in keys]), jnp.stack([k[1] for k in keys])
-    return pairs, Replica(jnp.asarray(task), jnp.asarray(seed), scale, train_keys), init_keys
+    return pairs, Replica(jnp.asarray(task), jnp.asarray(policy), scale, train_keys), init_keys
 
 
 def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, Any]]:
@@ -721,17 +731,17 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
 
     def draw_bank(
         observations: Float[np.ndarray, "rows d"], starts: Int[np.ndarray, " n"], file: Path, draw: int = 0
-    ) -> Float16[np.ndarray, "seeds longest K chunk"]:
+    ) -> Float16[np.ndarray, "policies longest K chunk"]:
         """The next-action bank of a file; the first draw is kept beside the base policy."""
         many = len(files) > 1
         name = f"bank-{args.num_next_actions}" + f"-{file.stem}" * many
         if args.next_action == "dataset":
-            return np.zeros((args.seeds, longest, 0, policies.action_dim), np.float16)
+            return np.zeros((len(args.policy_seeds), longest, 0, policies.action_dim), np.float16)
         bank = make_bank(
             policies,
             jnp.asarray(observations),
             starts + args.horizon,
-            seeds=args.all_seeds,
+            seeds=args.policy_seeds,
             num_actions=args.num_next_actions,
             flow_steps=args.flow_steps,
             draw=draw,
@@ -780,7 +790,7 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
 
     def agents(state: TrainState) -> evor_infer.AgentParams:
         standardizers = jax.tree.map(lambda x: jnp.stack([x] * len(pairs)), standardizer)
-        policy = jax.tree.map(lambda x: x[replicas.seed], policies)
+        policy = jax.tree.map(lambda x: x[replicas.policy], policies)
         return evor_infer.AgentParams(policy, jax.tree.map(jnp.asarray, state.critic), standardizers, replicas.scale)
 
     settings = evor_infer.Extraction(

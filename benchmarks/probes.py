@@ -146,7 +146,7 @@ def train(
     shift = data.mean_return(rewards, np.asarray(dataset.bootstraps))[np.zeros(len(seeds), int)]
     scale = ReturnScale.of(bounds[:, 0], bounds[:, 1], shift=shift, width=args.return_width)
     zeros = jnp.zeros(len(seeds), jnp.int32)
-    replicas = evor_value.Replica(task=zeros, seed=zeros, scale=scale, key=keys)
+    replicas = evor_value.Replica(task=zeros, policy=zeros, scale=scale, key=keys)
     state = stack_replicas(lambda key: learner.init_state(args, header, key=key), keys)
     for _ in range(args.steps // args.chunk):
         state, _ = learner.train_chunk(args, state, dataset, replicas)

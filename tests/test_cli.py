@@ -220,6 +220,8 @@ MISTAKES_OF_VALUE = {
     ),
     "another environment": (dict(env="cube-double-play"), "made with env 'cube-single-play'|'cube-double-play'"),
     "a seed the policy lacks": (dict(seeds=6), "no seed 1|evor_bc.py --first-seed 0 --seeds 6"),
+    "a shared seed the policy lacks": (dict(policy_seed=3), "no seed 3|evor_bc.py --first-seed 3 --seeds 1"),
+    "a negative shared seed": (dict(policy_seed=-1), "--policy-seed must not be negative: -1"),
     "tasks twice": (dict(tasks=(1, 1)), "--tasks needs each task once"),
     "tasks with own rewards": (dict(tasks=(2,)), "brings its own rewards|leave out --tasks"),
     "eval_every and chunk": (dict(eval_every=3), "--eval-every 3|--chunk 2"),

@@ -92,6 +92,24 @@ def test_run_directory_of_own_data(tmp_path, dataset):
     assert returns.shape == (5, 7) and np.isfinite(returns).all()
 
 
+def test_seeds_can_share_one_base_policy(tmp_path, dataset):
+    """Seeds 0, 1 and 2 on the policy of seed 1: each with a critic of its own, seed 1 with the one it has alone."""
+    settings = dict(env="robot", dataset=dataset, **SMALL)
+    evor_bc.main(evor_bc.Args(**settings, run_dir=tmp_path / "bc", seeds=2))
+    settings["policy_run_dir"] = tmp_path / "bc"
+    evor_value.main(evor_value.Args(**settings, run_dir=tmp_path / "shared", seeds=3, policy_seed=1))
+    evor_value.main(evor_value.Args(**settings, run_dir=tmp_path / "alone", first_seed=1))
+    shared = [evor_infer.load_agent(tmp_path / "shared", seed=seed) for seed in range(3)]
+    alone = evor_infer.load_agent(tmp_path / "alone", seed=1)
+    x, a, key = np.ones((4, 3), np.float32), np.zeros((4, 2), np.float32), jax.random.key(0)
+    actions = [agent.sample_actions(x, 2, key=key) for agent in (*shared, alone)]
+    returns = [agent.sample_returns(x, a, 3, key=key) for agent in (*shared, alone)]
+    for found in actions[1:]:
+        np.testing.assert_array_equal(found, actions[0])
+    np.testing.assert_allclose(returns[1], returns[3], rtol=1e-5)
+    assert np.abs(returns[0] - returns[1]).min() > 1e-3 and np.abs(returns[2] - returns[1]).min() > 1e-3
+
+
 def test_a_run_compiles_its_training_step_once(tmp_path, dataset):
     settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "r", **SMALL | {"width": 8})
     evor_bc.main(evor_bc.Args(**settings))
