@@ -240,14 +240,18 @@ def load_policy(run_dir: Path) -> tuple[dict[str, Any], tuple[FlowPolicy, Standa
     return checkpoint.load(run_dir / "bc" / "model.eqx", build, stage="bc", remedy="train it with evor_bc.py first.")
 
 
-def load_critic(run_dir: Path) -> tuple[dict[str, Any], tuple[Critic, ReturnScale]]:
-    """Header and (critic, scale) of stage 2; the leaves have a leading axis of (task, seed) replicas."""
+def load_critic(run_dir: Path) -> tuple[dict[str, Any], tuple]:
+    """Header and (critic, scale) of stage 2; the leaves have a leading axis of (task, seed) replicas. Where a policy
+    was trained with the critic, as QC does it, (critic, scale, policy, standardizer)."""
 
     def build(header):
         keys = jax.random.split(jax.random.key(0), len(header["replicas"]))
-        return jax.vmap(lambda key: (make_critic(header, key=key), ReturnScale.of(0.0, 1.0, shift=0.0, width=1.0)))(
-            keys
-        )
+        scale = ReturnScale.of(0.0, 1.0, shift=0.0, width=1.0)
+        models = jax.vmap(lambda key: (make_critic(header, key=key), scale))(keys)
+        if header.get("own_policy"):
+            policy = jax.vmap(lambda key: make_policy(header, key=key))(keys)
+            models += policy, Standardizer(jnp.zeros(header["observation_dim"]), jnp.ones(header["observation_dim"]))
+        return models
 
     remedy = "train it with evor_value.py first."
     return checkpoint.load(run_dir / "value" / "model.eqx", build, stage="value", remedy=remedy)
@@ -265,14 +269,7 @@ def load_agents(
     Raises:
         UserError: a stage is missing, was trained on something else, or has not the tasks or seeds asked for.
     """
-    header, (critics, scales) = load_critic(run_dir)
-    if policy_run_dir is None:  # beside the reward model, also if the directory was moved; else where it was trained
-        beside = (run_dir / "bc" / "model.eqx").is_file()
-        policy_run_dir = run_dir if beside else Path(header["policy_run_dir"])
-    policy_path = policy_run_dir / "bc" / "model.eqx"
-    policy_header, (policies, standardizer) = load_policy(policy_run_dir)
-    for name in ("env", "horizon", "observation_dim", "action_dim"):
-        checkpoint.require(policy_header, policy_path, **{name: header[name]})
+    header, (critics, scales, *own_policy) = load_critic(run_dir)
     replicas = [tuple(r) for r in header["replicas"]]
     for name, wanted, index in (("task", tasks, 0), ("seed", seeds, 1)):
         missing = set(wanted) - {r[index] for r in replicas}
@@ -283,18 +280,35 @@ def load_agents(
             )
     chosen = [i for i, (t, s) in enumerate(replicas) if (not tasks or t in tasks) and (not seeds or s in seeds)]
     replicas = [replicas[i] for i in chosen]
-    if sha256(policy_path) != header["policy_sha256"]:
-        raise UserError(
-            f"{run_dir / 'value'} was trained with another base policy than {policy_path}: pass that one's run "
-            f"directory with --policy-run-dir, or train evor_value.py again."
-        )
-    shared = header["args"].get("policy_seed")
-    policy_index = np.array([policy_header["seeds"].index(seed if shared is None else shared) for _, seed in replicas])
+
+    if own_policy:
+        if policy_run_dir is not None:
+            raise UserError(f"{run_dir / 'value'} has a policy of its own: leave out --policy-run-dir.")
+        (policies, standardizer), policy_index = own_policy, chosen
+    else:
+        if policy_run_dir is None:  # beside the reward model, also if the directory was moved; else where it was
+            beside = (run_dir / "bc" / "model.eqx").is_file()
+            policy_run_dir = run_dir if beside else Path(header["policy_run_dir"])
+        policy_path = policy_run_dir / "bc" / "model.eqx"
+        policy_header, (policies, standardizer) = load_policy(policy_run_dir)
+        for name in ("env", "horizon", "observation_dim", "action_dim"):
+            checkpoint.require(policy_header, policy_path, **{name: header[name]})
+        if sha256(policy_path) != header["policy_sha256"]:
+            raise UserError(
+                f"{run_dir / 'value'} was trained with another base policy than {policy_path}: pass that one's run "
+                f"directory with --policy-run-dir, or train evor_value.py again."
+            )
+        shared = header["args"].get("policy_seed")
+        policy_index = [policy_header["seeds"].index(seed if shared is None else shared) for _, seed in replicas]
+
+    def take(models, index):
+        return jax.tree.map(lambda x: jnp.asarray(x)[np.array(index)], models)
+
     agents = AgentParams(
-        policy=jax.tree.map(lambda x: jnp.asarray(x)[policy_index], policies),
-        critic=jax.tree.map(lambda x: jnp.asarray(x)[np.array(chosen)], critics),
+        policy=take(policies, policy_index),
+        critic=take(critics, chosen),
         standardizer=jax.tree.map(lambda x: jnp.stack([x] * len(chosen)), standardizer),
-        scale=jax.tree.map(lambda x: jnp.asarray(x)[np.array(chosen)], scales),
+        scale=take(scales, chosen),
     )
     return header, replicas, agents
 

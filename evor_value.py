@@ -69,6 +69,7 @@ from common.training import (
     Standardizer,
     copy_to_devices,
     first_host_first,
+    in_blocks,
     join_hosts,
     learning_rate,
     over_replicas,
@@ -211,6 +212,11 @@ class Args:
     @property
     def method(self) -> str:
         return self.td_target
+
+    @property
+    def own_policy(self) -> bool:
+        """Whether a policy is trained with the reward model, in the place of stage 1's; some baselines do."""
+        return False
 
 
 class ValueData(NamedTuple):
@@ -369,8 +375,12 @@ def next_actions(
     candidates = dataset.bank[replica.policy, index].astype(jnp.float32)
     keys = jax.random.split(key, len(index))
     noise = stratified_normal(args.backup_returns)
-    batched = jax.vmap(lambda x, c, k: choose(critic, x, c, noise, key=k))
-    return jax.lax.stop_gradient(batched(dataset.observations[ends], candidates, keys))
+
+    def one(observation, actions, key):
+        return choose(critic, observation, actions, noise, key=key)
+
+    rows = args.num_next_actions * args.backup_returns
+    return jax.lax.stop_gradient(in_blocks(one, dataset.observations[ends], candidates, keys, rows=rows))
 
 
 def train_step(
@@ -507,7 +517,9 @@ def last_screen(
         for seed in by_seed:
             if args.seeds > 1 and (seed["task"], seed["num_actions"]) == (row["task"], row["num_actions"]):
                 print(f"      seed {seed['seed']}: {seed['success']:6.1%}")
-    print(f"base policy:  {policy_run_dir / 'bc' / 'model.eqx'}\nreward model: {directory / 'model.eqx'}")
+    if not args.own_policy:
+        print(f"base policy:  {policy_run_dir / 'bc' / 'model.eqx'}")
+    print(f"reward model: {directory / 'model.eqx'}")
     for file in sorted(directory.glob("*.csv")) + sorted(directory.glob("*.png")):
         print(f"              {file}")
     print(line)
@@ -673,6 +685,7 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
 
     Args:
         baseline: brings its own `init_state` and `train_chunk`, the way in which a reward model starts and learns.
+            With `args.own_policy`, its state has a `policy`, and stage 1 is not needed.
     """
     init, train = (baseline.init_state, baseline.train_chunk) if baseline else (init_state, train_chunk)
     args = dataclasses.replace(args, save_every=min(args.save_every, args.steps))
@@ -706,9 +719,13 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
 
     # Base policy and its next actions.
     dims = dict(observation_dim=trajectories.observations.shape[1], action_dim=trajectories.actions.shape[1])
-    policies, standardizer, policy_sha256 = load_base_policy(
-        args, policy_run_dir, env=name, data_sha256=info["sha256"], **dims
-    )
+    if args.own_policy:
+        standardizer = Standardizer.of(trajectories.observations, ignore=args.ignore_observations)
+        policies, policy_sha256 = None, ""
+    else:
+        policies, standardizer, policy_sha256 = load_base_policy(
+            args, policy_run_dir, env=name, data_sha256=info["sha256"], **dims
+        )
     header = dict(
         stage="value",
         env=name,
@@ -722,6 +739,7 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
         ignored_observations=np.flatnonzero(np.isinf(standardizer.std)).tolist(),
         policy_run_dir=policy_run_dir.resolve(),
         policy_sha256=policy_sha256,
+        own_policy=args.own_policy,
         args=args,
     )
     run = Run(run_dir / "value", header, replicas=header["replicas"], args=args)
@@ -735,8 +753,8 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
         """The next-action bank of a file; the first draw is kept beside the base policy."""
         many = len(files) > 1
         name = f"bank-{args.num_next_actions}" + f"-{file.stem}" * many
-        if args.next_action == "dataset":
-            return np.zeros((len(args.policy_seeds), longest, 0, policies.action_dim), np.float16)
+        if args.next_action == "dataset" or args.own_policy:
+            return np.zeros((len(args.policy_seeds), longest, 0, dims["action_dim"] * args.horizon), np.float16)
         bank = make_bank(
             policies,
             jnp.asarray(observations),
@@ -790,8 +808,13 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
 
     def agents(state: TrainState) -> evor_infer.AgentParams:
         standardizers = jax.tree.map(lambda x: jnp.stack([x] * len(pairs)), standardizer)
-        policy = jax.tree.map(lambda x: x[replicas.policy], policies)
-        return evor_infer.AgentParams(policy, jax.tree.map(jnp.asarray, state.critic), standardizers, replicas.scale)
+        policy = state.policy if args.own_policy else jax.tree.map(lambda x: x[replicas.policy], policies)
+        critic, policy = jax.tree.map(jnp.asarray, (state.critic, policy))
+        return evor_infer.AgentParams(policy, critic, standardizers, replicas.scale)
+
+    def model(state: TrainState) -> tuple:
+        """What stage 3 loads."""
+        return (state.critic, replicas.scale, *((state.policy, standardizer) if args.own_policy else ()))
 
     settings = evor_infer.Extraction(
         args.num_actions, args.num_returns, args.return_temperature, args.action_temperature, args.flow_steps
@@ -825,7 +848,7 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
     run.train(
         state,
         next_chunk,
-        model=lambda state: (state.critic, replicas.scale),
+        model=model,
         evaluate=evaluate if evaluated else None,
         evaluate_every=args.eval_every,
     )

@@ -1,0 +1,188 @@
+"""Q-chunking with a flow policy (QC): the best of N actions, in the backup and in the environment.
+
+    python -m baselines.qc --env cube-double-play --horizon 5
+
+The critic is the mean of two MLPs, Q = (Q_1 + Q_2) / 2, trained by its greedy backup: the online network chooses among
+N draws of the flow policy, the target network says what the choice is worth,
+
+    a'   = argmax_j Q(x', a'_j),   a'_j ~ pi(. | x'),  j = 1..N
+    y    = r + g Q_bar(x', a')
+    loss = mean_k (Q_k(x, a) - y)^2
+
+where (x, a, r, g, x') is a chunk of `--horizon` actions executed open loop, r its discounted reward and g = discount^h
+if the task was not solved in it, else 0. The agent does the same: N draws, the online critic's best. QC of the paper is
+`--horizon 5`; with `--horizon 1` it is called BFN and has `--num-next-actions 4`.
+
+    --policy joint    as published: the policy learns by flow matching in the same steps, on the same batch, and draws
+                      N fresh next actions for each transition. Almost all of the time goes there.
+    --policy frozen   stage 1's policy, and its next-action bank: the value learning of QC alone. What is left of it is
+                      `baselines.critics --critic scalar --ensemble 2 --next-action softmax`, so that module trains it.
+
+Reads and writes what `evor_value.py` does; `evor_infer.py` loads the result. With `joint` there is no stage 1: the
+policy lies in `value/model.eqx` too.
+
+Differences from the published code: it draws chunks across the end of an episode and gives them no weight (`valid`)
+where we never draw them; it counts rewards of a chunk after the task was solved, we stop there; as in stage 2, we
+standardise observations, scale returns, and clip bootstrapped values to the possible ones (`--clip-margin`).
+Source: Q-chunking, Li, Zhou, Levine, arXiv 2507.07969.
+"""
+
+import dataclasses
+import functools
+import sys
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+import evor_bc
+import evor_value
+from baselines import critics
+from common.errors import UserError, run_cli
+from common.networks import DirectCritic, FlowPolicy, make_critic, make_policy
+from common.training import in_blocks, over_replicas
+
+PRESETS: dict[str, dict[str, Any]] = {
+    name: {key: value for key, value in preset.items() if key != "num_actions"}
+    for name, preset in critics.PRESETS.items()
+}
+PRESETS["quick"] |= dict(num_next_actions=4)
+PRESETS["preview"] |= dict(policy="frozen")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(critics.Args):
+    """QC in the place of stage 2. Flags of the flow, C51 and QR have no effect."""
+
+    policy: Literal["joint", "frozen"] = "joint"
+    """A policy trained with the critic, or stage 1's; see the top of the file."""
+    num_next_actions: int = 32
+    """N: draws of the policy, of which the backup takes the best."""
+    num_actions: int | None = None  # type: ignore[assignment]
+    """N at evaluation; --num-next-actions by default."""
+    next_action: Literal["base", "dataset", "softmax"] = "softmax"
+    """softmax is QC's: with --backup-temperature 0, the best of N. The others need --policy frozen."""
+    ensemble: int = 2
+    """Critics, whose mean is the value."""
+
+    @property
+    def method(self) -> str:
+        return f"QC, best of {self.num_next_actions}"
+
+    @property
+    def own_policy(self) -> bool:
+        return self.policy == "joint"
+
+
+class TrainState(NamedTuple):
+    """Arrays only; with replicas, each leaf has a leading axis."""
+
+    critic: DirectCritic
+    target: DirectCritic
+    policy: FlowPolicy
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+
+
+# --- Maths -------------------------------------------------------------------------------------------------------
+
+
+def best_of(
+    critic: DirectCritic, observation: Float[Array, " observation"], candidates: Float[Array, "N action"]
+) -> Float[Array, " action"]:
+    """The candidate of the largest value, the mean of the critics."""
+    values = jax.vmap(lambda action: jnp.mean(critic(observation, action)))(candidates)
+    return candidates[jnp.argmax(values)]
+
+
+# --- Training (with a policy of its own; `critics.py` trains with a frozen one) -----------------------------------
+
+
+def train_step(
+    args: Args, state: TrainState, dataset: evor_value.ValueData, replica: evor_value.Replica
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One gradient step of one replica. Keys are derived from the step, so a resumed run draws the same batches."""
+    batch_key, policy_key, action_key = jax.random.split(jax.random.fold_in(replica.key, state.step), 3)
+    index = jax.random.randint(batch_key, (args.batch_size,), 0, dataset.count)
+    starts = dataset.starts[index]
+    observations, next_observations = dataset.observations[starts], dataset.observations[starts + args.horizon]
+    actions = evor_bc.action_chunks(dataset.actions, starts, args.horizon)
+    bootstrap = dataset.bootstraps[replica.task, index]
+    reward = replica.scale.reward_to_model(dataset.rewards[replica.task, index], bootstrap)
+
+    def next_action(observation, noise):
+        candidates = state.policy.sample(observation, noise, flow_steps=args.flow_steps)
+        return best_of(state.critic, observation, candidates)
+
+    noise = jax.random.normal(action_key, (args.batch_size, args.num_next_actions, state.policy.action_dim))
+    chosen = jax.lax.stop_gradient(in_blocks(next_action, next_observations, noise, rows=args.num_next_actions))
+
+    margin = args.clip_margin * (replica.scale.high - replica.scale.low)
+    low = replica.scale.to_model(replica.scale.low - margin)
+    high = replica.scale.to_model(replica.scale.high + margin)
+
+    def loss_fn(networks):
+        critic, policy = networks
+        td_loss = functools.partial(critics.td_loss_one, critic, state.target, low=low, high=high, threshold=1.0)
+        losses, targets = jax.vmap(td_loss)(observations, actions, reward, bootstrap, next_observations, chosen)
+        bc_loss = evor_bc.bc_loss(policy, observations, actions, key=policy_key)
+        # The two share no parameters: one optimizer for their sum is two optimizers.
+        return jnp.mean(losses) + bc_loss, (jnp.mean(losses), bc_loss, jnp.mean(targets))
+
+    online = state.critic, state.policy
+    gradient, (loss, bc_loss, target) = jax.grad(loss_fn, has_aux=True)(online)
+    updates, opt_state = evor_value.make_optimizer(args).update(gradient, state.opt_state)
+    critic, policy = optax.apply_updates(online, updates)
+    # Polyak average of the *updated* online parameters: the target lags by tau alone, not by one step more.
+    target_critic = optax.incremental_update(critic, state.target, args.tau)
+    metrics = {
+        "loss": loss,
+        "bc_loss": bc_loss,
+        "gradient_norm": optax.tree.norm(gradient),
+        "target_return": replica.scale.to_environment(target),
+    }
+    return TrainState(critic, target_critic, policy, opt_state, state.step + 1), metrics
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def train_chunk(
+    args: Args, state: TrainState, dataset: evor_value.ValueData, replicas: evor_value.Replica
+) -> tuple[TrainState, dict]:
+    """`args.chunk` gradient steps of all replicas in one call; metrics are averaged over the chunk."""
+
+    def steps_of_one(state, replica):
+        return jax.lax.scan(lambda s, _: train_step(args, s, dataset, replica), state, length=args.chunk)
+
+    state, metrics = over_replicas(steps_of_one, state, replicas)
+    return state, jax.tree.map(lambda m: jnp.mean(m, axis=1), metrics)
+
+
+def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> TrainState:
+    """A fresh training state of one replica; the target network starts as a copy of the online one."""
+    critic_key, policy_key = jax.random.split(key)
+    critic, policy = make_critic(header, key=critic_key), make_policy(header, key=policy_key)
+    target = jax.tree.map(jnp.copy, critic)
+    opt_state = evor_value.make_optimizer(args).init((critic, policy))
+    return TrainState(critic, target, policy, opt_state, jnp.zeros((), jnp.int32))
+
+
+def main(args: Args) -> list[dict[str, Any]]:
+    """`evor_value.main` with QC; returns the summary of the last evaluation."""
+    args = dataclasses.replace(
+        args, num_actions=args.num_next_actions if args.num_actions is None else args.num_actions
+    )
+    if args.critic != "scalar":
+        raise UserError(f"--critic {args.critic}: QC's is scalar; the others are in baselines.critics.")
+    if args.policy == "frozen":
+        return critics.main(args)
+    if args.next_action != "softmax" or args.backup_temperature != 0:
+        raise UserError("--policy joint backs up the best of N: leave out --next-action and --backup-temperature.")
+    if args.policy_run_dir is not None or args.policy_seed is not None or args.redraw_bank:
+        raise UserError("--policy joint: leave out --policy-run-dir, --policy-seed and --redraw-bank; see --policy.")
+    return evor_value.main(args, baseline=sys.modules[__name__])
+
+
+if __name__ == "__main__":
+    run_cli(main, Args, PRESETS)
