@@ -793,7 +793,7 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
     state, spread_replicas = spread((state, replicas), len(pairs))
     redrawn: tuple[int, Any] = (0, None)
 
-    def next_chunk(state: TrainState, step: int) -> tuple[TrainState, dict]:
+    def next_chunk(state: Any, step: int) -> tuple[Any, dict]:
         """`train_chunk`, with another file or a new bank where one is due; which one depends on the step alone."""
         nonlocal redrawn
         dataset = rotation.at(step)
@@ -806,13 +806,13 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
             dataset = dataset._replace(bank=redrawn[1])
         return train(args, state, dataset, spread_replicas)
 
-    def agents(state: TrainState) -> evor_infer.AgentParams:
+    def agents(state: Any) -> evor_infer.AgentParams:
         standardizers = jax.tree.map(lambda x: jnp.stack([x] * len(pairs)), standardizer)
         policy = state.policy if args.own_policy else jax.tree.map(lambda x: x[replicas.policy], policies)
         critic, policy = jax.tree.map(jnp.asarray, (state.critic, policy))
         return evor_infer.AgentParams(policy, critic, standardizers, replicas.scale)
 
-    def model(state: TrainState) -> tuple:
+    def model(state: Any) -> tuple:
         """What stage 3 loads."""
         return (state.critic, replicas.scale, *((state.policy, standardizer) if args.own_policy else ()))
 
@@ -826,7 +826,7 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
         done = min(int(np.max(state.step)), args.steps - 1)
         rows = [row for row in evor_infer.read_episodes(evaluation_path) if row["step"] <= done]
 
-    def evaluate(step: int, state: TrainState) -> list[dict[str, Any]]:
+    def evaluate(step: int, state: Any) -> list[dict[str, Any]]:
         """Evaluates the extracted policy and, at the end, the base policy alone on the same episodes."""
         with_base = step == args.steps and args.num_actions > 1
         sweep = [dataclasses.replace(settings, num_actions=1)] * with_base + [settings]

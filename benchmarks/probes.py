@@ -7,6 +7,7 @@ Each lists its possible transitions with probabilities and, for some state-actio
 import dataclasses
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,15 +121,15 @@ def make_data(probe: Probe, *, copies: int = 400, num_next_actions: int = 4, see
     return evor_value.ValueData(*(jnp.asarray(a) for a in arrays))
 
 
-def train(
+def train_state(
     probe: Probe,
     args: evor_value.Args,
     *,
     seeds: Sequence[int] = (0,),
     copies: int = 400,
     learner: ModuleType = evor_value,
-) -> tuple[Critic, ReturnScale]:
-    """Critics (a leading axis of seeds) and scales of a probe, trained for `args.steps` steps by stage 2, or by the
+) -> tuple[Any, ReturnScale]:
+    """Training state (a leading axis of seeds) and scales of a probe after `args.steps` steps of stage 2, or of the
     `init_state` and `train_chunk` of a baseline."""
     dataset = make_data(probe, copies=copies, num_next_actions=args.num_next_actions)
     args = dataclasses.replace(args, discount=probe.discount)
@@ -150,6 +151,12 @@ def train(
     state = stack_replicas(lambda key: learner.init_state(args, header, key=key), keys)
     for _ in range(args.steps // args.chunk):
         state, _ = learner.train_chunk(args, state, dataset, replicas)
+    return state, scale
+
+
+def train(probe: Probe, args: evor_value.Args, **settings: Any) -> tuple[Critic, ReturnScale]:
+    """Critics of `train_state`, and scales."""
+    state, scale = train_state(probe, args, **settings)
     return state.critic, scale
 
 
