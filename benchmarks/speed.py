@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,8 @@ import optax
 import evor_bc
 import evor_infer
 import evor_value
+from baselines import critics, qc
+from benchmarks.flops import critic_macs, policy_macs, step_flops
 from common import collect, figures
 from common.envs import num_cores
 from common.errors import UserError, run_cli
@@ -51,6 +54,7 @@ class Args:
 
     groups: tuple[str, ...] = (
         "stages",
+        "baselines",
         "profile",
         "replicas",
         "data",
@@ -154,21 +158,6 @@ def product_case(args: Args) -> Case:
     )
 
 
-def policy_macs(policy: FlowPolicy) -> tuple[int, int]:
-    """Multiplications of one velocity, and those of its first layer."""
-    layers = [*policy.mlp.hidden, policy.mlp.output]
-    return sum(layer.weight.size for layer in layers), layers[0].weight.size
-
-
-def critic_macs(critic: FlowCritic) -> tuple[int, int, int]:
-    """Multiplications of `features`, of one `velocity`, and of the first layer."""
-    trunk = [linear.weight.size for linear, _ in critic.trunk]
-    layers = [*critic.head.hidden, critic.head.output]
-    split = critic.inputs * layers[0].weight.shape[1]
-    first = trunk[0] if trunk else layers[0].weight.size
-    return sum(trunk) + split, sum(layer.weight.size for layer in layers) - split, first
-
-
 def bc_case(name: str, args: Args, *, replicas: int = 1, rows: int | None = None) -> Case:
     """`evor_bc.train_chunk`; FLOPs: forward, and backward but for the inputs of the first layer."""
     rows, steps = rows or args.rows, args.steps
@@ -184,29 +173,35 @@ def bc_case(name: str, args: Args, *, replicas: int = 1, rows: int | None = None
 
 
 def value_case(
-    name: str, args: Args, *, tasks: int = 1, seeds: int = 1, rows: int | None = None, **changes: Any
+    name: str,
+    args: Args,
+    *,
+    tasks: int = 1,
+    seeds: int = 1,
+    rows: int | None = None,
+    learner: ModuleType = evor_value,
+    settings_of: ModuleType | None = None,
+    **changes: Any,
 ) -> Case:
-    """`evor_value.train_chunk` of tasks x seeds replicas; FLOPs: those of BC, and the forward passes of the target."""
+    """`train_chunk` of stage 2 or of a baseline, with tasks x seeds replicas. `settings_of` has the `Args`, where these
+    are not the learner's own."""
     replicas, rows = tasks * seeds, rows or args.rows
     steps = args.steps
-    settings = evor_value.Args(width=args.width, chunk=steps, **changes)
+    settings = (settings_of or learner).Args(width=args.width, chunk=steps, **changes)
     header = dict(observation_dim=OBSERVATION, action_dim=ACTION, horizon=1, critic=settings.critic)
     header |= {field: getattr(settings, field) for field in CRITIC_FIELDS}
+    header |= dict(outputs=getattr(settings, "outputs", 1))
     keys = jax.random.split(jax.random.key(0), replicas)
-    state = stack_replicas(lambda key: evor_value.init_state(settings, header, key=key), keys)
-    dataset = value_data(rows, tasks=tasks, seeds=seeds, num_next_actions=settings.num_next_actions)
+    state = stack_replicas(lambda key: learner.init_state(settings, header, key=key), keys)
+    dataset = value_data(
+        rows, tasks=tasks, seeds=seeds, num_next_actions=0 if settings.own_policy else settings.num_next_actions
+    )
     scale = ReturnScale.of(-np.full(replicas, 100.0), np.zeros(replicas), shift=np.full(replicas, -90.0), width=4.0)
     task, seed = np.divmod(np.arange(replicas), seeds)
     chosen = evor_value.Replica(jnp.asarray(task), jnp.asarray(seed), scale, keys)
-    features, velocity, first = critic_macs(jax.tree.map(lambda x: x[0], state.critic))
-    macs = 3 * (features + velocity) - first + features
-    macs += velocity * {"paper": 1, "velocity": settings.target_steps + 1}.get(
-        settings.td_target, settings.target_steps
-    )
-    if settings.next_action == "softmax":
-        macs += settings.num_next_actions * (features + settings.backup_returns * settings.target_steps * velocity)
-    flops = 2.0 * settings.batch_size * macs * replicas
-    step, compile_s = compiled(evor_value.train_chunk, settings, state, dataset, chosen)
+    critic, policy = jax.tree.map(lambda x: x[0], (state.critic, getattr(state, "policy", None)))
+    flops = step_flops(settings, critic, policy) * replicas
+    step, compile_s = compiled(learner.train_chunk, settings, state, dataset, chosen)
     return Case(name, stateful(lambda s: step(s, dataset, chosen), state), steps, flops, compile_s)
 
 
@@ -293,6 +288,29 @@ def stages(args: Args) -> list[dict[str, Any]]:
         for backup in ("dataset", "softmax")
     ]
     return measure("stages", cases, args)
+
+
+def baselines(args: Args) -> list[dict[str, Any]]:
+    """A gradient step of each baseline, and of stage 2 beside it."""
+    backups = (dict(), dict(next_action="softmax"))
+    cases = [
+        value_case(
+            f"{target}, trunk, {'best of 4' if backup else 'base'}", args, td_target=target, critic="trunk", **backup
+        )
+        for target in ("paper", "shared-noise")
+        for backup in backups
+    ]
+    cases += [
+        value_case(f"{kind}, {'best of 4' if backup else 'base'}", args, learner=critics, critic=kind, **backup)
+        for kind in ("scalar", "c51", "qr")
+        for backup in backups
+    ]
+    for n in (4, 32):
+        shape = dict(num_next_actions=n, rows=min(args.rows, 100_000))  # a bank of 32 actions of 1M rows is large
+        frozen = dict(learner=critics, settings_of=qc, policy="frozen")
+        cases.append(value_case(f"QC, frozen policy, best of {n}", args, **frozen, **shape))
+        cases.append(value_case(f"QC, joint policy, best of {n}", args, learner=qc, policy="joint", **shape))
+    return measure("baselines", cases, args)
 
 
 def profile(args: Args) -> list[dict[str, Any]]:
@@ -595,8 +613,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 GROUPS = dict(
-    stages=stages, profile=profile, replicas=replicas, data=data, inference=inference, solvers=solvers, run=run,
-    evaluation=evaluation, collection=collection, memory=memory,
+    stages=stages, baselines=baselines, profile=profile, replicas=replicas, data=data, inference=inference,
+    solvers=solvers, run=run, evaluation=evaluation, collection=collection, memory=memory,
 )  # fmt: skip
 
 

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import inference, speed
-from common.networks import FlowCritic, FlowPolicy
+import evor_value
+from baselines import critics, qc
+from benchmarks import flops, inference, probes, speed
+from common.networks import FlowCritic, FlowPolicy, ReturnScale
 from evor_infer import Agent
 
 ARGS = speed.Args(rounds=1, width=32, rows=500, steps=2, replicas=(1, 2))
@@ -22,7 +24,7 @@ def counted(function, *arguments) -> float:
 def test_policy_macs_are_those_of_the_compiled_function():
     """Wide enough that activations, counted by XLA as well, hardly matter: within 3%."""
     policy = FlowPolicy(30, 6, width=256, depth=3, key=jax.random.key(0))
-    macs, first = speed.policy_macs(policy)
+    macs, first = flops.policy_macs(policy)
     assert (macs, first) == (37 * 256 + 2 * 256 * 256 + 256 * 6, 37 * 256)
     batch = jnp.ones((64, 30)), jnp.ones((64, 6)), jnp.ones(64)
 
@@ -35,7 +37,7 @@ def test_policy_macs_are_those_of_the_compiled_function():
 @pytest.mark.parametrize("kind", ["mlp", "trunk"])
 def test_critic_macs_are_those_of_the_compiled_functions(kind):
     critic = FlowCritic(30, 6, kind=kind, width=256, depth=3, head_width=128, key=jax.random.key(0))
-    features, velocity, first = speed.critic_macs(critic)
+    features, velocity, first = flops.critic_macs(critic)
     assert first == (38 if kind == "mlp" else 36) * 256
     x, a, z = jnp.ones((64, 30)), jnp.ones((64, 6)), jnp.ones(64)
     found = counted(lambda c, x, a: jax.vmap(c.features)(x, a), critic, x, a)
@@ -43,6 +45,30 @@ def test_critic_macs_are_those_of_the_compiled_functions(kind):
     hidden = jax.vmap(critic.features)(x, a)
     found = counted(lambda c, h, z: jax.vmap(c.velocity)(h, z, z), critic, hidden, z)
     assert found == pytest.approx(2 * 64 * velocity, rel=0.12)
+
+
+@pytest.mark.parametrize(
+    ("learner", "changes"),
+    [
+        (evor_value, dict(td_target="paper")),
+        (evor_value, dict(td_target="shared-noise", critic="trunk", target_steps=1)),
+        (evor_value, dict(critic="trunk", target_steps=1, next_action="softmax", backup_returns=2)),
+        (critics, dict(critic="scalar", ensemble=2)),
+        (critics, dict(critic="c51", next_action="softmax")),
+        (qc, dict(flow_steps=1)),
+    ],
+)
+def test_step_flops_are_those_of_the_compiled_step(learner, changes):
+    """Within 12%: XLA counts activations and Adam too. (And the round of a loop once: one Euler step each.)"""
+    args = learner.Args(width=256, depth=3, batch_size=64, num_next_actions=4, **changes)
+    state, _ = probes.train_state(probes.CHAIN, dataclasses.replace(args, steps=0), learner=learner)
+    state = jax.tree.map(lambda x: x[0], state)
+    dataset = probes.make_data(probes.CHAIN)
+    scale = ReturnScale.of(-1.0, 1.0, shift=0.0, width=4.0)
+    replica = evor_value.Replica(jnp.array(0), jnp.array(0), scale, jax.random.key(0))
+    found = counted(lambda s, d, r: learner.train_step(args, s, d, r), state, dataset, replica)
+    expected = flops.step_flops(args, state.critic, getattr(state, "policy", None))
+    assert found == pytest.approx(expected, rel=0.12)
 
 
 def test_rows_relate_a_case_to_the_first_and_to_bc(monkeypatch):

@@ -1,0 +1,45 @@
+"""Floating-point operations of gradient steps, counted: two for each multiplication of their matrix products.
+
+Backward passes cost twice the forward one, but for the gradient with respect to the inputs of the first layer, which
+nobody asks for. Activations, LayerNorm and Adam are not counted. XLA's own count takes a loop for one of its rounds.
+"""
+
+import evor_value
+from common.networks import MLP, Critic, DirectCritic, FlowPolicy
+
+
+def mlp_macs(mlp: MLP) -> int:
+    """Multiplications of one forward pass."""
+    return sum(layer.weight.size for layer in (*mlp.hidden, mlp.output))
+
+
+def policy_macs(policy: FlowPolicy) -> tuple[int, int]:
+    """Multiplications of one velocity, and those of its first layer."""
+    return mlp_macs(policy.mlp), policy.mlp.hidden[0].weight.size
+
+
+def critic_macs(critic: Critic) -> tuple[int, int, int]:
+    """Multiplications of `features`, of one `velocity`, and of the first layer; a critic that says the law at once has
+    features only."""
+    if isinstance(critic, DirectCritic):
+        return sum(map(mlp_macs, critic.mlps)), 0, sum(mlp.hidden[0].weight.size for mlp in critic.mlps)
+    trunk = [linear.weight.size for linear, _ in critic.trunk]
+    split = critic.inputs * critic.head.hidden[0].weight.shape[1]
+    first = trunk[0] if trunk else critic.head.hidden[0].weight.size
+    return sum(trunk) + split, mlp_macs(critic.head) - split, first
+
+
+def step_flops(args: evor_value.Args, critic: Critic, policy: FlowPolicy | None = None) -> float:
+    """FLOPs of one gradient step of stage 2, or of a baseline: forward and backward, the target, the choice of the next
+    action. With a policy that is trained beside the critic, also that one's step and its draws."""
+    features, velocity, first = critic_macs(critic)
+    macs = 3 * (features + velocity) - first + features
+    target_steps = {"paper": 1, "velocity": args.target_steps + 1}.get(args.td_target, args.target_steps)
+    macs += velocity * target_steps
+    if args.next_action == "softmax":
+        macs += args.num_next_actions * (features + args.backup_returns * args.target_steps * velocity)
+    if policy is not None:
+        whole, first = policy_macs(policy)
+        shared = policy.observation_dim * policy.mlp.hidden[0].weight.shape[1]
+        macs += 3 * whole - first + shared + args.num_next_actions * args.flow_steps * (whole - shared)
+    return 2.0 * args.batch_size * macs
