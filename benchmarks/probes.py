@@ -5,7 +5,7 @@ Each lists its possible transitions with probabilities and, for some state-actio
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -128,6 +128,7 @@ def train_state(
     seeds: Sequence[int] = (0,),
     copies: int = 400,
     learner: ModuleType = evor_value,
+    after_chunk: Callable[[int, Any, ReturnScale], None] = lambda step, state, scale: None,
 ) -> tuple[Any, ReturnScale]:
     """Training state (a leading axis of seeds) and scales of a probe after `args.steps` steps of stage 2, or of the
     `init_state` and `train_chunk` of a baseline."""
@@ -149,8 +150,9 @@ def train_state(
     zeros = jnp.zeros(len(seeds), jnp.int32)
     replicas = evor_value.Replica(task=zeros, policy=zeros, scale=scale, key=keys)
     state = stack_replicas(lambda key: learner.init_state(args, header, key=key), keys)
-    for _ in range(args.steps // args.chunk):
+    for step in range(args.chunk, args.steps + 1, args.chunk):
         state, _ = learner.train_chunk(args, state, dataset, replicas)
+        after_chunk(step, state, scale)
     return state, scale
 
 

@@ -14,16 +14,32 @@ python -m results.preview --name critics --runs runs/critics/double-mlp runs/pre
 
 # The same on problems with known laws: width and depth of the trunk critic's head, K, and all targets with the trunk.
 for width in 16 32 64 128 256; do
-  python -m benchmarks.return_law --targets shared-noise --critic trunk --head-width $width --probes "five-state chain" "stochastic reward, two steps" --out results/return_law_heads.csv --append
+  python -m benchmarks.return_law --methods shared-noise --critic trunk --head-width $width --probes "five-state chain" "stochastic reward, two steps" --out results/return_law_heads.csv --append
 done
 for depth in 1 2 4; do
-  python -m benchmarks.return_law --targets shared-noise --critic trunk --head-depth $depth --probes "five-state chain" "stochastic reward, two steps" --out results/return_law_heads.csv --append
+  python -m benchmarks.return_law --methods shared-noise --critic trunk --head-depth $depth --probes "five-state chain" "stochastic reward, two steps" --out results/return_law_heads.csv --append
 done
 for K in 1 2 4 8 16; do
-  python -m benchmarks.return_law --targets shared-noise --num-next-actions $K --probes "action-dependent reward, stochastic policy" --out results/return_law_next_actions.csv --append
-  python -m benchmarks.return_law --targets shared-noise --num-next-actions $K --probes "action-dependent reward, stochastic policy" --copies 40000 --out results/return_law_next_actions.csv --append
+  python -m benchmarks.return_law --methods shared-noise --num-next-actions $K --probes "action-dependent reward, stochastic policy" --out results/return_law_next_actions.csv --append
+  python -m benchmarks.return_law --methods shared-noise --num-next-actions $K --probes "action-dependent reward, stochastic policy" --copies 40000 --out results/return_law_next_actions.csv --append
 done
-python -m benchmarks.return_law --critic trunk --out results/return_law_trunk.csv
+python -m benchmarks.return_law --methods paper independent-noise shared-noise velocity --critic trunk --out results/return_law_trunk.csv
+
+# Flows and baselines: over training, and over the size of the network.
+probes=("five-state chain" "stochastic reward, two steps" "action-dependent reward, stochastic policy")
+out="--append --every 250 --out results/return_law_training.csv"
+python -m benchmarks.return_law --probes "${probes[@]}" $out
+python -m benchmarks.return_law --probes "${probes[@]}" $out --methods shared-noise velocity --critic trunk
+python -m benchmarks.return_law --probes "${probes[@]}" $out --methods c51 --atoms 401
+python -m benchmarks.return_law --probes "${probes[@]}" $out --methods qr --huber 0.001
+for width in 16 32 64 128 256; do
+  out="--append --width $width --out results/return_law_capacity.csv"
+  python -m benchmarks.return_law --probes "${probes[@]:0:2}" $out --methods shared-noise c51 qr --atoms 401 --huber 0.001
+  python -m benchmarks.return_law --probes "${probes[@]:0:2}" $out --methods shared-noise --critic trunk
+done
+for depth in 1 2; do
+  python -m benchmarks.return_law --probes "${probes[@]:0:2}" --methods shared-noise c51 qr --atoms 401 --huber 0.001 --depth $depth --append --out results/return_law_capacity.csv
+done
 
 # Collected data against data of OGBench's own script (data_gen_scripts/ of its repository), in reference/.
 python -m benchmarks.same_data --env cube-double-play --reference reference/cube-double-play-v0.npz --collected ~/.ogbench/data/collected/cube-double-play-v0-ep1000-seed0.npz
