@@ -35,10 +35,12 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     directory = run / "value"
     config = json.loads((directory / "config.json").read_text())
     args, versions = config["args"], config["versions"]
-    bc = json.loads((Path(config["policy_run_dir"]) / "bc" / "config.json").read_text())
+    trained_with = config if config.get("own_policy") else None
+    bc = trained_with or json.loads((Path(config["policy_run_dir"]) / "bc" / "config.json").read_text())
     settings = dict(
         env=config["env"],
         run=run.name,
+        method=method_of(config),
         td_target=args["td_target"],
         next_action=args["next_action"],
         critic=args["critic"],
@@ -85,16 +87,24 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             | {k: round(found[k], 4) for k in ("mean_predicted", "mean_observed", "correlation", "crps")}
             | settings
         )
-    keep = ("env", "run", "td_target", "next_action", "critic", "horizon", "data_sha256", "git_revision")
+    keep = ("env", "run", "method", "next_action", "critic", "horizon", "data_sha256", "git_revision")
     chosen = ("task", "seed", "step", "num_actions", "episode", "success", "length", "total")
     raw = [{k: settings[k] for k in keep} | {k: row[k] for k in chosen} for row in episodes]
     return raw, rows
 
 
+def method_of(config: dict[str, Any]) -> str:
+    """The TD target of a flow, or the name of a baseline."""
+    args = config["args"]
+    if "policy" in args:
+        return f"QC, {args['policy']} policy"
+    return args["td_target"] if args["critic"] in ("mlp", "trunk") else args["critic"]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line per run, task and seed."""
     lines = [
-        "| data | task | target | backup | critic | K | h | EVOR | base policy alone "
+        "| data | task | method | backup | critic | K | h | EVOR | base policy alone "
         "| mean return, predicted / observed | correlation | CRPS |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -102,7 +112,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = (
             f"{r['env']} ({r['data_source']})",
             r["task"],
-            f"`{r['td_target']}`",
+            f"`{r['method']}`",
             f"`{r['next_action']}`",
             r["critic"],
             r["num_next_actions"],
@@ -117,15 +127,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(args: Args) -> None:
-    """Writes the three files."""
-    if not args.runs:
-        raise UserError("name at least one run directory with --runs.")
-    raw, rows = [], []
-    for run in args.runs:
-        episodes, summary = gather(run)
-        raw += episodes
-        rows += summary
+def refuse_mixtures(rows: list[dict[str, Any]]) -> None:
+    """Raises `UserError` for runs whose numbers belong in different tables."""
     for field in ("steps", "bc_steps", "episodes", "data_sha256"):
         per_env = {}
         for row in rows:
@@ -135,6 +138,18 @@ def main(args: Args) -> None:
             raise UserError(f"the runs of {mixed[0]} differ in {field}: numbers of different scales share no table.")
     if len({row["data_source"] for row in rows}) > 1:
         raise UserError("some runs are on collected and some on official data: their numbers share no table.")
+
+
+def main(args: Args) -> None:
+    """Writes the three files."""
+    if not args.runs:
+        raise UserError("name at least one run directory with --runs.")
+    raw, rows = [], []
+    for run in args.runs:
+        episodes, summary = gather(run)
+        raw += episodes
+        rows += summary
+    refuse_mixtures(rows)
     write_csv(HERE / f"{args.name}_episodes.csv", list(raw[0]), raw)
     write_csv(HERE / f"{args.name}_runs.csv", list(rows[0]), rows)
     (HERE / f"{args.name}.md").write_text(table(rows))
