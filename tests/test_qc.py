@@ -25,6 +25,9 @@ ARGS = qc.Args(
 )  # fmt: skip
 HEADER = dict(observation_dim=3, action_dim=2, horizon=3, critic="scalar", outputs=2, width=16, depth=2)
 SCALE = ReturnScale.of(-10.0, 10.0, shift=1.0, width=4.0)
+STEP = jax.jit(qc.train_step, static_argnums=0)
+VALUES = jax.jit(lambda critic, x, a: critic(x, a))
+VELOCITY = jax.jit(lambda policy, x, a, t: policy.velocity(policy.features(x), a, t))
 REPLICA = evor_value.Replica(jnp.array(0), jnp.array(0), SCALE, jax.random.key(3))
 
 
@@ -62,7 +65,7 @@ def test_the_update_is_the_formula(tmp_path: Path):
     best by the online critic, its value by the target critic, both losses."""
     trajectories, dataset = small_data(tmp_path)
     state = start()
-    after, metrics = qc.train_step(ARGS, state, dataset, REPLICA)
+    after, metrics = STEP(ARGS, state, dataset, REPLICA)
 
     batch_key, policy_key, action_key = jax.random.split(jax.random.fold_in(REPLICA.key, 0), 3)
     picked = np.asarray(dataset.starts)[jax.random.randint(batch_key, (32,), 0, len(dataset.starts))]
@@ -81,13 +84,13 @@ def test_the_update_is_the_formula(tmp_path: Path):
         values = []
         for z in noise[i]:
             for s in range(4):
-                z = z + 0.25 * np.asarray(policy.velocity(policy.features(next_x), jnp.asarray(z), jnp.float32(s / 4)))
+                z = z + 0.25 * np.asarray(VELOCITY(policy, next_x, jnp.asarray(z), jnp.float32(s / 4)))
             z = np.clip(z, -1.0, 1.0)
-            values.append((float(np.mean(online(next_x, jnp.asarray(z)))), z))
+            values.append((float(np.mean(VALUES(online, next_x, jnp.asarray(z)))), z))
         best = max(values, key=lambda pair: pair[0])[1]
-        following = float(np.clip(np.mean(target(next_x, jnp.asarray(best))), (-12 - 1) / 5, (12 - 1) / 5))
+        following = float(np.clip(np.mean(VALUES(target, next_x, jnp.asarray(best))), (-12 - 1) / 5, (12 - 1) / 5))
         y = (reward - (1 - factor)) / 5 + factor * following  # return = 1 + 5 z
-        losses.append(np.mean((np.asarray(online(jnp.asarray(x), jnp.asarray(a))) - y) ** 2))
+        losses.append(np.mean((np.asarray(VALUES(online, jnp.asarray(x), jnp.asarray(a))) - y) ** 2))
         targets.append(1 + 5 * y)
     assert 3 < masked < 29
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-4)
@@ -105,9 +108,9 @@ def test_the_policy_learns_by_cloning_alone(tmp_path: Path):
     """Another critic, other returns: the same step of the policy, the one of Adam on stage 1's loss."""
     _, dataset = small_data(tmp_path)
     state = start()
-    one, _ = qc.train_step(ARGS, state, dataset, REPLICA)
+    one, _ = STEP(ARGS, state, dataset, REPLICA)
     other = state._replace(critic=start(7).critic, target=start(8).target)
-    two, _ = qc.train_step(ARGS, other, dataset._replace(rewards=dataset.rewards + 3), REPLICA)
+    two, _ = STEP(ARGS, other, dataset._replace(rewards=dataset.rewards + 3), REPLICA)
     before = jax.tree.leaves(state.policy)
     for a, b, c in zip(jax.tree.leaves(one.policy), jax.tree.leaves(two.policy), before, strict=True):
         np.testing.assert_array_equal(a, b)
