@@ -12,6 +12,8 @@ from common.errors import parse_args
 ROOT = Path(__file__).parent.parent
 VARIABLES = {  # of results/*.sh
     "$target": "paper", "$backup": "base", "$velocities": "6 7 8", "$K": "2", "$width": "32", "$depth": "2",
+    "$common": "--horizon 5", "$critic": "qr", "$out": "--append", '"${probes[@]:0:2}"': "chain",
+    '"${probes[@]}"': "chain",
 }  # fmt: skip
 
 

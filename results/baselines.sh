@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Everything behind results/baselines*, one command a line; after results/preview.sh, whose base policy it uses.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# The base policy of horizon 1, as the one of horizon 5.
+python evor_bc.py --env cube-double-play --preview --steps 200000 --ignore-observations 6 7 8 9 10 11 --run-dir runs/cube-double-play-h1
+
+# EVOR and its critic without the flow: two seeds of the reward model on one base policy, one bank.
+common="--env cube-double-play --preview --horizon 5 --steps 30000 --seeds 2 --policy-run-dir runs/cube-double-play --policy-seed 0"
+for backup in base softmax; do
+  for target in paper shared-noise; do
+    python evor_value.py $common --td-target $target --next-action $backup --run-dir runs/baselines/$target-$backup
+  done
+  for critic in scalar c51 qr; do
+    python -m baselines.critics $common --critic $critic --next-action $backup --run-dir runs/baselines/$critic-$backup
+  done
+done
+
+# QC's value learning on the same base policies.
+python -m baselines.qc --env cube-double-play --preview --horizon 5 --steps 30000 --policy-run-dir runs/cube-double-play --run-dir runs/baselines/qc-h5-n32
+python -m baselines.qc --env cube-double-play --preview --horizon 1 --steps 30000 --policy-run-dir runs/cube-double-play-h1 --num-next-actions 4 --run-dir runs/baselines/qc-h1-n4
+
+python -m benchmarks.speed --groups baselines --rounds 3 --steps 10 --out runs/speed-baselines
+python -m results.baselines --runs runs/baselines/* --speed runs/speed-baselines/speed.csv
