@@ -499,9 +499,9 @@ def last_screen(
     summary = evor_infer.summarise(episodes, ("task", "num_actions"))
     by_seed = evor_infer.summarise(episodes, ("task", "num_actions", "seed"))
     line = "-" * 100
-    print(f"\n{line}\nEVOR on {name}: {info['name']} (source: {info['source']}, sha256 {info['sha256'][:12]})")
+    print(f"\n{line}\n{args.method} on {name}: {info['name']} (source: {info['source']}, sha256 {info['sha256'][:12]})")
     print(
-        f"reward model: {args.method}, next action {args.next_action}, critic {args.critic}, "
+        f"reward model: next action {args.next_action}, critic {args.critic}, "
         f"horizon {args.horizon}, {args.steps:,} steps, seeds {list(args.all_seeds)}"
     )
     if args.quick:
@@ -509,7 +509,7 @@ def last_screen(
     if not summary:
         print("not evaluated.")
     for row in summary:
-        what = "base policy alone" if row["num_actions"] == 1 else f"EVOR, best of {row['num_actions']}"
+        what = "base policy alone" if row["num_actions"] == 1 else f"best of {row['num_actions']}"
         print(
             f"  task {row['task']}  {what:<20} success {row['success']:6.1%}  "
             f"95% interval over episodes [{row['low']:.1%}, {row['high']:.1%}]  ({row['episodes']} episodes)"
@@ -671,7 +671,7 @@ def make_replicas(
     """The (task, seed) pairs, what distinguishes them, and the keys that initialise them."""
     pairs = [(task, seed) for task in tasks for seed in args.all_seeds]
     task = np.repeat(np.arange(len(tasks)), args.seeds)
-    policy = np.tile(np.minimum(np.arange(args.seeds), len(args.policy_seeds) - 1), len(tasks))
+    policy = np.tile(np.arange(args.seeds) if args.policy_seed is None else np.zeros(args.seeds, int), len(tasks))
     shift = data.mean_return(rewards, bootstraps)[task]
     scale = ReturnScale.of(bounds[task, 0], bounds[task, 1], shift=shift, width=args.return_width)
     # A replica's randomness depends on its task and seed, not on what is trained beside it.
@@ -752,7 +752,8 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
     ) -> Float16[np.ndarray, "policies longest K chunk"]:
         """The next-action bank of a file; the first draw is kept beside the base policy."""
         many = len(files) > 1
-        name = f"bank-{args.num_next_actions}" + f"-{file.stem}" * many
+        seed = "" if args.policy_seed is None else f"-seed-{args.policy_seed}"
+        name = f"bank-{args.num_next_actions}{seed}" + f"-{file.stem}" * many
         if args.next_action == "dataset" or args.own_policy:
             return np.zeros((len(args.policy_seeds), longest, 0, dims["action_dim"] * args.horizon), np.float16)
         bank = make_bank(
@@ -862,7 +863,7 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
     found: list[dict[str, Any]] = evaluate(args.steps, run.state) if evaluated else []
     summary = evor_infer.summarise(found, ("task", "num_actions"))
     if evaluated:
-        figures.success(summary, run.directory / "evaluation.png", title=f"{name} ({source} data)")
+        figures.success(summary, run.directory / "evaluation.png", title=f"{args.method}, {name} ({source} data)")
     elif own_rewards:
         print("evaluation skipped: the dataset brings its own rewards, so there is no environment to evaluate in.")
     last_screen(args, name, info, found, run.directory, policy_run_dir)

@@ -191,12 +191,17 @@ def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> evor
     return evor_value.TrainState(critic, target, optimizer.init(critic), jnp.zeros((), jnp.int32))
 
 
-def main(args: Args) -> list[dict[str, Any]]:
-    """`evor_value.main` with these critics; returns the summary of the last evaluation."""
+def check_args(args: Args) -> None:
+    """Raises `UserError` for settings of these critics that cannot work."""
     if args.atoms < 2 or args.quantiles < 1 or args.ensemble < 1:
         raise UserError("--atoms must be at least 2, --quantiles and --ensemble at least 1.")
     if not args.huber > 0:
         raise UserError(f"--huber must be positive, not {args.huber}.")
+
+
+def main(args: Args) -> list[dict[str, Any]]:
+    """`evor_value.main` with these critics; returns the summary of the last evaluation."""
+    check_args(args)
     return evor_value.main(args, baseline=sys.modules[__name__])
 
 

@@ -14,16 +14,19 @@ if the task was not solved in it, else 0. The agent does the same: N draws, the 
 `--horizon 5`; with `--horizon 1` it is called BFN and has `--num-next-actions 4`.
 
     --policy joint    as published: the policy learns by flow matching in the same steps, on the same batch, and draws
-                      N fresh next actions for each transition. Almost all of the time goes there.
-    --policy frozen   stage 1's policy, and its next-action bank: the value learning of QC alone. What is left of it is
-                      `baselines.critics --critic scalar --ensemble 2 --next-action softmax`, so that module trains it.
+                      N fresh next actions for each transition. Most of the time goes there.
+    --policy frozen   stage 1's policy, and its next-action bank: the value learning of QC alone (`--preview` does
+                      this). What is left is a setting of `baselines.critics`, and that module trains it:
+                      `--critic scalar --ensemble 2 --next-action softmax --num-next-actions 32`.
 
 Reads and writes what `evor_value.py` does; `evor_infer.py` loads the result. With `joint` there is no stage 1: the
 policy lies in `value/model.eqx` too.
 
-Differences from the published code: it draws chunks across the end of an episode and gives them no weight (`valid`)
-where we never draw them; it counts rewards of a chunk after the task was solved, we stop there; as in stage 2, we
-standardise observations, scale returns, and clip bootstrapped values to the possible ones (`--clip-margin`).
+Differences from the published code: (1) it draws chunks that cross the end of an episode, gives them no weight in the
+TD loss (`valid`) and clones what lies before the end; we never draw them. (2) It counts rewards of a chunk after the
+task was solved; we stop there. (3) As in stage 2, observations are standardised, returns scaled, critics start at the
+data's mean with small outputs, bootstrapped values are clipped to the possible ones (`--clip-margin`), and the target
+network follows the updated parameters.
 Source: Q-chunking, Li, Zhou, Levine, arXiv 2507.07969.
 """
 
@@ -69,7 +72,7 @@ class Args(critics.Args):
 
     @property
     def method(self) -> str:
-        return f"QC, best of {self.num_next_actions}"
+        return f"QC, {self.policy} policy"
 
     @property
     def own_policy(self) -> bool:
@@ -87,6 +90,24 @@ class TrainState(NamedTuple):
 
 
 # --- Maths -------------------------------------------------------------------------------------------------------
+
+
+def td_loss_one(
+    critic: DirectCritic,
+    target: DirectCritic,
+    observation: Float[Array, " observation"],
+    action: Float[Array, " action"],
+    reward: Float[Array, ""],
+    bootstrap: Float[Array, ""],
+    next_observation: Float[Array, " observation"],
+    next_action: Float[Array, " action"],
+    *,
+    low: Float[Array, ""],
+    high: Float[Array, ""],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`mean_k (Q_k(x, a) - y)^2` of one transition, and `y`, with the next value clipped to `[low, high]`."""
+    y = jax.lax.stop_gradient(reward + bootstrap * jnp.clip(jnp.mean(target(next_observation, next_action)), low, high))
+    return jnp.mean((critic(observation, action) - y) ** 2), y
 
 
 def best_of(
@@ -119,13 +140,14 @@ def train_step(
     noise = jax.random.normal(action_key, (args.batch_size, args.num_next_actions, state.policy.action_dim))
     chosen = jax.lax.stop_gradient(in_blocks(next_action, next_observations, noise, rows=args.num_next_actions))
 
+    # See `evor_value.train_step` for why there is a margin.
     margin = args.clip_margin * (replica.scale.high - replica.scale.low)
     low = replica.scale.to_model(replica.scale.low - margin)
     high = replica.scale.to_model(replica.scale.high + margin)
 
     def loss_fn(networks):
         critic, policy = networks
-        td_loss = functools.partial(critics.td_loss_one, critic, state.target, low=low, high=high, threshold=1.0)
+        td_loss = functools.partial(td_loss_one, critic, state.target, low=low, high=high)
         losses, targets = jax.vmap(td_loss)(observations, actions, reward, bootstrap, next_observations, chosen)
         bc_loss = evor_bc.bc_loss(policy, observations, actions, key=policy_key)
         # The two share no parameters: one optimizer for their sum is two optimizers.
@@ -140,7 +162,7 @@ def train_step(
     metrics = {
         "loss": loss,
         "bc_loss": bc_loss,
-        "gradient_norm": optax.tree.norm(gradient),
+        "gradient_norm": optax.tree.norm(gradient[0]),  # the critic's
         "target_return": replica.scale.to_environment(target),
     }
     return TrainState(critic, target_critic, policy, opt_state, state.step + 1), metrics
@@ -173,6 +195,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     args = dataclasses.replace(
         args, num_actions=args.num_next_actions if args.num_actions is None else args.num_actions
     )
+    critics.check_args(args)
     if args.critic != "scalar":
         raise UserError(f"--critic {args.critic}: QC's is scalar; the others are in baselines.critics.")
     if args.policy == "frozen":

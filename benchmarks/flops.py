@@ -4,8 +4,16 @@ Backward passes cost twice the forward one, but for the gradient with respect to
 nobody asks for. Activations, LayerNorm and Adam are not counted. XLA's own count takes a loop for one of its rounds.
 """
 
+import jax
+
 import evor_value
 from common.networks import MLP, Critic, DirectCritic, FlowPolicy
+
+
+def num_parameters(critic: Critic) -> int:
+    """Parameters of a critic; C51's atoms are none."""
+    atoms = critic.atoms.size if isinstance(critic, DirectCritic) else 0
+    return sum(leaf.size for leaf in jax.tree.leaves(critic)) - atoms
 
 
 def mlp_macs(mlp: MLP) -> int:

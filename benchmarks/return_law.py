@@ -9,7 +9,8 @@ of `baselines/critics.py`. Says, averaged over a probe's state-action pairs, and
     Q*      the error of the log-mean-exp that stage 3 ranks actions by, at its default temperature and number of draws,
 
 in the probe's units, beside parameters and counted FLOPs. For `paper` also the distance to N(Q, sigma^2), sigma the
-noise. With `--every` it does so over training. Writes one row per probe, method, seed and step to `--out`, with the
+noise. With `--every` it does so over training, under one learning-rate schedule (a number on the way is not that of a
+shorter training). Writes one row per probe, method, seed and step to `--out`, with the
 table and the figure beside it; `--append` adds to what stands there, with no `--methods` it only draws that anew.
 """
 
@@ -26,7 +27,7 @@ import evor_infer
 import evor_value
 from baselines import critics
 from benchmarks import probes
-from benchmarks.flops import step_flops
+from benchmarks.flops import num_parameters, step_flops
 from common import figures
 from common.errors import UserError, run_cli
 from common.metrics import git_revision, package_versions, read_csv, write_csv
@@ -152,10 +153,7 @@ def rows_of(args: Args, method: str, probe: probes.Probe) -> list[dict[str, Any]
 
     def report(step: int, state: Any, scale: ReturnScale) -> None:
         one = jax.tree.map(lambda x: x[0], state.critic)
-        size = dict(
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(one)) - getattr(one, "atoms", np.zeros(0)).size,
-            mflop=step_flops(settings, one) / 1e6,
-        )
+        size = dict(parameters=num_parameters(one), mflop=step_flops(settings, one) / 1e6)
         errors = measure(args, state.critic, scale, probe)
         versions = dict(git_revision=git_revision(), jax=package_versions()["jax"])
         for i, seed in enumerate(args.seeds):
@@ -185,10 +183,13 @@ def main(args: Args) -> list[dict[str, Any]]:
         raise UserError("a part of the comparison would replace the whole table: pass another --out.")
     if args.every < 0 or (args.every and args.steps % args.every):
         raise UserError(f"--steps {args.steps} is no multiple of --every {args.every}: change one of them.")
-    rows = read_rows(args.out) if args.append and args.out.is_file() else []
+    old = read_rows(args.out) if args.append and args.out.is_file() else []
+    rows: list[dict[str, Any]] = []
     for probe in (p for p in probes.PROBES if p.name in args.probes):
         for method in args.methods:
             rows += rows_of(args, method, probe)
+    measured = {identity(row) for row in rows}
+    rows = [row for row in old if identity(row) not in measured] + rows
     fields = list(dict.fromkeys(field for row in rows for field in row))
     write_csv(args.out, fields, rows)
     args.out.with_suffix(".md").write_text(table(rows))
@@ -218,10 +219,13 @@ def label(row: dict[str, Any]) -> str:
         words.append(f"{row['quantiles']} quantiles, Huber {float(row['huber']):g}")
     elif row["method"] != "scalar":
         words.append(row["critic"] + f" ({row['head_depth']} x {row['head_width']})" * (row["critic"] == "trunk"))
-    if int(row["num_next_actions"]) != Args.num_next_actions:
-        words.append(f"K = {row['num_next_actions']}")
-    if int(row["copies"]) != Args.copies:
-        words.append(f"{int(row['copies']):,} copies")
+    unusual = dict(
+        num_next_actions="K = {:g}", copies="{:,.0f} copies", noise_std="noise {:g}",
+        target_steps="{:g} Euler steps in the target", flow_steps="{:g} Euler steps",
+    )  # fmt: skip
+    words += [
+        says.format(float(row[name])) for name, says in unusual.items() if float(row[name]) != getattr(Args, name)
+    ]
     return ", ".join(words)
 
 
@@ -230,17 +234,21 @@ def setting(row: dict[str, Any]) -> tuple[str, str]:
     return label(row), f"{row['depth']} x {int(row['width'])}"
 
 
+def identity(row: dict[str, Any]) -> tuple:
+    """What a row measured; a second measurement takes its place."""
+    return row["probe"], setting(row), int(row["seed"]), int(row["step"])
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The last measurements as a Markdown table: methods by probes."""
-    last = max(row["step"] for row in rows)
-    rows = [row for row in rows if row["step"] == last]
+    last = {key: max(row["step"] for row in rows if setting(row) == key) for key in map(setting, rows)}
+    rows = [row for row in rows if row["step"] == last[setting(row)]]
     names = list(dict.fromkeys(row["probe"] for row in rows))
-    seeds, first = sorted({int(row["seed"]) for row in rows}), rows[0]
+    seeds, steps = {int(row["seed"]) for row in rows}, " or ".join(sorted({f"{int(at):,}" for at in last.values()}))
     lines = [
-        f"W1 distance to the exact law of the reward-to-go: mean over {len(seeds)} seeds (range), after "
-        f"{int(last):,} steps; noise standard deviation {float(first['noise_std']):g}, {first['flow_steps']} Euler "
-        f"steps, K = {Args.num_next_actions} next actions per transition where nothing else is said. Q*: error of the "
-        f"log-mean-exp, mean over the probes.",
+        f"W1 distance to the exact law of the reward-to-go: mean over {len(seeds)} seeds (range), after {steps} "
+        f"steps. Where nothing else is said: noise standard deviation {Args.noise_std:g}, {Args.flow_steps} Euler "
+        f"steps, K = {Args.num_next_actions} next actions per transition. Q*: error of the log-mean-exp, all probes.",
         "",
         "| method | hidden layers | parameters | MFLOP per step | " + " | ".join(names) + " | Q* |",
         "|---|---|---|---|" + "---|" * len(names) + "---|",
@@ -277,13 +285,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(row["probe"] for row in rows))
     figure, axes = figures.subplots(1, len(names), width=5.0 * len(names), height=4.0)
     for axis, name in zip(axes[0], names, strict=True):
-        for method in dict.fromkeys(label(row) for row in rows):
+        for method, depth in dict.fromkeys((label(row), row["depth"]) for row in rows):
             points: dict[float, list[float]] = {}
             for row in rows:
-                if (row["probe"], label(row)) == (name, method):
+                if (row["probe"], label(row), row["depth"]) == (name, method, depth):
                     points.setdefault(row[axis_of], []).append(row["w1"])
             x, y = sorted(points), [points[at] for at in sorted(points)]
-            (drawn,) = axis.plot(x, [np.mean(w) for w in y], label=method.replace("`", ""), marker=".", lw=1)
+            (drawn,) = axis.plot(
+                x, [np.mean(w) for w in y], label=f"{method}, depth {depth}".replace("`", ""), marker=".", lw=1
+            )
             axis.fill_between(x, [min(w) for w in y], [max(w) for w in y], color=drawn.get_color(), alpha=0.2, lw=0)
         xlabel = "gradient steps" if by_step else "parameters"
         axis.set(title=name, xlabel=xlabel, yscale="log", xscale="linear" if by_step else "log")

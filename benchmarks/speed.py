@@ -188,14 +188,14 @@ def value_case(
     replicas, rows = tasks * seeds, rows or args.rows
     steps = args.steps
     settings = (settings_of or learner).Args(width=args.width, chunk=steps, **changes)
-    header = dict(observation_dim=OBSERVATION, action_dim=ACTION, horizon=1, critic=settings.critic)
+    header = dict(observation_dim=OBSERVATION, action_dim=ACTION, horizon=settings.horizon, critic=settings.critic)
     header |= {field: getattr(settings, field) for field in CRITIC_FIELDS}
     header |= dict(outputs=getattr(settings, "outputs", 1))
     keys = jax.random.split(jax.random.key(0), replicas)
     state = stack_replicas(lambda key: learner.init_state(settings, header, key=key), keys)
-    dataset = value_data(
-        rows, tasks=tasks, seeds=seeds, num_next_actions=0 if settings.own_policy else settings.num_next_actions
-    )
+    num_next_actions = 0 if settings.own_policy else settings.num_next_actions
+    shape = dict(num_next_actions=num_next_actions, horizon=settings.horizon)
+    dataset = value_data(rows, tasks=tasks, seeds=seeds, **shape)
     scale = ReturnScale.of(-np.full(replicas, 100.0), np.zeros(replicas), shift=np.full(replicas, -90.0), width=4.0)
     task, seed = np.divmod(np.arange(replicas), seeds)
     chosen = evor_value.Replica(jnp.asarray(task), jnp.asarray(seed), scale, keys)
@@ -217,22 +217,22 @@ def stateful(step: Callable, state: Any) -> Callable[[], None]:
 
 
 @functools.cache
-def random_rows(rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def random_rows(rows: int, horizon: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Observations, actions, and the rows at which a transition starts."""
     rng = np.random.default_rng(0)
-    observations = rng.standard_normal((rows + 1, OBSERVATION), np.float32)
-    actions = rng.uniform(-1, 1, (rows + 1, ACTION)).astype(np.float32)
+    observations = rng.standard_normal((rows + horizon, OBSERVATION), np.float32)
+    actions = rng.uniform(-1, 1, (rows + horizon, ACTION)).astype(np.float32)
     return jnp.asarray(observations), jnp.asarray(actions), jnp.arange(rows)
 
 
 @functools.cache
-def value_data(rows: int, *, tasks: int, seeds: int, num_next_actions: int) -> evor_value.ValueData:
-    bank = np.empty((seeds, rows, num_next_actions, ACTION), np.float16)
+def value_data(rows: int, *, tasks: int, seeds: int, num_next_actions: int, horizon: int = 1) -> evor_value.ValueData:
+    bank = np.empty((seeds, rows, num_next_actions, ACTION * horizon), np.float16)
     for i in range(seeds):  # one at a time: a temporary of the whole would be the peak of the memory
         bank[i] = np.random.default_rng(i).random(bank.shape[1:], np.float32)
     shape = (tasks, rows)
     arrays = (-jnp.ones(shape), jnp.full(shape, 0.99), jnp.asarray(bank))
-    return evor_value.ValueData(*random_rows(rows), *arrays, jnp.asarray(rows))
+    return evor_value.ValueData(*random_rows(rows, horizon), *arrays, jnp.asarray(rows))
 
 
 def agent(args: Args, critic: str) -> evor_infer.AgentParams:
@@ -291,25 +291,23 @@ def stages(args: Args) -> list[dict[str, Any]]:
 
 
 def baselines(args: Args) -> list[dict[str, Any]]:
-    """A gradient step of each baseline, and of stage 2 beside it."""
-    backups = (dict(), dict(next_action="softmax"))
-    cases = [
-        value_case(
-            f"{target}, trunk, {'best of 4' if backup else 'base'}", args, td_target=target, critic="trunk", **backup
-        )
-        for target in ("paper", "shared-noise")
-        for backup in backups
-    ]
-    cases += [
-        value_case(f"{kind}, {'best of 4' if backup else 'base'}", args, learner=critics, critic=kind, **backup)
-        for kind in ("scalar", "c51", "qr")
-        for backup in backups
-    ]
-    for n in (4, 32):
-        shape = dict(num_next_actions=n, rows=min(args.rows, 100_000))  # a bank of 32 actions of 1M rows is large
-        frozen = dict(learner=critics, settings_of=qc, policy="frozen")
-        cases.append(value_case(f"QC, frozen policy, best of {n}", args, **frozen, **shape))
-        cases.append(value_case(f"QC, joint policy, best of {n}", args, learner=qc, policy="joint", **shape))
+    """A gradient step of each line of results/baselines.md, under that line's name, and of QC as published."""
+    cases = []
+
+    def add(method: str, horizon: int = 5, n: int = 0, **changes: Any) -> None:
+        backup = dict(next_action="softmax", num_next_actions=n) if n else {}
+        name = f"{method}, {f'best of {n}' if n else 'base'}, horizon {horizon}"
+        rows = min(args.rows, 100_000)  # a bank of 32 chunks for each of 1M rows is large
+        cases.append(value_case(name, args, rows=rows, horizon=horizon, **backup, **changes))
+
+    for n in (0, 4):
+        for target in ("paper", "shared-noise"):
+            add(f"{target}, trunk", n=n, td_target=target, critic="trunk")
+        for kind in ("scalar", "c51", "qr"):
+            add(kind, n=n, learner=critics, critic=kind)
+    for horizon, n in ((1, 4), (1, 32), (5, 32)):
+        add("QC, frozen policy", horizon, n, learner=critics, settings_of=qc, policy="frozen")
+        add("QC, joint policy", horizon, n, learner=qc, policy="joint")
     return measure("baselines", cases, args)
 
 

@@ -54,7 +54,7 @@ def success(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> 
         height = np.array([100 * rows[t]["success"] for t in tasks])
         low = height - [100 * rows[t]["low"] for t in tasks]
         high = [100 * rows[t]["high"] for t in tasks] - height
-        label = "base policy alone" if number == 1 else f"EVOR, best of {number}"
+        label = "base policy alone" if number == 1 else f"best of {number}"
         place = np.arange(len(tasks)) + 0.38 * (i - (len(methods) - 1) / 2)
         axis.bar(place, height, 0.34, yerr=np.abs([low, high]), capsize=3, label=label)
     axis.set(ylabel="success (%)", ylim=(0, 105), xticks=range(len(tasks)), title=title)

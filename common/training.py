@@ -34,6 +34,14 @@ class Standardizer(eqx.Module):
 
     @classmethod
     def of(cls, observations: Float[np.ndarray, "rows observation"], *, ignore: Sequence[int] = ()) -> "Standardizer":
+        """Mean and standard deviation of the data.
+
+        Raises:
+            UserError: `ignore` names a coordinate that does not exist.
+        """
+        dims = observations.shape[1]
+        if not set(ignore) <= set(range(dims)):
+            raise UserError(f"--ignore-observations {list(ignore)}: observations have 0 to {dims - 1}.")
         # float64 sums: a million float32 terms lose digits.
         mean = observations.mean(axis=0, dtype=np.float64)
         std = observations.std(axis=0, dtype=np.float64)

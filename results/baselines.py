@@ -7,7 +7,8 @@ Runs that differ in their seed alone are one line: successes of all their episod
 interval knows of episodes, not of seeds; these stand beside it.) Milliseconds and the share of the machine's rate are
 those of `benchmarks.speed`, where all steps were timed in turn. Writes `baselines_episodes.csv` (one row per evaluation
 episode), `baselines_runs.csv` (one per run and seed, with its settings, data and versions) and `baselines.md` (the
-table, with the words of `baselines_words.md`) beside this file.
+table, with the words of `baselines_words.md`) beside this file. Refuses runs of different environments, tasks or
+scales, on different data or base policies, and lines whose seeds had different settings.
 """
 
 import dataclasses
@@ -19,12 +20,15 @@ import jax
 import numpy as np
 
 import evor_value
-from benchmarks.flops import step_flops
+from baselines import critics, qc
+from benchmarks.flops import num_parameters, step_flops
 from common.errors import UserError, run_cli
 from common.metrics import read_csv, write_csv
 from common.networks import make_critic, make_policy
 from evor_infer import summarise
 from results.preview import HERE, gather, refuse_mixtures
+
+OF_A_SEED = ("seeds", "first_seed", "run_dir", "policy_run_dir", "resume", "overwrite", "track", "distributed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,89 +43,115 @@ class Args:
     """Prefix of the files."""
 
 
-def cost(config: dict[str, Any]) -> dict[str, float]:
-    """Parameters of the reward model, and MFLOP per gradient step."""
-    args, key = config["args"], jax.random.key(0)
-    critic = make_critic(config, key=key)
+def arguments(config: dict[str, Any]) -> evor_value.Args:
+    """The arguments of a run, from its config.json."""
+    found = config["args"]
+    kind = qc.Args if "policy" in found else critics.Args if "ensemble" in found else evor_value.Args
+    known = {field.name for field in dataclasses.fields(kind)} - {"run_dir", "policy_run_dir", "dataset"}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    return kind(**{name: value for name, value in values.items() if name in known})
+
+
+def describe(run: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """What the table says of a run beside its results."""
+    config, key = json.loads((run / "value" / "config.json").read_text()), jax.random.key(0)
+    args, critic = arguments(config), make_critic(config, key=key)
     policy = make_policy(config, key=key) if config.get("own_policy") else None
-    known = {field.name for field in dataclasses.fields(evor_value.Args)}
-    settings = evor_value.Args(**{k: v for k, v in args.items() if k in known})
-    atoms = getattr(critic, "atoms", np.zeros(0)).size
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(critic)) - atoms
-    return dict(parameters=parameters, mflop=step_flops(settings, critic, policy) / 1e6)
-
-
-def backup(row: dict[str, Any]) -> str:
-    """Whose reward-to-go: the `--next-action` with what matters to it."""
-    if row["next_action"] != "softmax":
-        return row["next_action"]
-    temperature = float(row["backup_temperature"])
-    return f"best of {row['num_next_actions']}" if temperature == 0 else (
-        f"softmax of {row['num_next_actions']} at {temperature:g}"
-    )  # fmt: skip
+    backup = args.next_action
+    if backup == "softmax":
+        greedy = args.backup_temperature == 0
+        backup = f"best of {args.num_next_actions}" if greedy else (
+            f"softmax of {args.num_next_actions}, temperature {args.backup_temperature:g}"
+        )  # fmt: skip
+    return row | dict(
+        run=str(run),
+        method=args.method + (f", {args.critic}" if args.critic in ("mlp", "trunk") else ""),
+        backup=backup,
+        parameters=num_parameters(critic),
+        mflop=step_flops(args, critic, policy) / 1e6,
+        policy_sha256=config["policy_sha256"],
+        settings=json.dumps({k: v for k, v in config["args"].items() if k not in OF_A_SEED}, sort_keys=True),
+    )
 
 
 def setting(row: dict[str, Any]) -> tuple[str, str, int]:
     """What a line of the table is about: method, backup, horizon."""
-    flow = row["critic"] in ("mlp", "trunk")
-    return row["method"] + (f", {row['critic']}" if flow else ""), backup(row), int(row["horizon"])
+    return row["method"], row["backup"], row["horizon"]
+
+
+def refuse_differences(rows: list[dict[str, Any]]) -> None:
+    """Raises `UserError` for runs that are not the same but for what the table names."""
+    refuse_mixtures(rows)
+    for field in ("env", "task"):
+        if len({row[field] for row in rows}) > 1:
+            raise UserError(f"the runs differ in {field}: one table is about one.")
+    shared = [(setting(row), "settings", row) for row in rows]
+    shared += [(row["horizon"], "policy_sha256", row) for row in rows if row["policy_sha256"]]
+    for key, field, row in shared:
+        other = next(r for k, f, r in shared if (k, f) == (key, field))
+        if row[field] != other[field]:
+            raise UserError(f"{row['run']} and {other['run']} differ in {field}: they share no line.")
+
+
+def line(members: list[dict[str, Any]], episodes: list[dict[str, Any]], timed: dict[str, str]) -> str:
+    """A line of the table: all seeds of a setting."""
+    method, backup, horizon = setting(members[0])
+    runs = {(row["run"], row["seed"]) for row in members}
+    own = [row | dict(base=row["num_actions"] == 1) for row in episodes if (row["run"], row["seed"]) in runs]
+    pooled = {row["base"]: row for row in summarise(own, ("base",))}
+    mean = {name: np.mean([row[name] for row in members])
+            for name in ("mean_predicted", "mean_observed", "correlation", "crps")}  # fmt: skip
+    cells = (
+        f"`{method}`",
+        backup,
+        horizon,
+        members[0]["num_actions"],
+        "**{success:.0%}** [{low:.0%}, {high:.0%}]".format(**pooled[False]),
+        ", ".join(f"{row['success']:.0%}" for row in sorted(members, key=lambda row: row["seed"])),
+        "{success:.0%} [{low:.0%}, {high:.0%}]".format(**pooled[True]),
+        f"{members[0]['parameters']:,}",
+        f"{members[0]['mflop']:,.0f}",
+        f"{float(timed['ms']):.1f}" if timed else "",
+        f"{float(timed['peak_share']):.0%}" if timed else "",
+        f"{mean['mean_predicted']:.1f} / {mean['mean_observed']:.1f}",
+        f"{mean['correlation']:.2f}",
+        f"{mean['crps']:.1f}",
+    )
+    return "| " + " | ".join(str(c) for c in cells) + " |"
 
 
 def table(rows: list[dict[str, Any]], episodes: list[dict[str, Any]], speed: dict[str, dict[str, str]]) -> str:
-    """Markdown: one line per setting, all its seeds together."""
-    of_run = {(row["run"], row["task"], row["seed"]): setting(row) for row in rows}
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(setting(row), []).append(row)
+    """Markdown: one line per setting."""
     first = rows[0]
+    bc_steps = " or ".join(sorted({f"{row['bc_steps']:,}" for row in rows if row["bc_steps"]}))
     lines = [
-        f"{first['env']} ({first['data_source']} data), task {first['task']}: {int(first['steps']):,} steps on one "
-        f"base policy per horizon ({int(first['bc_steps']):,} steps), {first['episodes']} episodes per seed.",
+        f"{first['env']} ({first['data_source']} data), task {first['task']}: {first['steps']:,} steps, on one base "
+        f"policy per horizon ({bc_steps} steps); {first['episodes']} episodes per seed with the best of N_pi actions.",
         "",
-        "| method | next action | horizon | success | per seed | base policy alone | parameters | MFLOP per step "
-        "| ms per step | of the machine's rate | mean return, predicted / observed | correlation | CRPS |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| method | next action | horizon | N_pi | success | per seed | base policy alone | parameters "
+        "| MFLOP per step | ms per step | of the machine's rate | mean return, predicted / observed | correlation "
+        "| CRPS |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for key, members in groups.items():
-        method, action, horizon = key
-        own = [row | dict(base=row["num_actions"] == 1) for row in episodes
-               if of_run.get((row["run"], row["task"], row["seed"])) == key]  # fmt: skip
-        pooled = {row["base"]: row for row in summarise(own, ("base",))}
-        timed = speed.get(f"{method}, {action}")
-        mean = {name: np.mean([row[name] for row in members]) for name in
-                ("mean_predicted", "mean_observed", "correlation", "crps")}  # fmt: skip
-        cells = (
-            f"`{method}`"
-            if method.split(",")[0] in ("paper", "shared-noise", "velocity", "independent-noise")
-            else method,
-            action,
-            horizon,
-            "**{success:.0%}** [{low:.0%}, {high:.0%}]".format(**pooled[False]),
-            ", ".join(f"{row['success']:.0%}" for row in sorted(members, key=lambda row: row["seed"])),
-            "{success:.0%} [{low:.0%}, {high:.0%}]".format(**pooled[True]),
-            f"{members[0]['parameters']:,}",
-            f"{members[0]['mflop']:,.0f}",
-            f"{float(timed['ms']):.1f}" if timed else "",
-            f"{float(timed['peak_share']):.0%}" if timed else "",
-            f"{mean['mean_predicted']:.1f} / {mean['mean_observed']:.1f}",
-            f"{mean['correlation']:.2f}",
-            f"{mean['crps']:.1f}",
-        )
-        lines.append("| " + " | ".join(str(c) for c in cells) + " |")
+    for key in dict.fromkeys(setting(row) for row in rows):
+        members = [row for row in rows if setting(row) == key]
+        case = "{}, {}, horizon {}".format(*key)
+        if speed and case not in speed:
+            raise UserError(f"--speed has no case {case!r}: it has {', '.join(speed)}.")
+        lines.append(line(members, episodes, speed.get(case, {})))
     return "\n".join(lines) + "\n"
 
 
-def main(args: Args) -> None:
-    """Writes the three files."""
+def main(args: Args) -> str:
+    """Writes the three files; returns the table."""
     if not args.runs:
         raise UserError("name at least one run directory with --runs.")
     episodes, rows = [], []
     for run in args.runs:
-        config = json.loads((run / "value" / "config.json").read_text())
         raw, summary = gather(run)
-        episodes += raw
-        rows += [row | cost(config) for row in summary]
-    refuse_mixtures(rows)
+        rows += [describe(run, row) for row in summary]
+        episodes += [row | dict(run=str(run), method=rows[-1]["method"]) for row in raw]
+    refuse_differences(rows)
     speed = {row["case"]: row for row in read_csv(args.speed)} if args.speed else {}
     text = table(rows, episodes, speed)
     words = HERE / f"{args.name}_words.md"
@@ -131,6 +161,7 @@ def main(args: Args) -> None:
     write_csv(HERE / f"{args.name}_runs.csv", list(rows[0]), rows)
     (HERE / f"{args.name}.md").write_text(text)
     print(text)
+    return text
 
 
 if __name__ == "__main__":

@@ -35,12 +35,12 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     directory = run / "value"
     config = json.loads((directory / "config.json").read_text())
     args, versions = config["args"], config["versions"]
-    trained_with = config if config.get("own_policy") else None
-    bc = trained_with or json.loads((Path(config["policy_run_dir"]) / "bc" / "config.json").read_text())
+    bc = {"args": dict(steps="")}  # of a policy that was trained with the reward model
+    if not config.get("own_policy"):
+        bc = json.loads((Path(config["policy_run_dir"]) / "bc" / "config.json").read_text())
     settings = dict(
         env=config["env"],
         run=run.name,
-        method=method_of(config),
         td_target=args["td_target"],
         next_action=args["next_action"],
         critic=args["critic"],
@@ -67,8 +67,8 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         **{f"version_{k}": v for k, v in versions.items()},
     )
     episodes = [row for row in read_episodes(directory / "evaluation.csv") if row["step"] == args["steps"]]
-    if not episodes:
-        raise UserError(f"{run} has no evaluation of its last checkpoint: let it finish.")
+    if {row["num_actions"] == 1 for row in episodes} != {True, False}:
+        raise UserError(f"{run} has no evaluation of its last checkpoint, or none of several actions: let it finish.")
     by_method = {
         (row["task"], row["seed"], row["num_actions"] == 1): row
         for row in summarise(episodes, ("task", "seed", "num_actions"))
@@ -87,24 +87,16 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             | {k: round(found[k], 4) for k in ("mean_predicted", "mean_observed", "correlation", "crps")}
             | settings
         )
-    keep = ("env", "run", "method", "next_action", "critic", "horizon", "data_sha256", "git_revision")
+    keep = ("env", "run", "td_target", "next_action", "critic", "horizon", "data_sha256", "git_revision")
     chosen = ("task", "seed", "step", "num_actions", "episode", "success", "length", "total")
     raw = [{k: settings[k] for k in keep} | {k: row[k] for k in chosen} for row in episodes]
     return raw, rows
 
 
-def method_of(config: dict[str, Any]) -> str:
-    """The TD target of a flow, or the name of a baseline."""
-    args = config["args"]
-    if "policy" in args:
-        return f"QC, {args['policy']} policy"
-    return args["td_target"] if args["critic"] in ("mlp", "trunk") else args["critic"]
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line per run, task and seed."""
     lines = [
-        "| data | task | method | backup | critic | K | h | EVOR | base policy alone "
+        "| data | task | target | backup | critic | K | h | EVOR | base policy alone "
         "| mean return, predicted / observed | correlation | CRPS |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -112,7 +104,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = (
             f"{r['env']} ({r['data_source']})",
             r["task"],
-            f"`{r['method']}`",
+            f"`{r['td_target']}`",
             f"`{r['next_action']}`",
             r["critic"],
             r["num_next_actions"],
@@ -132,7 +124,7 @@ def refuse_mixtures(rows: list[dict[str, Any]]) -> None:
     for field in ("steps", "bc_steps", "episodes", "data_sha256"):
         per_env = {}
         for row in rows:
-            per_env.setdefault(row["env"], set()).add(row[field])
+            per_env.setdefault(row["env"], set()).update({row[field]} - {""})
         mixed = [env for env, values in per_env.items() if len(values) > 1]
         if mixed:
             raise UserError(f"the runs of {mixed[0]} differ in {field}: numbers of different scales share no table.")

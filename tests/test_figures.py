@@ -49,7 +49,7 @@ def test_success_draws_both_policies_of_each_task_with_intervals(tmp_path: Path,
     figures.success(rows, tmp_path / "a.png", title="a run")
     axis = drawn[0].axes[0]
     assert [bar.get_height() for bar in axis.patches] == pytest.approx([10, 20, 80, 60])
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["base policy alone", "EVOR, best of 16"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["base policy alone", "best of 16"]
     ends = [segment[:, 1] for bars in axis.collections for segment in bars.get_segments()]
     np.testing.assert_allclose(ends, [[0, 15], [10, 25], [70, 85], [50, 65]], atol=1e-9)
 

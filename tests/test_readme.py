@@ -12,8 +12,7 @@ from common.errors import parse_args
 ROOT = Path(__file__).parent.parent
 VARIABLES = {  # of results/*.sh
     "$target": "paper", "$backup": "base", "$velocities": "6 7 8", "$K": "2", "$width": "32", "$depth": "2",
-    "$common": "--horizon 5", "$critic": "qr", "$out": "--append", '"${probes[@]:0:2}"': "chain",
-    '"${probes[@]}"': "chain",
+    "$critic": "qr", '"${probes[@]:0:2}"': "chain", '"${probes[@]}"': "chain",
 }  # fmt: skip
 
 
@@ -24,9 +23,22 @@ def commands(text: str) -> list[str]:
     return [f.strip() for f in found if "venv" not in f and "pytest" not in f and "-c " not in f]
 
 
+def with_assignments(script: str) -> str:
+    """A shell script with its `name="..."` put in where they are used."""
+    values: dict[str, str] = {}
+    lines = []
+    for line in script.splitlines():
+        if assigned := re.match(r'\s*(\w+)="(.*)"$', line):
+            values[f"${assigned[1]}"] = assigned[2]
+        for name, value in values.items():
+            line = re.sub(rf"{re.escape(name)}\b", lambda _, value=value: value, line)
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def all_commands() -> list[str]:
     texts = [(ROOT / "README.md").read_text()]
-    texts += [path.read_text() for path in sorted(ROOT.glob("results/*.sh"))]
+    texts += [with_assignments(path.read_text()) for path in sorted(ROOT.glob("results/*.sh"))]
     modules = [path.read_text() for path in sorted([*ROOT.glob("evor_*.py"), *ROOT.glob("*/*.py")])]
     texts += [re.match(r'"""(.*?)"""', text, re.S)[1] for text in modules if text.startswith('"""')]
     return sorted({c for text in texts for c in commands(text)})
@@ -36,6 +48,7 @@ def all_commands() -> list[str]:
 def test_command_parses(command):
     for variable, value in VARIABLES.items():
         command = command.replace(variable, value)
+    assert "$" not in command
     words = shlex.split(command)
     module = words[1] if words[0] == "-m" else words[0].removesuffix(".py").replace("/", ".")
     argv = words[2:] if words[0] == "-m" else words[1:]

@@ -9,8 +9,8 @@ import pytest
 
 import evor_value
 from baselines import critics, qc
-from benchmarks import flops, inference, probes, speed
-from common.networks import FlowCritic, FlowPolicy, ReturnScale
+from benchmarks import flops, inference, speed
+from common.networks import CRITIC_FIELDS, FlowCritic, FlowPolicy, ReturnScale
 from evor_infer import Agent
 
 ARGS = speed.Args(rounds=1, width=32, rows=500, steps=2, replicas=(1, 2))
@@ -59,16 +59,23 @@ def test_critic_macs_are_those_of_the_compiled_functions(kind):
     ],
 )
 def test_step_flops_are_those_of_the_compiled_step(learner, changes):
-    """Within 12%: XLA counts activations and Adam too. (And the round of a loop once: one Euler step each.)"""
-    args = learner.Args(width=256, depth=3, batch_size=64, num_next_actions=4, **changes)
-    state, _ = probes.train_state(probes.CHAIN, dataclasses.replace(args, steps=0), learner=learner)
-    state = jax.tree.map(lambda x: x[0], state)
-    dataset = probes.make_data(probes.CHAIN)
+    """Within 9%: XLA counts activations and Adam too. (And the round of a loop once: one Euler step each.) The first
+    layers are a sixth of the networks: leaving out what is saved there would show."""
+    args = learner.Args(width=256, depth=3, batch_size=64, num_next_actions=4, horizon=20, **changes)
+    header = dict(observation_dim=100, action_dim=5, horizon=20, critic=args.critic)
+    header |= {field: getattr(args, field) for field in CRITIC_FIELDS}
+    header |= dict(outputs=getattr(args, "outputs", 1))
+    state = learner.init_state(args, header, key=jax.random.key(0))
+    count = 10
+    dataset = evor_value.ValueData(
+        jnp.zeros((40, 100)), jnp.zeros((40, 5)), jnp.arange(count), jnp.zeros((1, count)), jnp.zeros((1, count)),
+        jnp.zeros((1, count, 4, 100), jnp.float16), jnp.array(count),
+    )  # fmt: skip
     scale = ReturnScale.of(-1.0, 1.0, shift=0.0, width=4.0)
     replica = evor_value.Replica(jnp.array(0), jnp.array(0), scale, jax.random.key(0))
     found = counted(lambda s, d, r: learner.train_step(args, s, d, r), state, dataset, replica)
     expected = flops.step_flops(args, state.critic, getattr(state, "policy", None))
-    assert found == pytest.approx(expected, rel=0.12)
+    assert found == pytest.approx(expected, rel=0.09)
 
 
 def test_rows_relate_a_case_to_the_first_and_to_bc(monkeypatch):

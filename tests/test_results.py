@@ -1,0 +1,120 @@
+"""The table of the baselines: what shares a line, what shares no table, what a line says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import evor_value
+from baselines import critics, qc
+from benchmarks import speed
+from common import checkpoint
+from common.errors import UserError
+from common.metrics import write_csv
+from results import baselines, preview
+
+
+def make_run(path: Path, args: Any, *, solved: int, policy: str = "ab", bc_steps: int = 70, task: int = 2) -> Path:
+    """A finished run of two episodes with one action, none solved, and ten with sixteen, `solved` of them solved."""
+    base = path.parent / f"{path.name}-base"
+    for folder in (path / "value", base / "bc"):
+        folder.mkdir(parents=True)
+    (base / "bc" / "config.json").write_text(json.dumps(dict(args=dict(steps=bc_steps))))
+    seed = args.first_seed
+    config = dict(
+        env="cube-double-play", observation_dim=37, action_dim=5, horizon=args.horizon, critic=args.critic,
+        width=args.width, depth=args.depth, head_width=64, head_depth=3, outputs=getattr(args, "outputs", 1),
+        policy_run_dir=str(base), policy_sha256=policy, own_policy=args.own_policy, args=checkpoint.plain(args),
+        data=dict(source="collected", sha256="cd"), versions=dict(jax="1"), git_revision="ef",
+    )  # fmt: skip
+    (path / "value" / "config.json").write_text(json.dumps(config))
+    rows = [
+        dict(env="cube-double-play", data_source="collected", step=args.steps, task=task, seed=seed, num_actions=n,
+             num_returns=8, episode=i, success=float(n > 1 and i < solved), length=100, total=-50.0)
+        for n in (1, 16) for i in range(2 if n == 1 else 10)
+    ]  # fmt: skip
+    write_csv(path / "value" / "evaluation.csv", list(rows[0]), rows)
+    numbers = dict(mean_predicted=-10.0 - seed, mean_observed=-12.0, correlation=0.5, crps=3.0)
+    calibration = [dict(task=task, seed=seed, metric=metric, value=value) for metric, value in numbers.items()]
+    write_csv(path / "value" / "calibration.csv", list(calibration[0]), calibration)
+    return path
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(baselines, "HERE", tmp_path)
+    return tmp_path
+
+
+def test_seeds_share_a_line_and_settings_do_not(here: Path):
+    runs = [
+        make_run(here / "a", evor_value.Args(horizon=5, width=64), solved=8),
+        make_run(here / "elsewhere" / "a", evor_value.Args(horizon=5, width=64, first_seed=1), solved=4),
+        make_run(here / "b", critics.Args(critic="c51", horizon=5, width=64, next_action="softmax"), solved=1),
+        make_run(here / "c", qc.Args(horizon=1, num_actions=32, policy="frozen"), solved=0, policy="other"),
+        make_run(here / "d", qc.Args(horizon=1, num_actions=32), solved=0, policy=""),
+    ]
+    timed = dict.fromkeys(speed.FIELDS, "")
+    names = ("shared-noise, mlp, base", "c51, best of 4")
+    cases = [timed | dict(case=f"{name}, horizon 5", ms=7.0, peak_share=0.5) for name in names]
+    cases += [timed | dict(case=f"QC, {p} policy, best of 32, horizon 1", ms=9, peak_share=0.25)
+              for p in ("joint", "frozen")]  # fmt: skip
+    write_csv(here / "speed.csv", speed.FIELDS, cases)
+    (here / "baselines_words.md").write_text("Words.\n")
+    text = baselines.main(baselines.Args(runs=tuple(runs), speed=here / "speed.csv"))
+    lines = text.splitlines()
+    assert len([line for line in lines if line.startswith("| `")]) == 4 and lines[-1] == "Words."
+    # (37 + 25 + 2 + 1) 64 of the first layer, three more, the output, four times LayerNorm's 128
+    parameters = 65 * 64 + 3 * 65 * 64 + 65 + 4 * 128
+    assert (
+        f"| `shared-noise, mlp` | base | 5 | 32 | **60%** [39%, 78%] | 80%, 40% | 0% [0%, 49%] | {parameters:,} |"
+        in (text)
+    )
+    assert "| 7.0 | 50% | -10.5 / -12.0 | 0.50 | 3.0 |" in text
+    assert "| `c51` | best of 4 | 5 | 32 | **10%**" in text and "| `QC, frozen policy` | best of 32 | 1 | 32 |" in text
+    assert "base policy per horizon (70 steps)" in text
+    assert len((here / "baselines_episodes.csv").read_text().splitlines()) == 1 + 5 * 12
+    write_csv(here / "speed.csv", speed.FIELDS, cases[1:])
+    with pytest.raises(UserError, match="has no case 'shared-noise, mlp, base, horizon 5'"):
+        baselines.main(baselines.Args(runs=tuple(runs), speed=here / "speed.csv"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "of_run", "sentence"),
+    [
+        (dict(discount=0.9), {}, "differ in settings"),
+        (dict(num_next_actions=8), {}, "differ in settings"),
+        (dict(steps=2_000), {}, "differ in steps"),
+        ({}, dict(policy="other"), "differ in policy_sha256"),
+        ({}, dict(bc_steps=71), "differ in bc_steps"),
+        ({}, dict(task=3), "differ in task"),
+    ],
+)
+def test_what_differs_shares_no_line(here: Path, changes: dict, of_run: dict, sentence: str):
+    runs = (
+        make_run(here / "a", evor_value.Args(), solved=8),
+        make_run(here / "b", evor_value.Args(first_seed=1, **changes), solved=8, **of_run),
+    )
+    with pytest.raises(UserError, match=sentence):
+        baselines.main(baselines.Args(runs=runs))
+
+
+def test_preview_refuses_an_unfinished_run(here: Path):
+    run = make_run(here / "a", evor_value.Args(), solved=8)
+    text = (run / "value" / "evaluation.csv").read_text()
+    (run / "value" / "evaluation.csv").write_text(text.replace("1000000", "500000"))
+    with pytest.raises(UserError, match="no evaluation of its last checkpoint"):
+        preview.gather(run)
+
+
+def test_speed_times_the_lines_of_the_table(monkeypatch: pytest.MonkeyPatch):
+    """The names under which `benchmarks.speed` times the steps are those that the table looks for."""
+    monkeypatch.setattr(speed, "measure", lambda group, cases, args: [dict(case=case.name) for case in cases])
+    monkeypatch.setattr(speed, "value_case", lambda name, args, **settings: speed.Case(name, lambda: None))
+    found = {row["case"] for row in speed.baselines(speed.Args())}
+    for method, backup, horizon in (
+        ("paper, trunk", "base", 5), ("shared-noise, trunk", "best of 4", 5), ("scalar", "base", 5),
+        ("qr", "best of 4", 5), ("QC, frozen policy", "best of 4", 1), ("QC, joint policy", "best of 32", 5),
+    ):  # fmt: skip
+        assert f"{method}, {backup}, horizon {horizon}" in found
