@@ -35,7 +35,8 @@ from common.networks import CRITIC_FIELDS, Critic, ReturnScale, stratified_norma
 
 FLOWS = ("paper", "independent-noise", "shared-noise", "velocity")
 METHODS = (*FLOWS, "scalar", "c51", "qr")
-NUMBERS = ("w1", "w1_to_normal", "mean_error", "q_error", "parameters", "mflop", "width", "step")
+NUMBERS = dict.fromkeys(("w1", "w1_to_normal", "mean_error", "q_error", "mflop"), float)
+NUMBERS |= dict.fromkeys(("parameters", "width", "step"), int)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +195,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     write_csv(args.out, fields, rows)
     args.out.with_suffix(".md").write_text(table(rows))
     draw(rows, args.out.with_suffix(".png"))
-    print(f"rows: {args.out}\ntable: {args.out.with_suffix('.md')}\nfigure: {args.out.with_suffix('.png')}")
+    print(f"rows: {args.out}\ntable: {args.out.with_suffix('.md')}")
     return rows
 
 
@@ -205,8 +206,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of an earlier comparison, with numbers as numbers."""
     rows = []
     for row in read_csv(path):
-        row = {"copies": str(Args.copies), "step": row["steps"], "num_next_actions": "4"} | row
-        rows.append(row | {key: float(row[key]) if row.get(key) else "" for key in NUMBERS})
+        missing = {
+            "copies": "400",
+            "num_next_actions": "4",
+            "head_width": "64",
+            "head_depth": "3",
+            "step": row["steps"],
+        }
+        row = missing | row  # of the first files, which had fewer columns
+        rows.append(row | {key: kind(row[key]) if row.get(key) else "" for key, kind in NUMBERS.items()})
     return rows
 
 
