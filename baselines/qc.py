@@ -14,7 +14,7 @@ if the task was not solved in it, else 0. The agent does the same: N draws, the 
 `--horizon 5`; with `--horizon 1` it is called BFN and has `--num-next-actions 4`.
 
     --policy joint    as published: the policy learns by flow matching in the same steps, on the same batch, and draws
-                      N fresh next actions for each transition. Most of the time goes there.
+                      N fresh next actions for each transition. Most of the FLOPs go there.
     --policy frozen   stage 1's policy, and its next-action bank: the value learning of QC alone (`--preview` does
                       this). What is left is a setting of `baselines.critics`, and that module trains it:
                       `--critic scalar --ensemble 2 --next-action softmax --num-next-actions 32`.

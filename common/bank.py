@@ -17,7 +17,7 @@ from tqdm import tqdm
 from common import checkpoint
 from common.networks import FlowPolicy
 
-CPU_ROWS, ROWS = 4096, 131_072  # actions per call: a CPU is a third faster where the activations stay in its cache
+CPU_ROWS, ROWS = 4096, 131_072  # actions per call: a CPU is faster where the activations stay in its cache
 
 
 @functools.partial(jax.jit, static_argnames=("num_actions", "flow_steps"))

@@ -21,5 +21,10 @@ done
 python -m baselines.qc --env cube-double-play --preview --horizon 5 --steps 30000 --policy-run-dir runs/cube-double-play --run-dir runs/baselines/qc-h5-n32
 python -m baselines.qc --env cube-double-play --preview --horizon 1 --steps 30000 --policy-run-dir runs/cube-double-play-h1 --num-next-actions 4 --run-dir runs/baselines/qc-h1-n4
 
+# The same models ranked by the mean of their returns; the summaries, each with its run, are results/baselines_readout.csv.
+for critic in shared-noise qr c51; do
+  python evor_infer.py --env cube-double-play --run-dir runs/baselines/$critic-base --num-actions 16 --num-returns 8 --return-temperature 0.1 inf --out readout
+done
+
 python -m benchmarks.speed --groups baselines --rounds 3 --steps 10 --out runs/speed-baselines
 python -m results.baselines --runs runs/baselines/* --speed runs/speed-baselines/speed.csv
