@@ -305,6 +305,9 @@ def baselines(args: Args) -> list[dict[str, Any]]:
             add(f"{target}, trunk", n=n, td_target=target, critic="trunk")
         for kind in ("scalar", "c51", "qr"):
             add(kind, n=n, learner=critics, critic=kind)
+    for n in (2, 8):
+        add("shared-noise, trunk", n=n, critic="trunk")
+        add("scalar", n=n, learner=critics, critic="scalar")
     for horizon, n in ((1, 4), (1, 32), (5, 32)):
         add("QC, frozen policy", horizon, n, learner=critics, settings_of=qc, policy="frozen")
         add("QC, joint policy", horizon, n, learner=qc, policy="joint")

@@ -5,10 +5,11 @@
 
 Runs that differ in their seed alone are one line: successes of all their episodes, with Wilson's 95% interval. (The
 interval knows of episodes, not of seeds; these stand beside it.) Milliseconds and the share of the machine's rate are
-those of `benchmarks.speed`, where all steps were timed in turn. Writes `baselines_episodes.csv` (one row per evaluation
-episode), `baselines_runs.csv` (one per run and seed, with its settings, data and versions) and `baselines.md` (the
-table, with the words of `baselines_words.md`) beside this file. Refuses runs of different environments, tasks or
-scales, on different data or base policies, and lines whose seeds had different settings.
+those of `benchmarks.speed`, where all steps were timed in turn. Writes, beside this file, `baselines_episodes.csv` (one
+row per evaluation episode), `baselines_runs.csv` (one per run and seed, with its settings, data and versions),
+`baselines_speed.csv`, and `baselines.md` (the table, drawn from those rows, with the words of `baselines_words.md`).
+`--append` adds runs to the rows that stand there; with no runs it only draws them anew. Refuses runs of different
+environments, tasks or scales, on different data or base policies, and lines whose seeds had different settings.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
 
@@ -28,6 +30,8 @@ from common.networks import make_critic, make_policy
 from evor_infer import summarise
 from results.preview import HERE, gather, refuse_mixtures
 
+NUMBERS = dict.fromkeys(("task", "seed", "episodes", "steps", "horizon", "num_actions", "parameters", "bc_steps"), int)
+NUMBERS |= dict.fromkeys(("success", "mean_predicted", "mean_observed", "correlation", "crps", "mflop"), float)
 OF_A_SEED = ("seeds", "first_seed", "run_dir", "policy_run_dir", "resume", "overwrite", "track", "distributed")
 
 
@@ -38,9 +42,26 @@ class Args:
     runs: tuple[Path, ...] = ()
     """Run directories."""
     speed: Path | None = None
-    """speed.csv of `benchmarks.speed --groups baselines`."""
+    """speed.csv of `benchmarks.speed --groups baselines`; kept, so that later tables need not name it."""
     name: str = "baselines"
     """Prefix of the files."""
+    append: bool = False
+    """Add to the rows that stand there; a run of the same name takes the place of the old one."""
+
+
+def stored(name: str, replaced: set[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Episodes and rows that stand beside this file, but for those of the runs in `replaced`."""
+    paths = [HERE / f"{name}_{kind}.csv" for kind in ("episodes", "runs")]
+    if not all(path.is_file() for path in paths):
+        return [], []
+    episodes = [row for row in read_csv(paths[0]) if row["run"] not in replaced]
+    for row in episodes:
+        row |= dict(seed=int(row["seed"]), num_actions=int(row["num_actions"]))
+        row |= dict(success=float(row["success"]), length=int(row["length"]))
+    rows = [
+        row | {key: kind(row[key]) if row[key] else "" for key, kind in NUMBERS.items()} for row in read_csv(paths[1])
+    ]
+    return episodes, [row for row in rows if row["run"] not in replaced]
 
 
 def arguments(config: dict[str, Any]) -> evor_value.Args:
@@ -55,8 +76,8 @@ def arguments(config: dict[str, Any]) -> evor_value.Args:
 def describe(run: Path, row: dict[str, Any]) -> dict[str, Any]:
     """What the table says of a run beside its results."""
     config, key = json.loads((run / "value" / "config.json").read_text()), jax.random.key(0)
-    args, critic = arguments(config), make_critic(config, key=key)
-    policy = make_policy(config, key=key) if config.get("own_policy") else None
+    args, critic = arguments(config), eqx.filter_eval_shape(make_critic, config, key=key)
+    policy = eqx.filter_eval_shape(make_policy, config, key=key) if config.get("own_policy") else None
     backup = args.next_action
     if backup == "softmax":
         greedy = args.backup_temperature == 0
@@ -77,6 +98,11 @@ def describe(run: Path, row: dict[str, Any]) -> dict[str, Any]:
 def setting(row: dict[str, Any]) -> tuple[str, str, int]:
     """What a line of the table is about: method, backup, horizon."""
     return row["method"], row["backup"], row["horizon"]
+
+
+def timed_as(backup: str) -> str:
+    """The backup that costs the same: a bank's action or the data's, greedy or by softmax."""
+    return backup.replace("dataset", "base").split(", temperature")[0].replace("softmax", "best")
 
 
 def refuse_differences(rows: list[dict[str, Any]]) -> None:
@@ -133,26 +159,31 @@ def table(rows: list[dict[str, Any]], episodes: list[dict[str, Any]], speed: dic
         "| CRPS |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for key in dict.fromkeys(setting(row) for row in rows):
+    methods = list(dict.fromkeys((row["method"], row["horizon"]) for row in rows))
+    for key in sorted(dict.fromkeys(map(setting, rows)), key=lambda key: methods.index((key[0], key[2]))):
         members = [row for row in rows if setting(row) == key]
-        case = "{}, {}, horizon {}".format(*key)
+        case = f"{key[0]}, {timed_as(key[1])}, horizon {key[2]}"
         if speed and case not in speed:
-            raise UserError(f"--speed has no case {case!r}: it has {', '.join(speed)}.")
+            raise UserError(f"no case {case!r} was timed, only {', '.join(speed)}: name another --speed.")
         lines.append(line(members, episodes, speed.get(case, {})))
     return "\n".join(lines) + "\n"
 
 
 def main(args: Args) -> str:
-    """Writes the three files; returns the table."""
-    if not args.runs:
-        raise UserError("name at least one run directory with --runs.")
-    episodes, rows = [], []
+    """Writes the files; returns the table."""
+    episodes, rows = stored(args.name, {str(run) for run in args.runs}) if args.append else ([], [])
+    if not args.runs and not rows:
+        raise UserError("name at least one run directory with --runs, or --append to rows that stand there.")
     for run in args.runs:
         raw, summary = gather(run)
         rows += [describe(run, row) for row in summary]
         episodes += [row | dict(run=str(run), method=rows[-1]["method"]) for row in raw]
     refuse_differences(rows)
-    speed = {row["case"]: row for row in read_csv(args.speed)} if args.speed else {}
+    timings = HERE / f"{args.name}_speed.csv"
+    if args.speed:
+        timed = read_csv(args.speed)
+        write_csv(timings, list(timed[0]), timed)
+    speed = {row["case"]: row for row in read_csv(timings)} if timings.is_file() else {}
     text = table(rows, episodes, speed)
     words = HERE / f"{args.name}_words.md"
     if words.is_file():

@@ -1,6 +1,7 @@
 """The table of the baselines: what shares a line, what shares no table, what a line says."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,12 @@ def test_seeds_share_a_line_and_settings_do_not(here: Path):
         make_run(here / "b", critics.Args(critic="c51", horizon=5, width=64, next_action="softmax"), solved=1),
         make_run(here / "c", qc.Args(horizon=1, num_actions=32, policy="frozen"), solved=0, policy="other"),
         make_run(here / "d", qc.Args(horizon=1, num_actions=32), solved=0, policy=""),
+        make_run(here / "e", evor_value.Args(horizon=5, width=64, next_action="dataset"), solved=3),
+        make_run(
+            here / "f",
+            critics.Args(critic="c51", horizon=5, width=64, next_action="softmax", backup_temperature=0.02),
+            solved=2,
+        ),
     ]
     timed = dict.fromkeys(speed.FIELDS, "")
     names = ("shared-noise, mlp, base", "c51, best of 4")
@@ -64,7 +71,7 @@ def test_seeds_share_a_line_and_settings_do_not(here: Path):
     (here / "baselines_words.md").write_text("Words.\n")
     text = baselines.main(baselines.Args(runs=tuple(runs), speed=here / "speed.csv"))
     lines = text.splitlines()
-    assert len([line for line in lines if line.startswith("| `")]) == 4 and lines[-1] == "Words."
+    assert len([line for line in lines if line.startswith("| `")]) == 6 and lines[-1] == "Words."
     # (37 + 25 + 2 + 1) 64 of the first layer, three more, the output, four times LayerNorm's 128
     parameters = 65 * 64 + 3 * 65 * 64 + 65 + 4 * 128
     assert (
@@ -74,10 +81,41 @@ def test_seeds_share_a_line_and_settings_do_not(here: Path):
     assert "| 7.0 | 50% | -10.5 / -12.0 | 0.50 | 3.0 |" in text
     assert "| `c51` | best of 4 | 5 | 32 | **10%**" in text and "| `QC, frozen policy` | best of 32 | 1 | 32 |" in text
     assert "base policy per horizon (70 steps)" in text
-    assert len((here / "baselines_episodes.csv").read_text().splitlines()) == 1 + 5 * 12
+    # Lines of a method stand together, wherever its runs were named; what costs the same has one timing.
+    assert [line.split(" |")[:2] for line in lines if line.startswith("| `")][:4] == [
+        ["| `shared-noise, mlp`", " base"], ["| `shared-noise, mlp`", " dataset"], ["| `c51`", " best of 4"],
+        ["| `c51`", " softmax of 4, temperature 0.02"],
+    ]  # fmt: skip
+    assert text.count("| 7.0 | 50% |") == 4
+    assert len((here / "baselines_episodes.csv").read_text().splitlines()) == 1 + 7 * 12
     write_csv(here / "speed.csv", speed.FIELDS, cases[1:])
-    with pytest.raises(UserError, match="has no case 'shared-noise, mlp, base, horizon 5'"):
+    with pytest.raises(UserError, match="no case 'shared-noise, mlp, base, horizon 5' was timed"):
         baselines.main(baselines.Args(runs=tuple(runs), speed=here / "speed.csv"))
+
+
+def test_a_table_grows_from_its_rows(here: Path):
+    """Runs added one by one, without those before them at hand, give the table of all of them at once."""
+    made = [
+        ("a", evor_value.Args(), 8),
+        ("b", critics.Args(critic="qr", next_action="softmax"), 5),
+        ("a-1", evor_value.Args(first_seed=1), 4),
+    ]
+    runs = [make_run(here / name, args, solved=solved) for name, args, solved in made]
+    whole = baselines.main(baselines.Args(runs=tuple(runs)))
+    files = {path: path.read_text() for path in here.glob("baselines_*")}
+    for path in files:
+        path.unlink()
+    for run in runs:
+        text = baselines.main(baselines.Args(runs=(run,), append=True))
+        shutil.rmtree(run)
+    assert text == whole and {path: path.read_text() for path in files} == files
+    assert baselines.main(baselines.Args(append=True)) == whole
+    shutil.rmtree(here / "a-base")
+    make_run(here / "a", evor_value.Args(), solved=10)
+    assert "**70%**" in baselines.main(baselines.Args(runs=(here / "a",), append=True))  # (10 + 4) of 20, not of 30
+    with pytest.raises(UserError, match="differ in policy_sha256"):
+        other = make_run(here / "c", critics.Args(critic="c51"), solved=5, policy="other")
+        baselines.main(baselines.Args(runs=(other,), append=True))
 
 
 @pytest.mark.parametrize(
