@@ -17,6 +17,15 @@ for backup in base softmax; do
   done
 done
 
+# Between the one-step and the greedy backup: the data's action, the best of 2, a softmax of 4 (temperature as a fraction of
+# the return range: 4 units of return). One seed.
+once="${common/--seeds 2/}"
+for settings in "dataset --next-action dataset" "softmax-2 --next-action softmax --num-next-actions 2" "softmax-warm --next-action softmax --backup-temperature 0.02"; do
+  read -r name flags <<< "$settings"
+  python evor_value.py $once $flags --run-dir runs/baselines/shared-noise-$name
+  python -m baselines.critics $once --critic scalar $flags --run-dir runs/baselines/scalar-$name
+done
+
 # QC's value learning on the same base policies.
 python -m baselines.qc --env cube-double-play --preview --horizon 5 --steps 30000 --policy-run-dir runs/cube-double-play --run-dir runs/baselines/qc-h5-n32
 python -m baselines.qc --env cube-double-play --preview --horizon 1 --steps 30000 --policy-run-dir runs/cube-double-play-h1 --num-next-actions 4 --run-dir runs/baselines/qc-h1-n4
@@ -27,4 +36,6 @@ for critic in shared-noise qr c51; do
 done
 
 python -m benchmarks.speed --groups baselines --rounds 3 --steps 10 --out runs/speed-baselines
-python -m results.baselines --runs runs/baselines/* --speed runs/speed-baselines/speed.csv
+# The stored rows were trained in parts and added with --append; a second seed with --first-seed 1 in a run
+# directory of its own (NAME-1) draws what seed 1 of --seeds 2 draws.
+python -m results.baselines --runs runs/baselines/*/ --speed runs/speed-baselines/speed.csv
