@@ -30,6 +30,7 @@ not disclose them: N, both temperatures, flow steps.
 import dataclasses
 import functools
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -267,7 +268,8 @@ def load_agents(
     """Header of stage 2, the chosen (task, seed) pairs, and their agents stacked along a leading axis.
 
     Raises:
-        UserError: a stage is missing, was trained on something else, or has not the tasks or seeds asked for.
+        UserError: a stage is missing, was trained on something else, or has not the tasks or seeds asked for, or all of
+            them diverged.
     """
     header, (critics, scales, *own_policy) = load_critic(run_dir)
     replicas = [tuple(r) for r in header["replicas"]]
@@ -279,6 +281,13 @@ def load_agents(
                 f"{run_dir / 'value'} has no {name} {sorted(missing)[0]}: it has {have}; train it with evor_value.py."
             )
     chosen = [i for i, (t, s) in enumerate(replicas) if (not tasks or t in tasks) and (not seeds or s in seeds)]
+    lost = [r for r in map(tuple, header.get("diverged", ())) if replicas.index(r) in chosen]
+    if lost:
+        report = f"{run_dir / 'value'}: (task, seed) {', '.join(map(str, lost))} diverged in training"
+        if len(lost) == len(chosen):
+            raise UserError(f"{report}: train it again with a smaller --learning-rate, or choose another.")
+        print(f"warning: {report}: left out.", file=sys.stderr)
+    chosen = [i for i in chosen if replicas[i] not in lost]
     replicas = [replicas[i] for i in chosen]
 
     if own_policy:

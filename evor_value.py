@@ -75,6 +75,7 @@ from common.training import (
     over_replicas,
     spread,
     stack_replicas,
+    state_to_resume,
 )
 
 Target = Literal["paper", "shared-noise", "independent-noise", "velocity"]
@@ -639,6 +640,9 @@ def load_base_policy(
             f"--ignore-observations {list(args.ignore_observations)}: the base policy at {path} ignores {ignored}: "
             f"train it anew, or leave the flag out."
         )
+    lost = {seed for _, seed in header.get("diverged", ())} & set(args.policy_seeds)
+    if lost:
+        raise UserError(f"the base policy of seed {min(lost)} at {path} diverged: train it anew, or use other seeds.")
     unknown = set(args.policy_seeds) - set(header["seeds"])
     if unknown:
         raise UserError(
@@ -696,8 +700,7 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
     run_dir = args.run_dir or default_run_dir(name, quick=args.quick)
     policy_run_dir = args.policy_run_dir or run_dir
     if args.resume:
-        state_path = run_dir / "value" / "train_state.eqx"
-        checkpoint.read_header(state_path, stage="value", remedy="start without --resume.")
+        state_to_resume(run_dir / "value", "value")  # before a missing base policy is trained
 
     # Data.
     path, source = first_host_first(lambda: sources.find_files(args.env, args.dataset, episodes=args.episodes))
@@ -808,10 +811,15 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
         return train(args, state, dataset, spread_replicas)
 
     def agents(state: Any) -> evor_infer.AgentParams:
+        """Agents of the replicas that have not diverged."""
         standardizers = jax.tree.map(lambda x: jnp.stack([x] * len(pairs)), standardizer)
         policy = state.policy if args.own_policy else jax.tree.map(lambda x: x[replicas.policy], policies)
         critic, policy = jax.tree.map(jnp.asarray, (state.critic, policy))
-        return evor_infer.AgentParams(policy, critic, standardizers, replicas.scale)
+        found = evor_infer.AgentParams(policy, critic, standardizers, replicas.scale)
+        return jax.tree.map(lambda x: x[run.good()], found) if run.diverged else found
+
+    def good_pairs() -> list[tuple[int, int]]:
+        return [pairs[i] for i in run.good()]
 
     def model(state: Any) -> tuple:
         """What stage 3 loads."""
@@ -823,26 +831,26 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
     evaluation_path = run.directory / "evaluation.csv"
     rows: list[dict[str, Any]] = []
     if args.resume and evaluation_path.is_file():
-        # The last evaluation is done anew at the end.
-        done = min(int(np.max(state.step)), args.steps - 1)
-        rows = [row for row in evor_infer.read_episodes(evaluation_path) if row["step"] <= done]
+        # One at the step that the run goes on from is done anew.
+        done = int(np.max(state.step))
+        rows = [row for row in evor_infer.read_episodes(evaluation_path) if row["step"] < done]
 
     def evaluate(step: int, state: Any) -> list[dict[str, Any]]:
         """Evaluates the extracted policy and, at the end, the base policy alone on the same episodes."""
         with_base = step == args.steps and args.num_actions > 1
         sweep = [dataclasses.replace(settings, num_actions=1)] * with_base + [settings]
-        gym_ids = [parse_env(args.env).gym_id(task) for task, _ in pairs]
+        gym_ids = [parse_env(args.env).gym_id(task) for task, _ in good_pairs()]
         found = []
         with Episodes(gym_ids, num_episodes=args.eval_episodes, horizon=args.horizon) as episodes:
             for extraction in sweep:
                 found += evor_infer.evaluate(
-                    agents(state), episodes, extraction, replicas=pairs, horizon=args.horizon, seed=0
+                    agents(state), episodes, extraction, replicas=good_pairs(), horizon=args.horizon, seed=0
                 )
         rows.extend(dict(env=name, data_source=source, step=step) | row for row in found)
         write_csv(evaluation_path, list(rows[0]), rows)
         extracted = [row for row in found if row["num_actions"] == args.num_actions]
         success = [row["success"] for row in evor_infer.summarise(extracted, ("task", "seed"))]
-        run.metrics.log(step, pairs, {"success": success})
+        run.metrics.log(step, good_pairs(), {"success": success})
         return found
 
     evaluated = args.eval_episodes > 0 and not own_rewards
@@ -859,7 +867,7 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
         return []
     figures.training(run.directory / "metrics.csv", run.directory / "training.png", title=f"{name}: {args.method}")
     if validation is not None:
-        calibrate(args, agents(run.state), pairs, validation, tasks, run.directory)
+        calibrate(args, agents(run.state), good_pairs(), validation, tasks, run.directory)
     found: list[dict[str, Any]] = evaluate(args.steps, run.state) if evaluated else []
     summary = evor_infer.summarise(found, ("task", "num_actions"))
     if evaluated:

@@ -1,48 +1,88 @@
-"""Checkpoints: one line of JSON, then the arrays as Equinox writes them. No pickle.
+"""Checkpoints: one line of JSON, then the arrays as `.npy`, then their SHA-256. No pickle.
 
 The header says everything needed to rebuild the model (stage, environment, dimensions, arguments, data, versions), so
-`evor_infer` needs neither of the training scripts to load what they trained.
+`evor_infer` needs neither of the training scripts to load what they trained. A file may come from a stranger: nothing
+in it is run, the header's sizes are checked before a model is built from them, and the arrays' before memory is taken.
 """
 
+import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from common.errors import UserError
 from common.metrics import atomic, plain
 
+MOST_HEADER = 1 << 20  # bytes
+# The numbers that sizes follow from, with the largest that anybody could mean.
+LIMITS = dict.fromkeys(("observation_dim", "action_dim", "width", "head_width", "outputs"), 100_000)
+LIMITS |= dict.fromkeys(("depth", "head_depth", "horizon"), 1_000)
+TRAILER = b"\nsha256 "
+TRAILER_BYTES = len(TRAILER) + 64
 
-def save(path: Path, header: dict[str, Any], tree: Any) -> None:
-    """Writes header and leaves atomically: `path` is always a complete checkpoint."""
-    with atomic(path) as temporary, open(temporary, "wb") as file:
-        file.write((json.dumps(plain(header)) + "\n").encode())
-        eqx.tree_serialise_leaves(file, jax.device_get(tree))
-        file.flush()
-        os.fsync(file.fileno())
+
+class _Hashing:
+    """A file that adds up what is written to it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        self.digest.update(content)
+        return self.file.write(content)
+
+
+def save(path: Path, header: dict[str, Any], tree: Any, *, previous: Path | None = None) -> None:
+    """Writes header and leaves atomically: `path` is always a complete checkpoint, or for an instant, where `previous`
+    is given, missing: then the one that stood there lies under that name."""
+    with atomic(path) as temporary:
+        with open(temporary, "wb") as file:
+            hashing = _Hashing(file)
+            hashing.write((json.dumps(plain(header)) + "\n").encode())
+            try:
+                eqx.tree_serialise_leaves(hashing, jax.device_get(tree))
+            except RuntimeError as error:  # Equinox says which leaf it was; what it was lies below
+                cause: BaseException | None = error
+                while cause is not None and not isinstance(cause, OSError):
+                    cause = cause.__cause__
+                raise cause or error from None
+            file.write(TRAILER + hashing.digest.hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.is_file():
+            os.replace(path, previous)
 
 
 def read_header(path: Path, *, stage: str, remedy: str) -> dict[str, Any]:
     """The JSON header of a checkpoint of `stage`.
 
     Raises:
-        UserError: there is no such file (the message ends with `remedy`), it is no checkpoint, or of another stage.
+        UserError: there is no such file (the message ends with `remedy`), it is no checkpoint, of another stage, or for
+            a model of a size that nobody means.
     """
     if not path.is_file():
         raise UserError(f"there is no {stage} checkpoint at {path}: {remedy}")
     with open(path, "rb") as file:
-        line = file.readline(1 << 20)
+        line = file.readline(MOST_HEADER)
     try:
         header = json.loads(line)
         found = header["stage"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is not a checkpoint of this project: delete it and train again.") from None
     if found != stage:
         raise UserError(f"{path} is a checkpoint of stage {found!r}, not {stage!r}: pass the other run directory.")
+    for field, most in LIMITS.items():
+        value = header.get(field, 1)
+        if type(value) is not int or not 1 <= value <= most:
+            raise UserError(f"{path} is damaged ({field} is {value!r}): delete it and train again.")
     return header
 
 
@@ -50,16 +90,77 @@ def load(path: Path, build: Callable[[dict[str, Any]], Any], *, stage: str, reme
     """Header and tree of a checkpoint; `build(header)` makes the tree whose leaves are to be filled in.
 
     Raises:
-        UserError: as `read_header`, or the arrays do not fit the header.
+        UserError: as `read_header`, or a byte changed since it was written, or the arrays do not fit the header.
     """
     header = read_header(path, stage=stage, remedy=remedy)
     try:
+        verify(path)
         template = eqx.filter_eval_shape(build, header)
         with open(path, "rb") as file:
             file.readline()
-            return header, eqx.tree_deserialise_leaves(file, template)
+            tree = eqx.tree_deserialise_leaves(file, template, filter_spec=_read_leaf)
+            if file.tell() != path.stat().st_size - TRAILER_BYTES:
+                raise ValueError("it has more arrays than its header says")
+        return header, tree
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or of another version ({error}): delete it and train again.") from None
+
+
+def newest(path: Path, previous: Path, *, stage: str, remedy: str) -> Path:
+    """`path`, or, where that is missing or damaged, `previous`, which is reported.
+
+    Raises:
+        UserError: neither is a complete checkpoint of `stage`.
+    """
+    try:
+        read_header(path, stage=stage, remedy=remedy)
+        verify(path)
+        return path
+    except (UserError, ValueError) as error:
+        try:
+            header = read_header(previous, stage=stage, remedy=remedy)
+            verify(previous)
+        except (UserError, ValueError):
+            if isinstance(error, UserError):
+                raise error from None
+            raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+        print(
+            f"warning: {path} is missing or damaged: going on from the one before it, step {header.get('step')}.",
+            file=sys.stderr,
+        )
+        return previous
+
+
+def verify(path: Path) -> None:
+    """Compares a file with the SHA-256 at its end.
+
+    Raises:
+        ValueError: they differ.
+    """
+    digest, left = hashlib.sha256(), path.stat().st_size - TRAILER_BYTES
+    with open(path, "rb") as file:
+        while left > 0:
+            content = file.read(min(left, 1 << 20))
+            digest.update(content)
+            left -= len(content) or left
+        if left < 0 or file.read() != TRAILER + digest.hexdigest().encode():
+            raise ValueError("it was cut, or changed after it was written")
+
+
+def _read_leaf(file: BinaryIO, like: Any) -> Any:
+    """An array as `np.load` reads it, if it has the shape and type of `like` and the file has as many bytes."""
+    if not isinstance(like, jax.Array | jax.ShapeDtypeStruct | np.ndarray):
+        return eqx.default_deserialise_filter_spec(file, like)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("an array of another format")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if shape != like.shape or dtype != like.dtype:
+        raise ValueError(f"an array is {dtype}{list(shape)} and should be {like.dtype}{list(like.shape)}")
+    count = int(np.prod(shape, dtype=object))
+    if count * dtype.itemsize > os.fstat(file.fileno()).st_size - file.tell():
+        raise ValueError("an array is cut")
+    found = np.fromfile(file, dtype, count).reshape(shape, order="F" if fortran else "C")
+    return found if isinstance(like, np.ndarray) else jnp.asarray(found)
 
 
 def require(header: dict[str, Any], path: Path, **expected: Any) -> None:

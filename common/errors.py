@@ -1,7 +1,10 @@
 """What a user got wrong, said in one sentence; and the command line that says it."""
 
 import dataclasses
+import errno
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,9 +31,42 @@ def parse_args(args_type: type, presets: Mapping[str, Mapping[str, Any]], argv: 
 
 
 def run_cli(main: Callable, args_type: type, presets: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-    """Runs `main(args)`; a `UserError` becomes one line on stderr and exit status 2, without a traceback."""
+    """Runs `main(args)`. What goes wrong becomes one line on stderr: a `UserError`, or a file that cannot be read or
+    written, with exit status 2, a number that is not finite with 1. SIGTERM and Ctrl-C exit with 143 and 130, as shells
+    count. With `--debug` on the command line the traceback is shown too."""
+    argv = [word for word in sys.argv[1:] if word != "--debug"]
+    debug = len(argv) < len(sys.argv) - 1
+    # Cleans up, which the default action does not: worker processes end, temporary files go.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        main(parse_args(args_type, presets or {}))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        main(parse_args(args_type, presets or {}, argv))
+    except (UserError, FloatingPointError, OSError, MemoryError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("interrupted.", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def sentence(error: BaseException) -> str:
+    """What went wrong, and what to do about it."""
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error}): use a smaller --batch-size, fewer --seeds or --num-next-actions."
+    if not isinstance(error, OSError) or isinstance(error, UserError):
+        return str(error)
+    remedy = {
+        errno.ENOSPC: "free some space, then go on with --resume",
+        errno.EFBIG: "raise the limit (ulimit -f), then go on with --resume",
+        errno.EDQUOT: "free some of your quota, then go on with --resume",
+        errno.EACCES: "change its permissions, or choose another place",
+        errno.EPERM: "change its permissions, or choose another place",
+        errno.EROFS: "choose a place that can be written to, with --run-dir or --out",
+    }.get(error.errno or 0, "--debug shows where this happened")
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}: {remedy}."

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import subprocess
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -70,6 +71,10 @@ def atomic(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None:  # a full disk does not say which file it has no room for
+            error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -104,6 +109,41 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+class Hold:
+    """A directory locked for this process, until nothing refers to this object any more or the process ends."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def __del__(self):
+        os.close(self.descriptor)
+
+
+_held: weakref.WeakValueDictionary[tuple[int, int], Hold] = weakref.WeakValueDictionary()
+
+
+def hold(directory: Path) -> Hold | None:
+    """Locks a directory for this process; None if another one has it. Where the file system has no locks, everybody
+    gets it."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    found = os.fstat(descriptor)
+    key = found.st_dev, found.st_ino  # of the same directory, wherever it was moved
+    if key in _held:
+        os.close(descriptor)
+        return _held[key]
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except (ImportError, OSError):
+        pass
+    _held[key] = mine = Hold(descriptor)
+    return mine
+
+
 def read_json(path: Path) -> Any:
     """What `path` holds; None if it is missing or no JSON."""
     try:
@@ -132,18 +172,16 @@ class Metrics:
         stage: str,
         env: str,
         resume_step: int | None = None,
-        finished: bool = False,
         track: Any = None,
     ):
-        """Starts a new file, or, with `resume_step`, keeps the rows of the steps up to it. `finished`: that was the
-        last step, whose evaluation is done anew."""
+        """Starts a new file, or, with `resume_step`, keeps the rows of the steps up to it. An evaluation at that step
+        comes after the checkpoint and is done anew."""
         self.path, self.stage, self.env, self.track = path, stage, env, track
         kept = []
         if resume_step is not None and path.exists():
             complete = path.read_text().rpartition("\n")[0]  # a kill may have cut the last line
             kept = [row for row in csv.DictReader(complete.splitlines()) if int(row["step"]) <= resume_step]
-            if finished:
-                kept = [row for row in kept if (row["metric"], row["step"]) != ("success", str(resume_step))]
+            kept = [row for row in kept if (row["metric"], row["step"]) != ("success", str(resume_step))]
         write_csv(path, FIELDS, kept)
 
     def log(

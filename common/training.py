@@ -1,13 +1,16 @@
 """What training loops share: replicas, learning rates, standardisation, and the loop over compiled chunks."""
 
+import contextlib
 import functools
 import math
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,9 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.errors import UserError
-from common.metrics import Metrics, git_revision, package_versions, start_tracking, write_json
+from common.metrics import Metrics, git_revision, hold, package_versions, start_tracking, write_json
+
+SAVING_SHARE = 0.05  # of the time: a run saves more often than it has to where that costs less
 
 
 class Standardizer(eqx.Module):
@@ -174,12 +179,36 @@ def fetch(tree: Any, replicas: int) -> Any:
     return jax.tree.map(lambda x: x[:replicas], jax.device_get(tree))
 
 
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Within it, SIGTERM and Ctrl-C are noted in the list that it gives, for the loop to stop at a good place. A second
+    one acts as it would outside, and so do both where several hosts run one program, which have to stop together."""
+    noted: list[int] = []
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        signal.signal(number, old[number])
+
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in old:
+        signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
 class Run:
     """A run directory and the loop that fills it.
 
-    Files: `config.json` (arguments, data, git revision, versions), `metrics.csv`, `model.eqx` (what later stages load)
-    and `train_state.eqx` (what `--resume` continues from, with `model.eqx` written just before it). Of several hosts
-    the first one fills it; what the others write goes to a temporary directory.
+    Files: `config.json` (arguments, data, git revision, versions), `metrics.csv`, `model.eqx` (what later stages load),
+    `train_state.eqx` (what `--resume` continues from, with `model.eqx` written just before it) and the one before it,
+    `train_state.previous.eqx`. One process at a time may fill a directory. Of several hosts the first one fills it;
+    what the others write goes to a temporary directory.
     """
 
     def __init__(
@@ -188,17 +217,21 @@ class Run:
         """Opens the directory; a state left by an earlier run is only continued with `args.resume`.
 
         Raises:
-            UserError: `--resume` with nothing to resume, or with other settings than the run had; a run stands here and
-                neither `--resume` nor `--overwrite` is given.
+            UserError: another process is filling the directory; `--resume` with nothing to resume, or with other
+                settings than the run had; a run stands here and neither `--resume` nor `--overwrite` is given.
         """
         self.replicas, self.args = list(replicas), args
+        self.diverged: list[tuple[int | str, int]] = []
         self.header = {**header, "versions": package_versions(), "git_revision": git_revision()}
-        self.resume_path = directory / "train_state.eqx"
         resume_step = None
+        if jax.process_index() == 0 and directory.is_dir():
+            self._hold(directory)
         if args.resume:
             stage = header["stage"]
+            self.resume_path = state_to_resume(directory, stage)
             old = checkpoint.read_header(self.resume_path, stage=stage, remedy="start without --resume.")
             resume_step = old["step"]
+            self.diverged = [tuple(replica) for replica in old["diverged"]]
             for field, value in checkpoint.plain(args).items():
                 if (
                     field not in ("resume", "overwrite", "track", "distributed", "run_dir", "policy_run_dir", "dataset")
@@ -212,9 +245,14 @@ class Run:
                 raise UserError(f"--resume: the run in {directory} was trained on other data: start without --resume.")
             if old.get("policy_sha256") != header.get("policy_sha256"):
                 raise UserError(f"--resume: the run in {directory} had another base policy: start without --resume.")
-        elif self.resume_path.is_file() and not args.overwrite:
+            for name in (*STATES, "model.eqx", "config.json", "metrics.csv", "evaluation.csv", "calibration.csv"):
+                for path in directory.glob(f".*.{name}"):
+                    path.unlink()  # half written by a process that was killed
+        elif any((directory / name).is_file() for name in STATES) and not args.overwrite:
             raise UserError(f"a run stands in {directory}: pass --resume, --overwrite, or another --run-dir.")
         elif jax.process_index() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._hold(directory)
             # Nothing of an earlier run may be taken for this one's. (The bank says itself what it was made of.)
             for path in directory.glob("*"):
                 if path.suffix in (".json", ".csv", ".eqx", ".png") and not path.name.startswith("bank-"):
@@ -223,7 +261,8 @@ class Run:
             self._temporary = tempfile.TemporaryDirectory()  # removed with this object
             directory = Path(self._temporary.name)
         self.directory = directory
-        self.state_path, self.model_path = directory / "train_state.eqx", directory / "model.eqx"
+        self.state_path, self.previous_path = (directory / name for name in STATES)
+        self.model_path = directory / "model.eqx"
         write_json(directory / "config.json", self.header)
         track = None
         if args.track and jax.process_index() == 0:
@@ -233,9 +272,13 @@ class Run:
             stage=header["stage"],
             env=header["env"],
             resume_step=resume_step,
-            finished=resume_step == args.steps,
             track=track,
         )
+
+    def _hold(self, directory: Path) -> None:
+        self._lock = hold(directory)
+        if self._lock is None:
+            raise UserError(f"another process is writing to {directory}: wait for it, or pass another --run-dir.")
 
     def restore(self, state: Any) -> Any:
         """The state to start from: `state`, or with `--resume` the one that was saved."""
@@ -244,6 +287,8 @@ class Run:
         _, saved = checkpoint.load(
             self.resume_path, lambda header: state, stage=self.header["stage"], remedy="start without --resume."
         )
+        if self.resume_path != self.state_path:
+            self.state_path.unlink(missing_ok=True)  # damaged: the next one must not push the good one out
         return jax.tree.map(jnp.asarray, saved)
 
     def train(
@@ -264,38 +309,100 @@ class Run:
             evaluate: called with the step and the state, every `evaluate_every` steps but the last. It and `model` get
                 the state of the run's own replicas, on the host.
 
+        Saves every `args.save_every` steps, before an evaluation, and in between where that takes little of the time.
+        SIGTERM and Ctrl-C let the chunk come to its end and save it. `--resume` evaluates first where an evaluation is
+        due at its step.
+
+        A replica of which a number is not finite is given up and reported: the others have nothing to do with it.
+
         Raises:
-            FloatingPointError: a metric is not finite; the last checkpoint stays as it was.
+            FloatingPointError: no replica is left; the last checkpoint stays as it was.
+            SystemExit: after a signal.
         """
         own = functools.partial(fetch, replicas=len(self.replicas))
         args, first = self.args, int(np.max(own(state.step)))
-        values: dict[str, Array] = {}
+        values: dict[str, np.ndarray] = {}
         name = f"{self.header['stage']} {self.header['env']}"
         quiet = jax.process_index() > 0
+
+        def evaluate_where_due(step: int) -> None:
+            if evaluation_due(step):
+                found = own(state)  # on all hosts: each of them takes part in the exchange
+                if jax.process_index() == 0:
+                    evaluate(step, found)
+
+        def evaluation_due(step: int) -> bool:
+            return evaluate is not None and evaluate_every > 0 and step % evaluate_every == 0 and 0 < step < args.steps
+
+        saved_at, saving = time.monotonic(), 0.0  # the first chunk is saved: then it is known what that takes
+        if args.resume:
+            evaluate_where_due(first)
         with tqdm(total=args.steps, initial=first, desc=name, unit="step", disable=quiet) as bar:
             for step in range(first + args.chunk, args.steps + 1, args.chunk):
-                began = time.monotonic()
-                state, values = train_chunk(state, step - args.chunk)
-                values = own(values)
-                bar.update(args.chunk)
-                bar.set_postfix(
-                    loss=f"{np.mean(values['loss']):.4g}", ms=f"{1e3 * (time.monotonic() - began) / args.chunk:.2f}"
-                )
-                for metric, numbers in values.items():
-                    if not np.isfinite(numbers).all():
-                        bad = self.replicas[int(np.argwhere(~np.isfinite(numbers))[0][0])]
-                        raise FloatingPointError(f"{metric} of (task, seed) {bad} is not finite before step {step}.")
-                self.metrics.log(step, self.replicas, values)
-                if evaluate is not None and evaluate_every and step % evaluate_every == 0 and step < args.steps:
-                    found = own(state)  # on all hosts: each of them takes part in the exchange
-                    if jax.process_index() == 0:
-                        evaluate(step, found)
-                if step % args.save_every == 0 or step == args.steps:
-                    header = {**self.header, "step": step}
-                    saved = own(state)
-                    checkpoint.save(self.model_path, header, model(saved))
-                    checkpoint.save(self.state_path, header, saved)
+                with noted_signals() as signals:
+                    began = time.monotonic()
+                    state, values = train_chunk(state, step - args.chunk)
+                    values = own(values)
+                    milliseconds = 1e3 * (time.monotonic() - began) / args.chunk
+                    self._give_up_diverged(step, values)
+                    good = self.good()
+                    values = {metric: numbers[good] for metric, numbers in values.items()}
+                    self.metrics.log(step, [self.replicas[i] for i in good], values)
+                    bar.update(args.chunk)
+                    bar.set_postfix(loss=f"{np.mean(values['loss']):.4g}", ms=f"{milliseconds:.2f}")
+                    # Several hosts have to decide alike, and their clocks differ.
+                    cheap = jax.process_count() == 1 and saving < SAVING_SHARE * (time.monotonic() - saved_at)
+                    due = step % args.save_every == 0 or step == args.steps or evaluation_due(step)
+                    if due or cheap or signals:
+                        saving = self._save(step, own(state), model)
+                        saved_at = time.monotonic()
+                if signals:
+                    print(
+                        f"{signal.Signals(signals[0]).name}: saved step {step:,} of {args.steps:,} in "
+                        f"{self.state_path}; --resume goes on.",
+                        file=sys.stderr,
+                    )
+                    raise SystemExit(128 + signals[0])
+                evaluate_where_due(step)
         self.state = own(state)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("saved")  # the other hosts read what the first one wrote
         return {metric: float(np.mean(numbers)) for metric, numbers in values.items()}
+
+    def good(self) -> np.ndarray:
+        """Indices of the replicas that have not diverged."""
+        return np.array([i for i, replica in enumerate(self.replicas) if replica not in self.diverged])
+
+    def _give_up_diverged(self, step: int, values: dict[str, np.ndarray]) -> None:
+        # A parameter that is not finite comes from such a gradient, whose norm is among the metrics.
+        for metric, numbers in values.items():
+            for i in np.flatnonzero(~np.isfinite(numbers)):
+                if self.replicas[i] in self.diverged:
+                    continue
+                self.diverged.append(self.replicas[i])
+                report = f"{metric} of (task, seed) {self.replicas[i]} is not finite before step {step:,}"
+                if len(self.diverged) == len(self.replicas):
+                    raise FloatingPointError(
+                        f"{report}: {self.state_path} is as it was before; try a smaller --learning-rate."
+                    )
+                tqdm.write(f"warning: {report}: it is given up, the others go on.", file=sys.stderr)
+
+    def _save(self, step: int, state: Any, model: Callable[[Any], Any]) -> float:
+        """Writes a checkpoint; returns the seconds that it took."""
+        began = time.monotonic()
+        header = {**self.header, "step": step, "diverged": self.diverged}
+        checkpoint.save(self.model_path, header, model(state))
+        checkpoint.save(self.state_path, header, state, previous=self.previous_path)
+        return time.monotonic() - began
+
+
+STATES = ("train_state.eqx", "train_state.previous.eqx")
+
+
+def state_to_resume(directory: Path, stage: str) -> Path:
+    """The newest complete training state of a run directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    return checkpoint.newest(*(directory / name for name in STATES), stage=stage, remedy="start without --resume.")

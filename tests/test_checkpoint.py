@@ -1,5 +1,7 @@
 """Checkpoints: what goes in comes out bit for bit, and whatever is wrong with a file is a sentence with a remedy."""
 
+import functools
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -22,6 +24,14 @@ HEADER = dict(
     critic="mlp", step=7,
 )  # fmt: skip
 REMEDY = "train it first."
+
+
+def sign(path: Path) -> None:
+    """Makes the SHA-256 at the end that of the rest, as somebody would who wants a bad file to be read."""
+    content = path.read_bytes()
+    if content[-checkpoint.TRAILER_BYTES :].startswith(checkpoint.TRAILER):
+        content = content[: -checkpoint.TRAILER_BYTES]
+    path.write_bytes(content + checkpoint.TRAILER + hashlib.sha256(content).hexdigest().encode())
 
 
 def build(header: dict[str, Any]) -> Any:
@@ -107,6 +117,7 @@ def test_nothing_is_unpickled(path: Path, monkeypatch: pytest.MonkeyPatch):
     with open(path, "wb") as file:
         file.write(json.dumps(HEADER).encode() + b"\n")
         np.save(file, np.array([{"a": 1}], object), allow_pickle=True)
+    sign(path)
     with pytest.raises(UserError, match="damaged or of another version"):
         load(path)
 
@@ -154,6 +165,82 @@ def test_truncated_at_any_length(path: Path):
         load(path)
 
 
+def test_truncated_and_signed(path: Path):
+    """The same where the SHA-256 does not give it away: the arrays have to say it."""
+    good = path.read_bytes()[: -checkpoint.TRAILER_BYTES]
+    for length in range(good.index(b"\n"), len(good), 97):
+        path.write_bytes(good[:length])
+        sign(path)
+        with pytest.raises(UserError, match="delete it and train again"):
+            load(path)
+    path.write_bytes(good + b"more")
+    sign(path)
+    with pytest.raises(UserError, match="more arrays than its header says"):
+        load(path)
+
+
+def test_every_changed_byte_is_noticed(path: Path):
+    good = path.read_bytes()
+    for place in range(0, len(good), 53):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
+        with pytest.raises(UserError):
+            load(path)
+
+
+@pytest.mark.parametrize("shape", [(10**12,), (10**6, 10**6), (2**62, 4), (0, 10**15)])
+def test_no_memory_is_taken_for_what_the_file_does_not_hold(path: Path, shape: tuple):
+    """A file that says so in its header and in its array; fails by a MemoryError if it is believed."""
+    with open(path, "wb") as file:
+        file.write(json.dumps(dict(stage="bank")).encode() + b"\n")
+        np.lib.format.write_array_header_1_0(file, dict(descr="<f4", fortran_order=False, shape=shape))
+    sign(path)
+    with pytest.raises(UserError, match="damaged or of another version"):
+        checkpoint.load(path, lambda _: jnp.zeros((3,)), stage="bank", remedy=REMEDY)
+    if shape[0]:
+        with open(path, "rb") as file, pytest.raises(ValueError, match="is cut"):
+            file.readline()
+            checkpoint._read_leaf(file, jax.ShapeDtypeStruct(shape, np.float32))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(depth=10**9), dict(width=0), dict(horizon=-1), dict(width="8"), dict(depth=2.0), dict(action_dim=True),
+        dict(observation_dim=None),
+    ],
+)  # fmt: skip
+def test_sizes_that_nobody_means(path: Path, change: dict):
+    """Fails if a model of a billion layers is built, or if a number is taken for what it is not."""
+    checkpoint.save(path, HEADER | change, trained())
+    with pytest.raises(UserError, match=rf"damaged \({next(iter(change))} is .*\): delete it and train again"):
+        load(path)
+
+
+def test_arrays_in_columns_come_back(tmp_path: Path):
+    saved = np.asfortranarray(np.arange(6.0, dtype=np.float32).reshape(2, 3))
+    checkpoint.save(tmp_path / "a.eqx", {"stage": "bank"}, saved)
+    _, found = checkpoint.load(tmp_path / "a.eqx", lambda _: jnp.zeros((2, 3)), stage="bank", remedy=REMEDY)
+    np.testing.assert_array_equal(found, saved)
+
+
+def test_the_newest_complete_one(path: Path, capsys: pytest.CaptureFixture):
+    previous = path.with_name("previous.eqx")
+    find = functools.partial(checkpoint.newest, path, previous, stage="value", remedy=REMEDY)
+    assert find() == path
+    checkpoint.save(path, HEADER | dict(step=8), trained(), previous=previous)
+    assert load(previous)[0]["step"] == 7 and find() == path and capsys.readouterr().err == ""
+    path.write_bytes(path.read_bytes()[:-1])
+    assert find() == previous and "going on from the one before it, step 7" in capsys.readouterr().err
+    path.unlink()
+    assert find() == previous and "missing or damaged" in capsys.readouterr().err
+    previous.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"there is no value checkpoint at .*: train it first"):
+        find()
+    path.write_bytes(previous.read_bytes())
+    with pytest.raises(UserError, match="not a checkpoint"):
+        find()
+
+
 @pytest.mark.parametrize("change", [dict(width=16), dict(depth=3), dict(action_dim=4), dict(critic="trunk")])
 def test_arrays_that_do_not_fit_the_header(path: Path, change: dict):
     checkpoint.save(path, HEADER | change, trained())
@@ -179,7 +266,6 @@ def test_a_failing_write_leaves_the_previous_checkpoint(path: Path, monkeypatch:
 
     def fail(file, tree):
         file.write(b"half of the arrays")
-        file.flush()
         raise OSError("disk full")
 
     monkeypatch.setattr(eqx, "tree_serialise_leaves", fail)

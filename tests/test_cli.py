@@ -2,8 +2,10 @@
 the run directory as it was."""
 
 import dataclasses
+import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -87,6 +89,58 @@ def test_run_cli_says_a_mistake_in_the_presets_too(monkeypatch: pytest.MonkeyPat
         run_cli(lambda args: None, evor_bc.Args, evor_bc.PRESETS)
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "run/value/model.eqx"), 2,
+         "run/value/model.eqx: No space left on device: free some space, then go on with --resume."),
+        (PermissionError(errno.EACCES, "Permission denied", "runs"), 2,
+         "runs: Permission denied: change its permissions, or choose another place."),
+        (OSError(errno.EROFS, "Read-only file system", "/mnt/runs"), 2,
+         "/mnt/runs: Read-only file system: choose a place that can be written to, with --run-dir or --out."),
+        (OSError("strange"), 2, "strange: --debug shows where this happened."),
+        (MemoryError("Unable to allocate 3 TiB"), 2,
+         "out of memory (Unable to allocate 3 TiB): use a smaller --batch-size, fewer --seeds or --num-next-actions."),
+        (FloatingPointError("loss is not finite."), 1, "loss is not finite."),
+        (UserError("wrong: mend it."), 2, "wrong: mend it."),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("debug", [False, True])
+def test_run_cli_says_what_went_wrong(
+    error: Exception, code: int, line: str, debug: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """One line, and with --debug, wherever it stands, the traceback before it."""
+
+    def main(args):
+        assert args.steps == 7
+        raise error
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["script", *["--debug"] * debug, "--steps", "7"])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(main, evor_bc.Args, evor_bc.PRESETS)
+    said = capsys.readouterr().err
+    assert stop.value.code == code and said.endswith(f"error: {line}\n")
+    assert ("Traceback" in said) == debug and (debug or said.count("\n") == 1)
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_cli_cleans_up_after_a_signal(number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    cleaned = []
+
+    def main(args):
+        try:
+            signal.raise_signal(number)
+        finally:
+            cleaned.append(True)
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(main, evor_bc.Args, evor_bc.PRESETS)
+    assert stop.value.code == 128 + number and cleaned and "Traceback" not in capsys.readouterr().err
 
 
 def test_run_cli_hides_no_error_of_its_own(monkeypatch: pytest.MonkeyPatch):

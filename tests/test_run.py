@@ -3,7 +3,9 @@
 import csv
 import dataclasses
 import json
+import operator
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -118,6 +120,7 @@ class State(NamedTuple):
 
 
 REPLICAS = [(1, 0), (2, 0)]
+MODEL = operator.attrgetter("weight")
 
 
 def open_run(directory: Path, args: Args, *, sha256: str = "abc") -> Run:
@@ -125,8 +128,11 @@ def open_run(directory: Path, args: Args, *, sha256: str = "abc") -> Run:
     return Run(directory, header, replicas=REPLICAS, args=args)
 
 
-def train(directory: Path, args: Args, *, until: int | None = None, bad_step: int = 0, **settings) -> Run:
-    """Trains a toy whose weight depends on its whole past; `until` interrupts it, `bad_step` makes its loss NaN."""
+def train(
+    directory: Path, args: Args, *, until: int | None = None, bad_steps: Any = (0, 0), signal_at: Any = (), **settings
+) -> Run:
+    """Trains a toy whose weight depends on its whole past; `until` interrupts it, `bad_steps` are those from
+    which on the replicas are NaN, `signal_at` is a step and the signal that comes in the chunk after it."""
     run = open_run(directory, args)
     state = run.restore(State(jnp.array([0.0, 1.0]), jnp.zeros(2, jnp.int32)))
 
@@ -134,39 +140,49 @@ def train(directory: Path, args: Args, *, until: int | None = None, bad_step: in
         assert step == int(state.step[0])
         if int(state.step[0]) == until:
             raise KeyboardInterrupt
+        if signal_at and step == signal_at[0]:
+            signal.raise_signal(signal_at[1])
         state = State(state.weight * 0.9 + jnp.sin(state.step.astype(jnp.float32)), state.step + args.chunk)
-        bad = jnp.array([False, True]) & (state.step == bad_step)
-        return state, {"loss": jnp.where(bad, jnp.nan, state.weight)}
+        state = state._replace(weight=jnp.where(state.step == np.array(bad_steps), jnp.nan, state.weight))
+        return state, {"loss": state.weight}
 
-    run.train(state, train_chunk, model=lambda state: state.weight, **settings)
+    run.train(state, train_chunk, model=MODEL, **settings)
     return run
 
 
-def without_header(path: Path) -> bytes:
-    return path.read_bytes().split(b"\n", 1)[1]
+def arrays(path: Path) -> bytes:
+    """A checkpoint without its header and the SHA-256 of both."""
+    return path.read_bytes()[: -checkpoint.TRAILER_BYTES].split(b"\n", 1)[1]
 
 
+@pytest.mark.parametrize("share", [0.0, 1e9])
 @pytest.mark.parametrize("until", [4, 6, 10])
-def test_resuming_gives_the_same_files_as_not_stopping(tmp_path: Path, until: int):
-    """Interrupted right at a checkpoint, and one chunk behind one."""
+def test_resuming_gives_the_same_files_as_not_stopping(
+    tmp_path: Path, until: int, share: float, monkeypatch: pytest.MonkeyPatch
+):
+    """Interrupted right at a checkpoint, and one chunk behind one; also where every chunk is saved."""
+    monkeypatch.setattr(training, "SAVING_SHARE", share)
     train(tmp_path / "whole", Args())
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "stopped", Args(), until=until)
+    saved = checkpoint.read_header(tmp_path / "stopped/train_state.eqx", stage="toy", remedy="")["step"]
+    assert saved == (until if share else until // 4 * 4)
     train(tmp_path / "stopped", Args(resume=True))
     assert (tmp_path / "stopped/metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
     for name in ("model.eqx", "train_state.eqx"):
-        assert without_header(tmp_path / "stopped" / name) == without_header(tmp_path / "whole" / name)
+        assert arrays(tmp_path / "stopped" / name) == arrays(tmp_path / "whole" / name)
 
 
 def test_a_run_leaves_its_files_and_their_provenance(tmp_path: Path):
     args = Args(run_dir=tmp_path)
     run = train(tmp_path / "toy", args)
-    assert contents(tmp_path / "toy").keys() == {"config.json", "metrics.csv", "model.eqx", "train_state.eqx"}
+    states = {"train_state.eqx", "train_state.previous.eqx"}
+    assert contents(tmp_path / "toy").keys() == {"config.json", "metrics.csv", "model.eqx"} | states
     config = json.loads((tmp_path / "toy" / "config.json").read_text())
     assert config["args"] == dataclasses.asdict(args) | {"run_dir": str(tmp_path)}
     assert config["versions"]["jax"] == jax.__version__ and config["git_revision"]
     for path in (run.model_path, run.state_path):
-        assert checkpoint.read_header(path, stage="toy", remedy="") == config | {"step": 12}
+        assert checkpoint.read_header(path, stage="toy", remedy="") == config | {"step": 12, "diverged": []}
     assert int(run.state.step[0]) == 12
 
 
@@ -191,9 +207,28 @@ def test_evaluations_lie_between_the_first_and_the_last_step(tmp_path: Path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path):
     with pytest.raises(FloatingPointError, match=r"loss of \(task, seed\) \(2, 0\) is not finite before step 6"):
-        train(tmp_path, Args(), bad_step=6)
+        train(tmp_path, Args(), bad_steps=(6, 6))
     assert checkpoint.read_header(tmp_path / "model.eqx", stage="toy", remedy="")["step"] == 4
     assert "nan" not in (tmp_path / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("until", [None, 6, 8])
+def test_a_replica_that_diverges_is_given_up(tmp_path: Path, until: int | None, capsys: pytest.CaptureFixture):
+    """The other one ends with the numbers that it has without it, also when the run was interrupted in between."""
+    train(tmp_path / "whole", Args())
+    capsys.readouterr()
+    if until is not None:
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "bad", Args(), until=until, bad_steps=(0, 6))
+    run = train(tmp_path / "bad", Args(resume=until is not None), bad_steps=(0, 6))
+    said = capsys.readouterr().err
+    assert "loss of (task, seed) (2, 0) is not finite before step 6: it is given up, the others go on" in said
+    assert run.good().tolist() == [0] and run.diverged == [(2, 0)]
+    assert checkpoint.read_header(run.model_path, stage="toy", remedy="")["diverged"] == [[2, 0]]
+    whole = (tmp_path / "whole/metrics.csv").read_text().splitlines()
+    kept = [line for line in whole if ",2,0," not in line or int(line.split(",")[4]) < 6]
+    assert (tmp_path / "bad/metrics.csv").read_text().splitlines() == kept
+    assert run.state.weight[0] == train(tmp_path / "again", Args()).state.weight[0]
 
 
 def test_resuming_refuses_what_is_not_the_same_run(tmp_path: Path):
@@ -223,3 +258,114 @@ def test_tracking_gets_every_replica(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(training, "start_tracking", lambda project, name, config: track)
     train(tmp_path, Args(steps=2, save_every=2, track=True))
     assert logged == [(2, "toy/task1/seed0/loss"), (2, "toy/task2/seed0/loss")]
+
+
+# --- Stopping ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", [b"", b"no checkpoint", None])
+def test_a_damaged_state_gives_way_to_the_one_before_it(tmp_path: Path, damage: bytes | None):
+    """The same result, from one checkpoint earlier; and the good one is not pushed out by the bad one."""
+    train(tmp_path / "whole", Args())
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", Args(), until=8)
+    state, previous = (tmp_path / "stopped" / name for name in training.STATES)
+    if damage is None:
+        state.unlink()
+    else:
+        state.write_bytes(damage)
+    step = checkpoint.read_header(previous, stage="toy", remedy="")["step"]
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", Args(resume=True), until=step)  # killed again, before it saved anything
+    assert training.state_to_resume(tmp_path / "stopped", "toy") == previous
+    with pytest.raises(UserError, match="pass --resume"):
+        open_run(tmp_path / "stopped", Args())
+    train(tmp_path / "stopped", Args(resume=True))
+    assert (tmp_path / "stopped/metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
+    assert arrays(state) == arrays(tmp_path / "whole/train_state.eqx")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_chunk_that_it_interrupts(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch):
+    """Fails if a signal is lost, ends the chunk, or stays noted after the loop."""
+    monkeypatch.setattr(training, "SAVING_SHARE", 0.0)
+    before = signal.getsignal(number)
+    train(tmp_path / "whole", Args())
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "stopped", Args(), signal_at=(6, number))
+    assert stop.value.code == 128 + number and signal.getsignal(number) == before
+    assert checkpoint.read_header(tmp_path / "stopped/train_state.eqx", stage="toy", remedy="")["step"] == 8
+    train(tmp_path / "stopped", Args(resume=True))
+    assert (tmp_path / "stopped/metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
+    assert arrays(tmp_path / "stopped/model.eqx") == arrays(tmp_path / "whole/model.eqx")
+
+
+def test_an_evaluation_that_was_cut_short_is_done_anew(tmp_path: Path):
+    """The state is saved before the evaluation, which may take long; so a resumed run begins with it."""
+    calls = []
+
+    def evaluate(step: int, state: State) -> None:
+        calls.append(step)
+        if calls == [4]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Args(), evaluate=evaluate, evaluate_every=4)
+    train(tmp_path, Args(resume=True), evaluate=evaluate, evaluate_every=4)
+    assert calls == [4, 4, 8]
+
+
+def test_a_directory_belongs_to_one_process(tmp_path: Path):
+    """A second process is refused, also with --overwrite, before it touches anything; when the first ends, it may."""
+    code = f"""
+        import sys
+        from tests.test_run import *
+        run = open_run(Path({str(tmp_path)!r}), Args())
+        print("open", flush=True)
+        sys.stdin.read()
+    """
+    command = [sys.executable, "-c", "\n".join(line.strip() for line in code.splitlines())]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "open\n"
+        before = contents(tmp_path)
+        for args in (Args(), Args(overwrite=True), Args(resume=True)):
+            with pytest.raises(UserError, match=r"another process is writing to .*: wait for it, or pass another"):
+                open_run(tmp_path, args)
+        assert contents(tmp_path) == before
+        first.kill()
+        first.wait()
+    finally:
+        first.kill()
+        first.communicate()
+    train(tmp_path, Args())
+
+
+def test_a_full_disk_leaves_the_last_good_state(tmp_path: Path):
+    """Files of a process may not get larger than 20,000 bytes, and a model of 80,000 does not fit: one line says so,
+    nothing half written; with more room the run goes on and ends as if nothing had been."""
+    train(tmp_path / "whole", Args())
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", Args(), until=8)
+    before = contents(tmp_path / "run")
+    code = f"""
+        import resource, sys
+        from tests import test_run
+        from common.errors import run_cli
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        sys.argv = ["script", "--resume"]
+        test_run.MODEL = lambda state: test_run.np.zeros(10_000)
+        run_cli(lambda args: test_run.train(test_run.Path({str(tmp_path / "run")!r}), args), test_run.Args)
+    """
+    command = [sys.executable, "-c", "\n".join(line.strip() for line in code.splitlines())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {tmp_path / 'run/model.eqx'}: File too large: raise the limit (ulimit -f), then go on with --resume."
+    )
+    after = contents(tmp_path / "run")
+    assert after.keys() == before.keys()
+    assert all(after[name] == before[name] for name in before if name.endswith(".eqx"))
+    train(tmp_path / "run", Args(resume=True))
+    assert (tmp_path / "run/metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
+    assert arrays(tmp_path / "run/train_state.eqx") == arrays(tmp_path / "whole/train_state.eqx")
