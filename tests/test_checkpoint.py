@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import strategies as st
 
 from common import checkpoint
 from common.errors import UserError
@@ -290,3 +292,44 @@ def test_require(path: Path):
         checkpoint.require(header, path, env="scene-play")
     with pytest.raises(UserError, match="made with horizon None, this run has 5: pass the same horizon"):
         checkpoint.require(header, path, horizon=5)
+
+
+TEMPLATE = np.zeros((2, 3), np.float32), np.zeros((), np.int32), np.zeros((4,), np.float16)
+MUTATIONS = st.lists(
+    st.tuples(
+        st.sampled_from(("flip", "cut", "insert", "repeat")), st.integers(0, 2**16), st.binary(min_size=1, max_size=8)
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def mutate(content: bytes, mutations: list[tuple[str, int, bytes]]) -> bytes:
+    for kind, place, new in mutations:
+        place %= len(content) + 1
+        before, after = content[:place], content[place:]
+        content = {
+            "flip": before + new + after[len(new) :],
+            "cut": before,
+            "insert": before + new + after,
+            "repeat": before + before[-len(new) :] + after,
+        }[kind]
+    return content
+
+
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.given(mutations=MUTATIONS)
+def test_no_file_brings_more_than_a_sentence(tmp_path_factory: pytest.TempPathFactory, mutations: list):
+    """Whatever stands in a file whose SHA-256 is right: a `UserError`, or arrays of the shapes and types asked for."""
+    path = tmp_path_factory.getbasetemp() / "mutated.eqx"
+    checkpoint.save(path, {"stage": "bank", "width": 3}, TEMPLATE)
+    path.write_bytes(mutate(path.read_bytes()[: -checkpoint.TRAILER_BYTES], mutations))
+    sign(path)
+    try:
+        header, found = checkpoint.load(path, lambda _: TEMPLATE, stage="bank", remedy=REMEDY)
+    except UserError as error:
+        assert str(path) in str(error)
+        return
+    assert header["stage"] == "bank" and 1 <= header.get("width", 1) <= 100_000
+    for array, like in zip(found, TEMPLATE, strict=True):
+        assert array.shape == like.shape and array.dtype == like.dtype
