@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common import checkpoint
+
 
 def tiny_dataset(
     path: Path,
@@ -32,6 +34,11 @@ def tiny_dataset(
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **arrays)
     return path
+
+
+def arrays(path: Path) -> bytes:
+    """The arrays of a checkpoint: without its header, which names the run directory, and the SHA-256 of both."""
+    return path.read_bytes()[: -checkpoint.TRAILER_BYTES].split(b"\n", 1)[1]
 
 
 def contents(directory: Path) -> dict[str, bytes]:

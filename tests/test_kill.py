@@ -8,17 +8,11 @@ from pathlib import Path
 import pytest
 
 import evor_bc
-from common import checkpoint
 from tests import kill
-from tests.helpers import tiny_dataset
+from tests.helpers import arrays, tiny_dataset
 
 ROOT = Path(__file__).parent.parent
 KILLS = {"bc": 20, "value": 20, "qc": 10}
-
-
-def arrays(path: Path) -> bytes:
-    """A checkpoint without its header (which names the directory) and the SHA-256 of both."""
-    return path.read_bytes()[: -checkpoint.TRAILER_BYTES].split(b"\n", 1)[1]
 
 
 @pytest.mark.parametrize("stage", KILLS)

@@ -20,7 +20,7 @@ import pytest
 from common import checkpoint, training
 from common.errors import UserError
 from common.training import Run, Standardizer, learning_rate, over_replicas, stack_replicas
-from tests.helpers import contents
+from tests.helpers import arrays, contents
 
 # --- Parts -------------------------------------------------------------------------------------------------------
 
@@ -148,11 +148,6 @@ def train(
 
     run.train(state, train_chunk, model=MODEL, **settings)
     return run
-
-
-def arrays(path: Path) -> bytes:
-    """A checkpoint without its header and the SHA-256 of both."""
-    return path.read_bytes()[: -checkpoint.TRAILER_BYTES].split(b"\n", 1)[1]
 
 
 @pytest.mark.parametrize("share", [0.0, 1e9])
