@@ -191,6 +191,8 @@ def noted_signals() -> Iterator[list[int]]:
     def note(number: int, frame: Any) -> None:
         noted.append(number)
         signal.signal(number, old[number])
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after this chunk, which is saved then; once more stops at once.\n")
 
     old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in old:
@@ -200,6 +202,18 @@ def noted_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+STATES = ("train_state.eqx", "train_state.previous.eqx")
+
+
+def state_to_resume(directory: Path, stage: str) -> Path:
+    """The newest complete training state of a run directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    return checkpoint.newest(*(directory / name for name in STATES), stage=stage, remedy="start without --resume.")
 
 
 class Run:
@@ -231,7 +245,7 @@ class Run:
             self.resume_path = state_to_resume(directory, stage)
             old = checkpoint.read_header(self.resume_path, stage=stage, remedy="start without --resume.")
             resume_step = old["step"]
-            self.diverged = [tuple(replica) for replica in old["diverged"]]
+            self.diverged = [tuple(replica) for replica in old.get("diverged", ())]
             for field, value in checkpoint.plain(args).items():
                 if (
                     field not in ("resume", "overwrite", "track", "distributed", "run_dir", "policy_run_dir", "dataset")
@@ -245,9 +259,10 @@ class Run:
                 raise UserError(f"--resume: the run in {directory} was trained on other data: start without --resume.")
             if old.get("policy_sha256") != header.get("policy_sha256"):
                 raise UserError(f"--resume: the run in {directory} had another base policy: start without --resume.")
-            for name in (*STATES, "model.eqx", "config.json", "metrics.csv", "evaluation.csv", "calibration.csv"):
-                for path in directory.glob(f".*.{name}"):
-                    path.unlink()  # half written by a process that was killed
+            if jax.process_index() == 0:
+                for name in (*STATES, "model.eqx", "config.json", "metrics.csv", "evaluation.csv", "calibration.csv"):
+                    for path in directory.glob(f".*.{name}"):
+                        path.unlink()  # half written by a process that was killed
         elif any((directory / name).is_file() for name in STATES) and not args.overwrite:
             raise UserError(f"a run stands in {directory}: pass --resume, --overwrite, or another --run-dir.")
         elif jax.process_index() == 0:
@@ -394,15 +409,3 @@ class Run:
         checkpoint.save(self.model_path, header, model(state))
         checkpoint.save(self.state_path, header, state, previous=self.previous_path)
         return time.monotonic() - began
-
-
-STATES = ("train_state.eqx", "train_state.previous.eqx")
-
-
-def state_to_resume(directory: Path, stage: str) -> Path:
-    """The newest complete training state of a run directory.
-
-    Raises:
-        UserError: there is none.
-    """
-    return checkpoint.newest(*(directory / name for name in STATES), stage=stage, remedy="start without --resume.")
