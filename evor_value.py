@@ -65,6 +65,7 @@ from common.networks import CRITIC_FIELDS, Critic, FlowCritic, FlowPolicy, Retur
 from common.rotation import Rotation, pad
 from common.statistics import calibration
 from common.training import (
+    STATES,
     Run,
     Standardizer,
     copy_to_devices,
@@ -494,7 +495,13 @@ def calibrate(
 
 
 def last_screen(
-    args: Args, name: str, info: dict[str, Any], episodes: list[dict[str, Any]], directory: Path, policy_run_dir: Path
+    args: Args,
+    name: str,
+    info: dict[str, Any],
+    episodes: list[dict[str, Any]],
+    directory: Path,
+    policy_run_dir: Path,
+    diverged: Sequence[tuple[int, int]],
 ) -> None:
     """What was trained on what, how well it does, and where everything is."""
     summary = evor_infer.summarise(episodes, ("task", "num_actions"))
@@ -507,6 +514,8 @@ def last_screen(
     )
     if args.quick:
         print("--quick is a smoke run: these numbers say that everything runs, not how good the method is.")
+    if diverged:
+        print(f"diverged and left out, (task, seed): {', '.join(map(str, diverged))}")
     if not summary:
         print("not evaluated.")
     for row in summary:
@@ -620,7 +629,7 @@ def load_base_policy(
         if missing and args.policy_run_dir is not None:
             raise UserError(f"the base policy at {path} is not trained to its end: finish it with evor_bc.py --resume.")
     if missing:
-        resume = path.is_file()
+        resume = any((path.parent / name).is_file() for name in STATES)
         print(f"{'unfinished' if resume else 'no'} base policy at {path}: training it first.", flush=True)
         evor_bc.main(dataclasses.replace(bc_args(args, policy_run_dir), resume=resume))
     header, (policies, standardizer) = evor_infer.load_policy(policy_run_dir)
@@ -642,7 +651,7 @@ def load_base_policy(
         )
     lost = {seed for _, seed in header.get("diverged", ())} & set(args.policy_seeds)
     if lost:
-        raise UserError(f"the base policy of seed {min(lost)} at {path} diverged: train it anew, or use other seeds.")
+        raise UserError(f"the base policy of seed {min(lost)} at {path} diverged: use another, with --policy-seed.")
     unknown = set(args.policy_seeds) - set(header["seeds"])
     if unknown:
         raise UserError(
@@ -700,7 +709,9 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
     run_dir = args.run_dir or default_run_dir(name, quick=args.quick)
     policy_run_dir = args.policy_run_dir or run_dir
     if args.resume:
-        state_to_resume(run_dir / "value", "value")  # before a missing base policy is trained
+        found = any((run_dir / "value" / name).is_file() for name in STATES)
+        if found:
+            state_to_resume(run_dir / "value", "value")  # complete, or it is said before the data are loaded
 
     # Data.
     path, source = first_host_first(lambda: sources.find_files(args.env, args.dataset, episodes=args.episodes))
@@ -830,7 +841,7 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
     )
     evaluation_path = run.directory / "evaluation.csv"
     rows: list[dict[str, Any]] = []
-    if args.resume and evaluation_path.is_file():
+    if run.resume_path is not None and evaluation_path.is_file():
         # One at the step that the run goes on from is done anew.
         done = int(np.max(state.step))
         rows = [row for row in evor_infer.read_episodes(evaluation_path) if row["step"] < done]
@@ -874,7 +885,7 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
         figures.success(summary, run.directory / "evaluation.png", title=f"{args.method}, {name} ({source} data)")
     elif own_rewards:
         print("evaluation skipped: the dataset brings its own rewards, so there is no environment to evaluate in.")
-    last_screen(args, name, info, found, run.directory, policy_run_dir)
+    last_screen(args, name, info, found, run.directory, policy_run_dir, run.diverged)
     return summary
 
 

@@ -25,6 +25,7 @@ MOST_HEADER = 1 << 20  # bytes
 # The numbers that sizes follow from, with the largest that anybody could mean.
 LIMITS = dict.fromkeys(("observation_dim", "action_dim", "width", "head_width", "outputs"), 100_000)
 LIMITS |= dict.fromkeys(("depth", "head_depth", "horizon"), 1_000)
+KINDS = dict(step=int, seeds=list, replicas=list, diverged=list, args=dict, data=dict)
 TRAILER = b"\nsha256 "
 TRAILER_BYTES = len(TRAILER) + 64
 
@@ -71,7 +72,11 @@ def read_header(path: Path, *, stage: str, remedy: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no {stage} checkpoint at {path}: {remedy}")
     with open(path, "rb") as file:
-        line = file.readline(MOST_HEADER)
+        return _read_header(file, path, stage)
+
+
+def _read_header(file: BinaryIO, path: Path, stage: str) -> dict[str, Any]:
+    line = file.readline(MOST_HEADER)
     try:
         header = json.loads(line)
         found = header["stage"]
@@ -79,10 +84,15 @@ def read_header(path: Path, *, stage: str, remedy: str) -> dict[str, Any]:
         raise UserError(f"{path} is not a checkpoint of this project: delete it and train again.") from None
     if found != stage:
         raise UserError(f"{path} is a checkpoint of stage {found!r}, not {stage!r}: pass the other run directory.")
-    for field, most in LIMITS.items():
-        value = header.get(field, 1)
-        if type(value) is not int or not 1 <= value <= most:
-            raise UserError(f"{path} is damaged ({field} is {value!r}): delete it and train again.")
+    for field, value in header.items():
+        most, kind = LIMITS.get(field), KINDS.get(field)
+        good = (most is None or (type(value) is int and 1 <= value <= most)) and (
+            kind is None or isinstance(value, kind)
+        )
+        if field in ("replicas", "diverged") and good:
+            good = all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+        if not good:
+            raise UserError(f"{path} is damaged ({field} is {value!r:.50}): delete it and train again.")
     return header
 
 
@@ -92,16 +102,21 @@ def load(path: Path, build: Callable[[dict[str, Any]], Any], *, stage: str, reme
     Raises:
         UserError: as `read_header`, or a byte changed since it was written, or the arrays do not fit the header.
     """
-    header = read_header(path, stage=stage, remedy=remedy)
+    if not path.is_file():
+        raise UserError(f"there is no {stage} checkpoint at {path}: {remedy}")
     try:
-        verify(path)
-        template = eqx.filter_eval_shape(build, header)
-        with open(path, "rb") as file:
-            file.readline()
+        with open(path, "rb") as file:  # once: a training beside this may put another file in its place
+            header = _read_header(file, path, stage)
+            first = file.tell()
+            _verify(file)
+            file.seek(first)
+            template = eqx.filter_eval_shape(build, header)
             tree = eqx.tree_deserialise_leaves(file, template, filter_spec=_read_leaf)
-            if file.tell() != path.stat().st_size - TRAILER_BYTES:
+            if file.tell() != os.fstat(file.fileno()).st_size - TRAILER_BYTES:
                 raise ValueError("it has more arrays than its header says")
         return header, tree
+    except UserError:
+        raise
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or of another version ({error}): delete it and train again.") from None
 
@@ -116,11 +131,11 @@ def newest(path: Path, previous: Path, *, stage: str, remedy: str) -> Path:
         read_header(path, stage=stage, remedy=remedy)
         verify(path)
         return path
-    except (UserError, ValueError) as error:
+    except (UserError, ValueError, OSError) as error:
         try:
             header = read_header(previous, stage=stage, remedy=remedy)
             verify(previous)
-        except (UserError, ValueError):
+        except (UserError, ValueError, OSError):
             if isinstance(error, UserError):
                 raise error from None
             raise UserError(f"{path} is damaged ({error}): {remedy}") from None
@@ -131,20 +146,37 @@ def newest(path: Path, previous: Path, *, stage: str, remedy: str) -> Path:
         return previous
 
 
+def complete(path: Path) -> bool:
+    """Whether `path` is there, and as it was written."""
+    try:
+        verify(path)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
 def verify(path: Path) -> None:
     """Compares a file with the SHA-256 at its end.
 
     Raises:
         ValueError: they differ.
     """
-    digest, left = hashlib.sha256(), path.stat().st_size - TRAILER_BYTES
     with open(path, "rb") as file:
-        while left > 0:
-            content = file.read(min(left, 1 << 20))
-            digest.update(content)
-            left -= len(content) or left
-        if left < 0 or file.read() != TRAILER + digest.hexdigest().encode():
-            raise ValueError("it was cut, or changed after it was written")
+        _verify(file)
+
+
+def _verify(file: BinaryIO) -> None:
+    digest, left = hashlib.sha256(), os.fstat(file.fileno()).st_size - TRAILER_BYTES
+    file.seek(0)
+    while left > 0:
+        content = file.read(min(left, 1 << 20))
+        digest.update(content)
+        left -= len(content) or left
+    trailer = file.read()
+    if left < 0 or not trailer.startswith(TRAILER):
+        raise ValueError("it was cut, or written by an older version of this project")
+    if trailer != TRAILER + digest.hexdigest().encode():
+        raise ValueError("it was changed after it was written")
 
 
 def _read_leaf(file: BinaryIO, like: Any) -> Any:

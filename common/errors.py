@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -37,27 +38,36 @@ def run_cli(main: Callable, args_type: type, presets: Mapping[str, Mapping[str, 
     argv = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(argv) < len(sys.argv) - 1
     # Cleans up, which the default action does not: worker processes end, temporary files go.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = signal.getsignal(signal.SIGTERM)
+    if before not in (signal.SIG_IGN, None):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main(parse_args(args_type, presets or {}, argv))
-    except (UserError, FloatingPointError, OSError, MemoryError) as error:
+    except (UserError, FloatingPointError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
         if debug:
             traceback.print_exc()
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
-    except KeyboardInterrupt:
-        if debug:
-            traceback.print_exc()
-        print("interrupted.", file=sys.stderr)
-        raise SystemExit(130) from None
+        stopped = isinstance(error, KeyboardInterrupt)
+        print("interrupted." if stopped else f"error: {sentence(error)}", file=sys.stderr)
+        code = 130 if stopped else 1 if isinstance(error, FloatingPointError) else 2
+        jax = sys.modules.get("jax")
+        if jax is not None and jax.distributed.is_initialized():
+            # The usual way out waits for the other processes, which wait for this one.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        raise SystemExit(code) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if before not in (signal.SIG_IGN, None):
+            signal.signal(signal.SIGTERM, before)
 
 
 def sentence(error: BaseException) -> str:
     """What went wrong, and what to do about it."""
-    if isinstance(error, MemoryError):
-        return f"out of memory ({error}): use a smaller --batch-size, fewer --seeds or --num-next-actions."
+    if isinstance(error, MemoryError | RuntimeError):
+        first = str(error).partition("\n")[0]
+        return f"out of memory ({first}): use a smaller --batch-size, fewer --seeds or --num-next-actions."
     if not isinstance(error, OSError) or isinstance(error, UserError):
         return str(error)
     remedy = {

@@ -110,37 +110,38 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class Hold:
-    """A directory locked for this process, until nothing refers to this object any more or the process ends."""
+    """A lock that this process has until nothing refers to this object any more, or the process ends."""
 
-    def __init__(self, descriptor: int):
-        self.descriptor = descriptor
+    def __init__(self, file: Any):
+        self.file = file
 
     def __del__(self):
-        os.close(self.descriptor)
+        self.file.close()
 
 
 _held: weakref.WeakValueDictionary[tuple[int, int], Hold] = weakref.WeakValueDictionary()
 
 
-def hold(directory: Path) -> Hold | None:
-    """Locks a directory for this process; None if another one has it. Where the file system has no locks, everybody
-    gets it."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    found = os.fstat(descriptor)
-    key = found.st_dev, found.st_ino  # of the same directory, wherever it was moved
-    if key in _held:
-        os.close(descriptor)
-        return _held[key]
+def hold(path: Path) -> Hold | None:
+    """Locks the file `path`, which it makes, for this process; None if another one has it. Where the file system has no
+    locks, everybody gets it."""
+    file = open(path, "a")
+    found = os.fstat(file.fileno())
+    key = found.st_dev, found.st_ino  # the same file, wherever it was moved
+    mine = _held.get(key)
+    if mine is not None:
+        file.close()
+        return mine
     try:
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
+        file.close()
         return None
     except (ImportError, OSError):
         pass
-    _held[key] = mine = Hold(descriptor)
+    _held[key] = mine = Hold(file)
     return mine
 
 

@@ -179,31 +179,39 @@ def fetch(tree: Any, replicas: int) -> Any:
     return jax.tree.map(lambda x: x[:replicas], jax.device_get(tree))
 
 
-@contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """Within it, SIGTERM and Ctrl-C are noted in the list that it gives, for the loop to stop at a good place. A second
-    one acts as it would outside, and so do both where several hosts run one program, which have to stop together."""
-    noted: list[int] = []
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
+class Signals:
+    """Within `with`, SIGTERM and Ctrl-C are noted in `number`, for a loop to stop at a good place; a second one acts as
+    it would outside. So does the first where several hosts run one program, which have to stop together."""
 
-    def note(number: int, frame: Any) -> None:
-        noted.append(number)
-        signal.signal(number, old[number])
+    def __init__(self):
+        self.number, self._old = None, {}
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._old = {number: old for number, old in found.items() if old not in (signal.SIG_IGN, None)}
+
+    def __enter__(self) -> "Signals":
+        for number in self._old:
+            signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.number = number
+        self.__exit__()
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\nstopping after this chunk, which is saved then; once more stops at once.\n")
 
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in old:
-        signal.signal(number, note)
-    try:
-        yield noted
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    @contextlib.contextmanager
+    def as_outside(self) -> Iterator[None]:
+        self.__exit__()
+        yield
+        self.__enter__()
 
 
+OVER = "start over with --overwrite instead of --resume."
 STATES = ("train_state.eqx", "train_state.previous.eqx")
 
 
@@ -213,7 +221,7 @@ def state_to_resume(directory: Path, stage: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    return checkpoint.newest(*(directory / name for name in STATES), stage=stage, remedy="start without --resume.")
+    return checkpoint.newest(*(directory / name for name in STATES), stage=stage, remedy=OVER)
 
 
 class Run:
@@ -237,15 +245,17 @@ class Run:
         self.replicas, self.args = list(replicas), args
         self.diverged: list[tuple[int | str, int]] = []
         self.header = {**header, "versions": package_versions(), "git_revision": git_revision()}
-        resume_step = None
-        if jax.process_index() == 0 and directory.is_dir():
+        self.header["diverged"] = self.diverged
+        self.resume_path, resume_step = None, None
+        found = any((directory / name).is_file() for name in STATES)
+        if found and jax.process_index() == 0:
             self._hold(directory)
-        if args.resume:
+        if args.resume and found:
             stage = header["stage"]
             self.resume_path = state_to_resume(directory, stage)
-            old = checkpoint.read_header(self.resume_path, stage=stage, remedy="start without --resume.")
+            old = checkpoint.read_header(self.resume_path, stage=stage, remedy=OVER)
             resume_step = old["step"]
-            self.diverged = [tuple(replica) for replica in old.get("diverged", ())]
+            self.diverged += [tuple(replica) for replica in old.get("diverged", ())]
             for field, value in checkpoint.plain(args).items():
                 if (
                     field not in ("resume", "overwrite", "track", "distributed", "run_dir", "policy_run_dir", "dataset")
@@ -253,24 +263,26 @@ class Run:
                 ):
                     raise UserError(
                         f"--resume: the run in {directory} has {field} {old['args'].get(field)!r}, not {value!r}: "
-                        f"pass the same arguments, or start without --resume."
+                        f"pass the same arguments, or {OVER}"
                     )
             if old["data"]["sha256"] != header["data"]["sha256"]:
-                raise UserError(f"--resume: the run in {directory} was trained on other data: start without --resume.")
+                raise UserError(f"--resume: the run in {directory} was trained on other data: {OVER}")
             if old.get("policy_sha256") != header.get("policy_sha256"):
-                raise UserError(f"--resume: the run in {directory} had another base policy: start without --resume.")
+                raise UserError(f"--resume: the run in {directory} had another base policy: {OVER}")
             if jax.process_index() == 0:
                 for name in (*STATES, "model.eqx", "config.json", "metrics.csv", "evaluation.csv", "calibration.csv"):
                     for path in directory.glob(f".*.{name}"):
                         path.unlink()  # half written by a process that was killed
-        elif any((directory / name).is_file() for name in STATES) and not args.overwrite:
+        elif found and not args.overwrite:
             raise UserError(f"a run stands in {directory}: pass --resume, --overwrite, or another --run-dir.")
         elif jax.process_index() == 0:
+            if args.resume:
+                print(f"nothing to resume in {directory}: starting.", flush=True)
             directory.mkdir(parents=True, exist_ok=True)
             self._hold(directory)
             # Nothing of an earlier run may be taken for this one's. (The bank says itself what it was made of.)
             for path in directory.glob("*"):
-                if path.suffix in (".json", ".csv", ".eqx", ".png") and not path.name.startswith("bank-"):
+                if path.suffix in (".json", ".csv", ".eqx", ".png") and "bank-" not in path.name:
                     path.unlink()
         if jax.process_index() > 0:
             self._temporary = tempfile.TemporaryDirectory()  # removed with this object
@@ -291,17 +303,15 @@ class Run:
         )
 
     def _hold(self, directory: Path) -> None:
-        self._lock = hold(directory)
+        self._lock = hold(directory / ".lock")
         if self._lock is None:
             raise UserError(f"another process is writing to {directory}: wait for it, or pass another --run-dir.")
 
     def restore(self, state: Any) -> Any:
-        """The state to start from: `state`, or with `--resume` the one that was saved."""
-        if not self.args.resume:
+        """The state to start from: `state`, or with `--resume` the one that was saved, if one was."""
+        if self.resume_path is None:
             return state
-        _, saved = checkpoint.load(
-            self.resume_path, lambda header: state, stage=self.header["stage"], remedy="start without --resume."
-        )
+        _, saved = checkpoint.load(self.resume_path, lambda header: state, stage=self.header["stage"], remedy=OVER)
         if self.resume_path != self.state_path:
             self.state_path.unlink(missing_ok=True)  # damaged: the next one must not push the good one out
         return jax.tree.map(jnp.asarray, saved)
@@ -325,14 +335,14 @@ class Run:
                 the state of the run's own replicas, on the host.
 
         Saves every `args.save_every` steps, before an evaluation, and in between where that takes little of the time.
-        SIGTERM and Ctrl-C let the chunk come to its end and save it. `--resume` evaluates first where an evaluation is
-        due at its step.
+        SIGTERM and Ctrl-C let the chunk come to its end and save it, but for several hosts. `--resume` evaluates first
+        where an evaluation is due at its step.
 
         A replica of which a number is not finite is given up and reported: the others have nothing to do with it.
 
         Raises:
             FloatingPointError: no replica is left; the last checkpoint stays as it was.
-            SystemExit: after a signal.
+            SystemExit, KeyboardInterrupt: after a signal.
         """
         own = functools.partial(fetch, replicas=len(self.replicas))
         args, first = self.args, int(np.max(own(state.step)))
@@ -344,42 +354,46 @@ class Run:
             if evaluation_due(step):
                 found = own(state)  # on all hosts: each of them takes part in the exchange
                 if jax.process_index() == 0:
-                    evaluate(step, found)
+                    with signals.as_outside():
+                        evaluate(step, found)
 
         def evaluation_due(step: int) -> bool:
             return evaluate is not None and evaluate_every > 0 and step % evaluate_every == 0 and 0 < step < args.steps
 
         saved_at, saving = time.monotonic(), 0.0  # the first chunk is saved: then it is known what that takes
-        if args.resume:
-            evaluate_where_due(first)
-        with tqdm(total=args.steps, initial=first, desc=name, unit="step", disable=quiet) as bar:
+        bar = tqdm(total=args.steps, initial=first, desc=name, unit="step", disable=quiet)
+        with Signals() as signals, bar:
+            if self.resume_path is not None:
+                evaluate_where_due(first)
             for step in range(first + args.chunk, args.steps + 1, args.chunk):
-                with noted_signals() as signals:
-                    began = time.monotonic()
-                    state, values = train_chunk(state, step - args.chunk)
-                    values = own(values)
-                    milliseconds = 1e3 * (time.monotonic() - began) / args.chunk
-                    self._give_up_diverged(step, values)
-                    good = self.good()
-                    values = {metric: numbers[good] for metric, numbers in values.items()}
-                    self.metrics.log(step, [self.replicas[i] for i in good], values)
-                    bar.update(args.chunk)
-                    bar.set_postfix(loss=f"{np.mean(values['loss']):.4g}", ms=f"{milliseconds:.2f}")
-                    # Several hosts have to decide alike, and their clocks differ.
-                    cheap = jax.process_count() == 1 and saving < SAVING_SHARE * (time.monotonic() - saved_at)
-                    due = step % args.save_every == 0 or step == args.steps or evaluation_due(step)
-                    if due or cheap or signals:
-                        saving = self._save(step, own(state), model)
-                        saved_at = time.monotonic()
-                if signals:
+                began = time.monotonic()
+                state, values = train_chunk(state, step - args.chunk)
+                values = own(values)
+                milliseconds = 1e3 * (time.monotonic() - began) / args.chunk
+                self._give_up_diverged(step, values)
+                good = self.good()
+                values = {metric: numbers[good] for metric, numbers in values.items()}
+                self.metrics.log(step, [self.replicas[i] for i in good], values)
+                bar.update(args.chunk)
+                bar.set_postfix(loss=f"{np.mean(values['loss']):.4g}", ms=f"{milliseconds:.2f}")
+                # Several hosts have to decide alike, and their clocks differ.
+                cheap = jax.process_count() == 1 and saving < SAVING_SHARE * (time.monotonic() - saved_at)
+                due = step % args.save_every == 0 or step == args.steps or evaluation_due(step)
+                stop = signals.number
+                if due or cheap or stop:
+                    saving = self._save(step, own(state), model)
+                    saved_at = time.monotonic()
+                if stop:
                     print(
-                        f"{signal.Signals(signals[0]).name}: saved step {step:,} of {args.steps:,} in "
-                        f"{self.state_path}; --resume goes on.",
+                        f"{signal.Signals(stop).name}: saved step {step:,} of {args.steps:,} in {self.state_path}; "
+                        f"--resume goes on.",
                         file=sys.stderr,
                     )
-                    raise SystemExit(128 + signals[0])
+                    raise KeyboardInterrupt if stop == signal.SIGINT else SystemExit(128 + stop)
                 evaluate_where_due(step)
         self.state = own(state)
+        if first == args.steps and jax.process_index() == 0 and not checkpoint.complete(self.model_path):
+            checkpoint.save(self.model_path, {**self.header, "step": first}, model(self.state))  # somebody lost it
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("saved")  # the other hosts read what the first one wrote
         return {metric: float(np.mean(numbers)) for metric, numbers in values.items()}
@@ -389,23 +403,29 @@ class Run:
         return np.array([i for i, replica in enumerate(self.replicas) if replica not in self.diverged])
 
     def _give_up_diverged(self, step: int, values: dict[str, np.ndarray]) -> None:
-        # A parameter that is not finite comes from such a gradient, whose norm is among the metrics.
         for metric, numbers in values.items():
             for i in np.flatnonzero(~np.isfinite(numbers)):
                 if self.replicas[i] in self.diverged:
                     continue
                 self.diverged.append(self.replicas[i])
+                write_json(self.directory / "config.json", self.header)
                 report = f"{metric} of (task, seed) {self.replicas[i]} is not finite before step {step:,}"
                 if len(self.diverged) == len(self.replicas):
                     raise FloatingPointError(
-                        f"{report}: {self.state_path} is as it was before; try a smaller --learning-rate."
+                        f"{report}: the last checkpoint stays; start over with a smaller --learning-rate."
                     )
                 tqdm.write(f"warning: {report}: it is given up, the others go on.", file=sys.stderr)
 
     def _save(self, step: int, state: Any, model: Callable[[Any], Any]) -> float:
         """Writes a checkpoint; returns the seconds that it took."""
         began = time.monotonic()
-        header = {**self.header, "step": step, "diverged": self.diverged}
+        finite = np.ones(len(self.replicas), bool)
+        for leaf in jax.tree.leaves(state):
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                finite &= np.isfinite(leaf).reshape(len(finite), -1).all(axis=1)
+        # The metrics are of the losses before the last update; it may have spoiled the parameters.
+        self._give_up_diverged(step, {"a parameter": np.where(finite, 0.0, np.nan)})
+        header = {**self.header, "step": step}
         checkpoint.save(self.model_path, header, model(state))
         checkpoint.save(self.state_path, header, state, previous=self.previous_path)
         return time.monotonic() - began

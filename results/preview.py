@@ -35,6 +35,8 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     directory = run / "value"
     config = json.loads((directory / "config.json").read_text())
     args, versions = config["args"], config["versions"]
+    if config.get("diverged"):
+        raise UserError(f"{run}: (task, seed) {config['diverged']} diverged: its numbers are not those of all seeds.")
     bc = {"args": dict(steps="")}  # of a policy that was trained with the reward model
     if not config.get("own_policy"):
         bc = json.loads((Path(config["policy_run_dir"]) / "bc" / "config.json").read_text())

@@ -35,22 +35,30 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 def start(stage: str, directory: Path) -> int:
     """Forks an attempt, as the command line would begin or go on; returns its process."""
+    # A signal that comes before the `try` would let the child run on as its parent.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS[2:])
     process = os.fork()
     if process:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS[2:])
         return process
     log = os.open(directory.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    module, args, folder = STAGES[stage]
-    resume = any((directory / folder / name).is_file() for name in training.STATES)
+    module, args, _ = STAGES[stage]
     code = 1
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS[2:])
         sys.argv = ["attempt"]
-        run_cli(lambda _: module.main(dataclasses.replace(args, run_dir=directory, resume=resume)), type(args))
+        run_cli(
+            lambda _: module.main(dataclasses.replace(args, run_dir=directory, resume=directory.exists())), type(args)
+        )
         code = 0
     except SystemExit as stop:
         code = stop.code
+    except KeyboardInterrupt:  # before the stage began
+        code = 130
     finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS[2:])
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

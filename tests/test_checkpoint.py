@@ -208,7 +208,7 @@ def test_no_memory_is_taken_for_what_the_file_does_not_hold(path: Path, shape: t
     "change",
     [
         dict(depth=10**9), dict(width=0), dict(horizon=-1), dict(width="8"), dict(depth=2.0), dict(action_dim=True),
-        dict(observation_dim=None),
+        dict(observation_dim=None), dict(step="7"), dict(replicas=[[1]]), dict(diverged=None), dict(args=[]),
     ],
 )  # fmt: skip
 def test_sizes_that_nobody_means(path: Path, change: dict):
