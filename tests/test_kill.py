@@ -12,7 +12,7 @@ from tests import kill
 from tests.helpers import arrays, tiny_dataset
 
 ROOT = Path(__file__).parent.parent
-KILLS = {"bc": 20, "value": 20, "qc": 10}
+KILLS = {"bc": 35, "value": 10, "qc": 5}
 
 
 @pytest.mark.parametrize("stage", KILLS)
