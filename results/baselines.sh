@@ -17,15 +17,6 @@ for backup in base softmax; do
   done
 done
 
-# Between the one-step and the greedy backup: the data's action, the best of 2, a softmax of 4 (temperature as a fraction of
-# the return range: 4 units of return). One seed.
-once="${common/--seeds 2/}"
-for settings in "dataset --next-action dataset" "softmax-2 --next-action softmax --num-next-actions 2" "softmax-warm --next-action softmax --backup-temperature 0.02"; do
-  read -r name flags <<< "$settings"
-  python evor_value.py $once $flags --run-dir runs/baselines/shared-noise-$name
-  python -m baselines.critics $once --critic scalar $flags --run-dir runs/baselines/scalar-$name
-done
-
 # QC's value learning on the same base policies.
 python -m baselines.qc --env cube-double-play --preview --horizon 5 --steps 30000 --policy-run-dir runs/cube-double-play --run-dir runs/baselines/qc-h5-n32
 python -m baselines.qc --env cube-double-play --preview --horizon 1 --steps 30000 --policy-run-dir runs/cube-double-play-h1 --num-next-actions 4 --run-dir runs/baselines/qc-h1-n4
@@ -36,6 +27,20 @@ for critic in shared-noise qr c51; do
 done
 
 python -m benchmarks.speed --groups baselines --rounds 3 --steps 10 --out runs/speed-baselines
-# The stored rows were trained in parts and added with --append; a second seed with --first-seed 1 in a run
-# directory of its own (NAME-1) draws what seed 1 of --seeds 2 draws.
+# The second seeds were trained apart (--first-seed 1 in a run directory NAME-1, which draws what seed 1 of --seeds 2
+# draws) and QC with horizon 1 on another machine; all were added with --append.
 python -m results.baselines --runs runs/baselines/*/ --speed runs/speed-baselines/speed.csv
+
+# Between the one-step and the greedy backup, one seed: the data's action, the best of 2 and of 4, a softmax of 4 at a
+# temperature of 4 units of return (0.02 of their range). The stored rows have a base policy of their own, from the command
+# in results/preview.sh on another machine: the same only statistically.
+common="--env cube-double-play --preview --horizon 5 --steps 30000 --policy-run-dir runs/cube-double-play --policy-seed 0"
+for settings in "base" "dataset --next-action dataset" "softmax --next-action softmax" \
+  "softmax-2 --next-action softmax --num-next-actions 2" "softmax-warm --next-action softmax --backup-temperature 0.02"; do
+  read -r name flags <<< "$settings"
+  python evor_value.py $common $flags --run-dir runs/backups/shared-noise-$name
+  python -m baselines.critics $common --critic scalar $flags --run-dir runs/backups/scalar-$name
+done
+python -m baselines.critics $common --critic c51 --first-seed 1 --run-dir runs/backups/c51-base
+python -m baselines.critics $common --critic qr --run-dir runs/backups/qr-base
+python -m results.baselines --name backups --runs runs/backups/*/ --speed runs/speed-baselines/speed.csv
