@@ -379,7 +379,7 @@ def test_trajectories_shorter_than_two_chunks(here: Path):
 
 @pytest.mark.parametrize("command", [bc, value])
 def test_resuming_with_other_settings_or_data(here: Path, command: Callable):
-    fails_cleanly(command(resume=True, learning_rate=0.5), here, "--resume|learning_rate 0.0003, not 0.5|start without")
+    fails_cleanly(command(resume=True, learning_rate=0.5), here, "--resume|learning_rate 0.0003, not 0.5|start over")
     fails_cleanly(command(resume=True, seeds=2), here, "seed")
     tiny_dataset(here / "data.npz", seed=1)
     fails_cleanly(command(resume=True), here, "other data")
