@@ -112,11 +112,11 @@ def locked(path: Path) -> Iterator[None]:
 class Hold:
     """A lock that this process has until nothing refers to this object any more, or the process ends."""
 
-    def __init__(self, file: Any):
-        self.file = file
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
 
     def __del__(self):
-        self.file.close()
+        os.close(self.descriptor)
 
 
 _held: weakref.WeakValueDictionary[tuple[int, int], Hold] = weakref.WeakValueDictionary()
@@ -125,23 +125,23 @@ _held: weakref.WeakValueDictionary[tuple[int, int], Hold] = weakref.WeakValueDic
 def hold(path: Path) -> Hold | None:
     """Locks the file `path`, which it makes, for this process; None if another one has it. Where the file system has no
     locks, everybody gets it."""
-    file = open(path, "a")
-    found = os.fstat(file.fileno())
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)  # no file object: one that is collected unclosed warns
+    found = os.fstat(descriptor)
     key = found.st_dev, found.st_ino  # the same file, wherever it was moved
     mine = _held.get(key)
     if mine is not None:
-        file.close()
+        os.close(descriptor)
         return mine
     try:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
+        os.close(descriptor)
         return None
     except (ImportError, OSError):
         pass
-    _held[key] = mine = Hold(file)
+    _held[key] = mine = Hold(descriptor)
     return mine
 
 
