@@ -25,20 +25,20 @@ for K in 1 2 4 8 16; do
 done
 python -m benchmarks.return_law --methods paper independent-noise shared-noise velocity --critic trunk --out results/return_law_trunk.csv
 
-# Flows and baselines: over training, and over the size of the network.
+# Flows and baselines: over training, and over the size of the network (C51 with many atoms is slow: one size).
 probes=("five-state chain" "stochastic reward, two steps" "action-dependent reward, stochastic policy")
-out="--append --every 250 --out results/return_law_training.csv"
+out="--append --every 500 --out results/return_law_training.csv"
 python -m benchmarks.return_law --probes "${probes[@]}" $out
-python -m benchmarks.return_law --probes "${probes[@]}" $out --methods shared-noise velocity --critic trunk
-python -m benchmarks.return_law --probes "${probes[@]}" $out --methods c51 --atoms 401
 python -m benchmarks.return_law --probes "${probes[@]}" $out --methods qr --huber 0.001
-for width in 16 32 64 128 256; do
-  out="--append --width $width --out results/return_law_capacity.csv"
-  python -m benchmarks.return_law --probes "${probes[@]:0:2}" $out --methods shared-noise c51 qr --atoms 401 --huber 0.001
-  python -m benchmarks.return_law --probes "${probes[@]:0:2}" $out --methods shared-noise --critic trunk
+python -m benchmarks.return_law --probes "${probes[@]}" $out --methods shared-noise --critic trunk
+python -m benchmarks.return_law --probes "${probes[@]}" $out --methods c51 --atoms 201
+out="--append --out results/return_law_capacity.csv"
+python -m benchmarks.return_law --probes "${probes[@]:0:2}" $out --width 16 --methods c51 --atoms 401
+for size in "--width 16" "--width 64" "--width 128" "--width 256" "--width 128 --depth 2"; do
+  python -m benchmarks.return_law --probes "${probes[@]:0:2}" $out $size --methods shared-noise qr --huber 0.001
 done
-for depth in 1 2; do
-  python -m benchmarks.return_law --probes "${probes[@]:0:2}" --methods shared-noise c51 qr --atoms 401 --huber 0.001 --depth $depth --append --out results/return_law_capacity.csv
+for width in 16 64 128 256; do
+  python -m benchmarks.return_law --probes "${probes[@]:0:2}" $out --width $width --methods shared-noise --critic trunk
 done
 
 # Collected data against data of OGBench's own script (data_gen_scripts/ of its repository), in reference/.

@@ -12,6 +12,7 @@ from common.errors import parse_args
 ROOT = Path(__file__).parent.parent
 VARIABLES = {  # of results/*.sh
     "$target": "paper", "$backup": "base", "$velocities": "6 7 8", "$K": "2", "$width": "32", "$depth": "2",
+    "$flags": "--next-action dataset", "$name": "dataset", "$size": "--width 16",
     "$critic": "qr", '"${probes[@]:0:2}"': "chain", '"${probes[@]}"': "chain",
 }  # fmt: skip
 
