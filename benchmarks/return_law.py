@@ -307,7 +307,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set(title=name, xlabel=xlabel, yscale="log", xscale="linear" if by_step else "log")
         axis.grid(alpha=0.3, which="both")
     axes[0][0].set_ylabel("W1 to the exact law")
-    axes[0][-1].legend(fontsize=7)
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figures.save(figure, path)
 
 

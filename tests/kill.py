@@ -2,8 +2,8 @@
 
 Arguments: STAGE KILLS SEED (`test_kill.py` runs it). In the working directory stands `data.npz`, and for stage 2 a base
 policy in `run/`. Each attempt is a fork of this process, which has imported everything and started nothing: what costs
-seconds is paid for once. Trains `whole/` without a kill, then `killed-0/`, `killed-1/`, ... each with as many kills as it
-takes to get to its end, until there were KILLS of them. Prints, for each kill, the signal and the step that was saved.
+seconds is paid for once. Trains `whole/` without a kill, then `killed-0/`, `killed-1/`, ... each with as many kills as
+it takes to get to its end, until there were KILLS of them. Prints, for each kill, the signal and the step saved.
 """
 
 import dataclasses
