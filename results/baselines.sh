@@ -26,21 +26,20 @@ for critic in shared-noise qr c51; do
   python evor_infer.py --env cube-double-play --run-dir runs/baselines/$critic-base --num-actions 16 --num-returns 8 --return-temperature 0.1 inf --out readout
 done
 
-python -m benchmarks.speed --groups baselines --rounds 3 --steps 10 --out runs/speed-baselines
+python -m benchmarks.speed --groups baselines --rounds 2 --steps 5 --out runs/speed-baselines
 # The second seeds were trained apart (--first-seed 1 in a run directory NAME-1, which draws what seed 1 of --seeds 2
 # draws) and QC with horizon 1 on another machine; all were added with --append.
 python -m results.baselines --runs runs/baselines/*/ --speed runs/speed-baselines/speed.csv
 
-# Between the one-step and the greedy backup, one seed: the data's action, the best of 2 and of 4, a softmax of 4 at a
-# temperature of 4 units of return (0.02 of their range). The stored rows have a base policy of their own, from the command
-# in results/preview.sh on another machine: the same only statistically.
+# Between the one-step and the greedy backup, one seed: the data's action, a softmax of 4 at a temperature of 4 units of
+# return (0.02 of their range), the best of 4. The stored rows have a base policy of their own, from the command in
+# results/preview.sh on another machine: the same only statistically.
 common="--env cube-double-play --preview --horizon 5 --steps 30000 --policy-run-dir runs/cube-double-play --policy-seed 0"
-for settings in "base" "dataset --next-action dataset" "softmax --next-action softmax" \
-  "softmax-2 --next-action softmax --num-next-actions 2" "softmax-warm --next-action softmax --backup-temperature 0.02"; do
+for settings in "base" "dataset --next-action dataset" "softmax --next-action softmax"; do
   read -r name flags <<< "$settings"
   python evor_value.py $common $flags --run-dir runs/backups/shared-noise-$name
   python -m baselines.critics $common --critic scalar $flags --run-dir runs/backups/scalar-$name
 done
+python -m baselines.critics $common --critic scalar --next-action softmax --backup-temperature 0.02 --run-dir runs/backups/scalar-softmax-warm
 python -m baselines.critics $common --critic c51 --first-seed 1 --run-dir runs/backups/c51-base
-python -m baselines.critics $common --critic qr --run-dir runs/backups/qr-base
 python -m results.baselines --name backups --runs runs/backups/*/ --speed runs/speed-baselines/speed.csv
