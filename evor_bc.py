@@ -17,7 +17,8 @@ No reward is used. The policy is never trained on the value: stage 2 and 3 keep 
 | x      | observation         | v_phi  | policy        |
 | a_1    | action (chunk)      | t      | t             |
 
-Reads a dataset; writes `runs/ENV/bc/{config.json, metrics.csv, model.eqx, train_state.eqx}`.
+Reads a dataset; writes `runs/ENV/bc/{config.json, metrics.csv, model.eqx, train_state.eqx,
+train_state.previous.eqx}`.
 Source: EVOR, arXiv 2510.08218, stage 1; flow matching, arXiv 2210.02747. *Ours*, because the paper does not disclose
 it: batch size, flow steps, standardised observations.
 """
@@ -110,7 +111,7 @@ class Args:
     chunk: int = 1_000
     """Gradient steps per compiled call; metrics are averages over it."""
     save_every: int = 10_000
-    """Gradient steps between checkpoints."""
+    """Gradient steps between checkpoints, at most: more are made where they cost little time."""
 
     @property
     def all_seeds(self) -> tuple[int, ...]:

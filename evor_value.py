@@ -30,7 +30,7 @@ Returns are scaled: the interval of possible returns becomes `--return-width` st
 constant that solves the Bellman equation on average over the data becomes zero, so that training starts at that level.
 
 Reads `runs/ENV/bc/model.eqx` (trained first if missing); writes `runs/ENV/value/{config.json, metrics.csv, model.eqx,
-train_state.eqx, evaluation.csv, calibration.csv, *.png}`.
+train_state.eqx, train_state.previous.eqx, evaluation.csv, calibration.csv, *.png}`.
 
 Differences from the paper: (1) the default target is consistent, see above; (2) the bank; (3) the paper does not say
 which z_1 makes the `paper` target's z_t: we use z_1 = z_0 + u, u uniform on the possible returns, which covers the
@@ -184,7 +184,7 @@ class Args:
     chunk: int = 1_000
     """Gradient steps per compiled call; metrics are averages over it."""
     save_every: int = 10_000
-    """Gradient steps between checkpoints."""
+    """Gradient steps between checkpoints, at most: more are made where they cost little time."""
 
     # --- evaluation ---
     eval_every: int = 100_000

@@ -179,7 +179,7 @@ def main(args: Args) -> str:
         rows += [describe(run, row) for row in summary]
         episodes += [row | dict(run=str(run), method=rows[-1]["method"]) for row in raw]
     refuse_differences(rows)
-    timings = HERE / f"{args.name}_speed.csv"
+    timings = HERE / "baselines_speed.csv"  # of all tables
     if args.speed:
         timed = read_csv(args.speed)
         write_csv(timings, list(timed[0]), timed)

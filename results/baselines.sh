@@ -32,8 +32,8 @@ python -m benchmarks.speed --groups baselines --rounds 2 --steps 5 --out runs/sp
 python -m results.baselines --runs runs/baselines/*/ --speed runs/speed-baselines/speed.csv
 
 # Between the one-step and the greedy backup, one seed: the data's action, a softmax of 4 at a temperature of 4 units of
-# return (0.02 of their range), the best of 4. The stored rows have a base policy of their own, from the command in
-# results/preview.sh on another machine: the same only statistically.
+# return (0.02 of their range), the best of 4. The stored rows have a base policy trained anew, by the command in
+# results/preview.sh on another machine.
 common="--env cube-double-play --preview --horizon 5 --steps 30000 --policy-run-dir runs/cube-double-play --policy-seed 0"
 for settings in "base" "dataset --next-action dataset" "softmax --next-action softmax"; do
   read -r name flags <<< "$settings"
