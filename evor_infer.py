@@ -73,7 +73,7 @@ class Args:
     run_dir: Path | None = None
     """The run directory of stage 2; runs/ENV (runs/ENV-quick) by default."""
     policy_run_dir: Path | None = None
-    """The run directory of stage 1; the one stage 2 was trained with by default."""
+    """The run directory of stage 1; that of stage 2 by default."""
     quick: bool = False
     """Preset: a handful of episodes."""
     preview: bool = False
@@ -281,7 +281,8 @@ def load_agents(
                 f"{run_dir / 'value'} has no {name} {sorted(missing)[0]}: it has {have}; train it with evor_value.py."
             )
     chosen = [i for i, (t, s) in enumerate(replicas) if (not tasks or t in tasks) and (not seeds or s in seeds)]
-    lost = [r for r in map(tuple, header.get("diverged", ())) if replicas.index(r) in chosen]
+    diverged = {tuple(r) for r in header.get("diverged", ())}
+    lost = [replicas[i] for i in chosen if replicas[i] in diverged]
     if lost:
         report = f"{run_dir / 'value'}: (task, seed) {', '.join(map(str, lost))} diverged in training"
         if len(lost) == len(chosen):
@@ -295,9 +296,13 @@ def load_agents(
             raise UserError(f"{run_dir / 'value'} has a policy of its own: leave out --policy-run-dir.")
         (policies, standardizer), policy_index = own_policy, chosen
     else:
-        if policy_run_dir is None:  # beside the reward model, also if the directory was moved; else where it was
-            beside = (run_dir / "bc" / "model.eqx").is_file()
-            policy_run_dir = run_dir if beside else Path(header["policy_run_dir"])
+        if policy_run_dir is None:
+            policy_run_dir = run_dir
+            if not (run_dir / "bc" / "model.eqx").is_file():  # a file may name any path: the user decides
+                raise UserError(
+                    f"there is no base policy in {run_dir / 'bc'}: pass --policy-run-dir, where the one that "
+                    f"{run_dir / 'value'} was trained with stands (it says: in {header.get('policy_run_dir')!r})."
+                )
         policy_path = policy_run_dir / "bc" / "model.eqx"
         policy_header, (policies, standardizer) = load_policy(policy_run_dir)
         for name in ("env", "horizon", "observation_dim", "action_dim"):
@@ -308,7 +313,11 @@ def load_agents(
                 f"directory with --policy-run-dir, or train evor_value.py again."
             )
         shared = header["args"].get("policy_seed")
-        policy_index = [policy_header["seeds"].index(seed if shared is None else shared) for _, seed in replicas]
+        wanted = [seed if shared is None else shared for _, seed in replicas]
+        unknown = [seed for seed in wanted if seed not in policy_header["seeds"]]
+        if unknown:
+            raise UserError(f"{policy_path} has no seed {unknown[0]}: pass the run directory of one that has.")
+        policy_index = [policy_header["seeds"].index(seed) for seed in wanted]
 
     def take(models, index):
         return jax.tree.map(lambda x: jnp.asarray(x)[np.array(index)], models)

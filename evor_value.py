@@ -530,6 +530,11 @@ def last_screen(
     if not args.own_policy:
         print(f"base policy:  {policy_run_dir / 'bc' / 'model.eqx'}")
     print(f"reward model: {directory / 'model.eqx'}")
+    if summary:
+        where = f"--run-dir {directory.parent}"
+        if not args.own_policy and policy_run_dir != directory.parent:
+            where += f" --policy-run-dir {policy_run_dir}"
+        print(f"a sweep:      python evor_infer.py --env {name} {where} --num-actions 1 4 16 64")
     for file in sorted(directory.glob("*.csv")) + sorted(directory.glob("*.png")):
         print(f"              {file}")
     print(line)

@@ -47,6 +47,8 @@ class Args:
     """Environment of the run; its validation data gives the states."""
     run_dir: Path | None = None
     """Run directory of stages 1 and 2; runs/ENV by default."""
+    policy_run_dir: Path | None = None
+    """That of stage 1, if it is another one."""
     states: int = 64
     """Validation states."""
     num_actions: int = 32
@@ -161,7 +163,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     """Measures and writes both comparisons; returns the rows."""
     name = parse_env(args.env)
     run_dir = args.run_dir or default_run_dir(name.short, quick=False)
-    header, replicas, agents = evor_infer.load_agents(run_dir)
+    header, replicas, agents = evor_infer.load_agents(run_dir, policy_run_dir=args.policy_run_dir)
     path, source = sources.find_files(args.env, None, episodes=args.episodes)
     if not validation_path(path).is_file():
         raise UserError(f"there is no validation file {validation_path(path)}: collect or download the data anew.")

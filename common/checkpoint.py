@@ -25,7 +25,10 @@ MOST_HEADER = 1 << 20  # bytes
 # The numbers that sizes follow from, with the largest that anybody could mean.
 LIMITS = dict.fromkeys(("observation_dim", "action_dim", "width", "head_width", "outputs"), 100_000)
 LIMITS |= dict.fromkeys(("depth", "head_depth", "horizon"), 1_000)
-KINDS = dict(step=int, seeds=list, replicas=list, diverged=list, args=dict, data=dict)
+KINDS = dict(env=str, step=int, args=dict, data=dict)
+# What `evor_infer` and stage 2 read of the header of a model.
+_MODEL = ("env", "observation_dim", "action_dim", "horizon", "width", "depth", "step", "args", "data")
+REQUIRED = {"bc": (*_MODEL, "seeds"), "value": (*_MODEL, "replicas", "critic", "policy_sha256")}
 TRAILER = b"\nsha256 "
 TRAILER_BYTES = len(TRAILER) + 64
 
@@ -84,16 +87,28 @@ def _read_header(file: BinaryIO, path: Path, stage: str) -> dict[str, Any]:
         raise UserError(f"{path} is not a checkpoint of this project: delete it and train again.") from None
     if found != stage:
         raise UserError(f"{path} is a checkpoint of stage {found!r}, not {stage!r}: pass the other run directory.")
+    for field in REQUIRED.get(stage, ()):
+        if field not in header:
+            raise UserError(f"{path} is damaged ({field} is missing): delete it and train again.")
     for field, value in header.items():
-        most, kind = LIMITS.get(field), KINDS.get(field)
-        good = (most is None or (type(value) is int and 1 <= value <= most)) and (
-            kind is None or isinstance(value, kind)
-        )
-        if field in ("replicas", "diverged") and good:
-            good = all(isinstance(pair, list) and len(pair) == 2 for pair in value)
-        if not good:
+        if not _makes_sense(field, value, stage):
             raise UserError(f"{path} is damaged ({field} is {value!r:.50}): delete it and train again.")
     return header
+
+
+def _makes_sense(field: str, value: Any, stage: str) -> bool:
+    if field in LIMITS:
+        return type(value) is int and 1 <= value <= LIMITS[field]
+    if field == "seeds":
+        return isinstance(value, list) and len(value) > 0 and all(type(seed) is int for seed in value)
+    if field in ("replicas", "diverged"):  # [task, seed]; what diverges in stage 1 has no task: ["", seed]
+        if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+            return False
+        task_types = (int,) if field == "replicas" else (int, str)
+        return all(type(task) in task_types and type(seed) is int for task, seed in value)
+    if field == "data" and stage in REQUIRED:
+        return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("name", "source", "sha256"))
+    return isinstance(value, KINDS.get(field, object))
 
 
 def load(path: Path, build: Callable[[dict[str, Any]], Any], *, stage: str, remedy: str) -> tuple[dict[str, Any], Any]:

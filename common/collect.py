@@ -30,9 +30,12 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -336,7 +339,8 @@ def _collect_block(job: tuple[Recipe, int, range, Path]) -> int:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the one that started it is gone, also where that was killed."""
+    """Ends this process when the one that started it is gone, also where that was killed; on Ctrl-C without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -437,9 +441,21 @@ def _collect(dataset_name: str, recipe: Recipe, train_path: Path, seed: int, wor
     total = recipe.episodes + validation
     with tqdm(desc=f"collecting {dataset_name}", unit="episode", total=total, initial=total - left) as bar:
         if jobs:
-            with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs)), _end_with_parent) as pool:
-                for count in pool.imap_unordered(_collect_block, jobs):
-                    bar.update(count)
+            spawn, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
+            with ProcessPoolExecutor(min(workers, len(jobs)), spawn, _end_with_parent) as pool:
+                try:
+                    for done in as_completed([pool.submit(_collect_block, job) for job in jobs]):
+                        bar.update(done.result())
+                except BaseException as error:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    for process in set(multiprocessing.active_children()).difference(others):
+                        process.terminate()  # else the pool waits for the blocks that they are collecting
+                    if not isinstance(error, BrokenProcessPool):
+                        raise
+                    raise UserError(
+                        "a collecting process died: if memory ran out, free some, or pass fewer --workers to "
+                        "common.collect; then run it again: the blocks that are done are kept."
+                    ) from None
 
     write_json(train_path.with_suffix(".json"), description)
     for path, some in files.items():

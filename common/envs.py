@@ -146,7 +146,15 @@ def import_ogbench() -> None:
     if "mujoco" not in sys.modules:
         os.environ.setdefault("MUJOCO_GL", "disable")
     import gymnasium
-    import ogbench  # noqa: F401
+
+    try:
+        import mujoco  # noqa: F401
+        import ogbench  # noqa: F401
+    except Exception as error:  # a graphics library that is missing raises any kind
+        raise UserError(
+            f"OGBench's simulator cannot be imported ({error}): pip install -r requirements.txt, and leave MUJOCO_GL="
+            f"{os.environ.get('MUJOCO_GL')} away where nothing is drawn."
+        ) from None
 
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's own boxes make it warn about precision.
 

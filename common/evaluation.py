@@ -8,10 +8,13 @@ counts as a success if the environment says so at its last step. Initial states 
 replicas and all settings of a sweep see the same episodes, whatever the number of processes.
 """
 
+import contextlib
 import functools
 import math
+import multiprocessing
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -20,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.envs import free_memory, import_ogbench, num_cores, trim_memory
+from common.errors import UserError
 
 # Environments in all, if every process has one of each replica then. One of a manipulation task takes about 130 MB (its
 # model and a second one for inverse kinematics) and a second to build.
@@ -73,6 +77,8 @@ class EpisodeRunner(gymnasium.Env):
         probe: Callable[[dict[str, Any]], float] | None = None,
     ):
         """`slots` are this process' environments of each replica; slot s runs the episodes s, s + num_slots, ..."""
+        if multiprocessing.parent_process() is not None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
         self.gym_ids, self.slots, self.num_slots = gym_ids, slots, num_slots
         self.num_episodes, self.horizon, self.seed, self.probe = num_episodes, horizon, seed, probe
         self.envs: list[list[gymnasium.Env]] = []
@@ -163,6 +169,9 @@ class Episodes:
             seed: seed of the initial states.
             workers: processes; one per core by default.
             probe: a function of a step's `info`, summed over each episode; importable, since it goes to the workers.
+
+        Raises:
+            UserError: a process died, here or in `run`.
         """
         workers = min(workers or num_cores(), num_episodes, max(1, max_environments() // len(gym_ids)))
         self.num_replicas, self.num_episodes = len(gym_ids), num_episodes
@@ -171,15 +180,16 @@ class Episodes:
         settings = dict(
             num_slots=workers * per_worker, num_episodes=num_episodes, horizon=horizon, seed=seed, probe=probe
         )
-        self.vector = gymnasium.vector.AsyncVectorEnv(
-            [
-                functools.partial(
-                    EpisodeRunner, tuple(gym_ids), range(w * per_worker, (w + 1) * per_worker), **settings
-                )
-                for w in range(workers)
-            ],
-            context="spawn",  # JAX is multithreaded: a forked child could inherit a held lock.
-        )
+        with self._reporting_deaths():
+            self.vector = gymnasium.vector.AsyncVectorEnv(
+                [
+                    functools.partial(
+                        EpisodeRunner, tuple(gym_ids), range(w * per_worker, (w + 1) * per_worker), **settings
+                    )
+                    for w in range(workers)
+                ],
+                context="spawn",  # JAX is multithreaded: a forked child could inherit a held lock.
+            )
 
     def run(
         self, act: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray], *, desc: str = "evaluating"
@@ -190,6 +200,10 @@ class Episodes:
         ordered by replica and episode: `replica, episode, success, length, total` (undiscounted return), `probe`.
         The progress bar shows the share of the time in which environments wait for `act`; it stays in `policy_share`.
         """
+        with self._reporting_deaths():
+            return self._run(act, desc)
+
+    def _run(self, act: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray], desc: str) -> list[dict[str, Any]]:
         state, _ = self.vector.reset()
         began, acting = time.monotonic(), 0.0
         with tqdm(total=self.num_replicas * self.num_episodes, desc=desc, unit="episode") as bar:
@@ -226,8 +240,32 @@ class Episodes:
     def _split(chunks: np.ndarray, workers: int) -> np.ndarray:
         return np.moveaxis(chunks.reshape(chunks.shape[0], workers, -1, *chunks.shape[2:]), 1, 0)
 
+    @contextlib.contextmanager
+    def _reporting_deaths(self) -> Iterator[None]:
+        """A process that is gone closes its pipe, which Gymnasium raises as one of these."""
+        try:
+            yield
+        except (EOFError, ConnectionError):
+            how = "at its start"
+            if hasattr(self, "vector"):
+                codes = []
+                for process in self.vector.processes:
+                    process.join(1.0)
+                    codes += [process.exitcode] if process.exitcode is not None else []
+                how = ", ".join(signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes)
+            raise UserError(
+                f"a process of the evaluation died ({how}): if memory ran out, free some, or pass fewer --workers to "
+                f"evor_infer.py; then run it again, a training with --resume."
+            ) from None
+
     def close(self) -> None:
-        self.vector.close()
+        """Ends the processes, whatever they are doing: `AsyncVectorEnv.close` would wait for them."""
+        for process in self.vector.processes:
+            process.kill()
+        for process, pipe in zip(self.vector.processes, self.vector.parent_pipes, strict=True):
+            process.join()
+            pipe.close()
+        self.vector.closed = True
 
     def __enter__(self) -> "Episodes":
         return self

@@ -12,10 +12,14 @@ from jaxtyping import install_import_hook
 install_import_hook(["common", "evor_bc", "evor_value", "evor_infer", "benchmarks", "baselines"], "beartype.beartype")
 
 import gc  # noqa: E402
+import signal  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# A shell starts what goes to the background with Ctrl-C ignored, and so would all processes of the tests be.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,6 +4,9 @@ Arguments: STAGE KILLS SEED (`test_kill.py` runs it). In the working directory s
 policy in `run/`. Each attempt is a fork of this process, which has imported everything and started nothing: what costs
 seconds is paid for once. Trains `whole/` without a kill, then `killed-0/`, `killed-1/`, ... each with as many kills as
 it takes to get to its end, until there were KILLS of them. Prints, for each kill, the signal and the step saved.
+
+A kill comes a random number of steps after the last one, plus a random part of the time that a few steps take; one in
+four comes while the attempt is starting. So they are spread over the run on a busy machine, too.
 """
 
 import dataclasses
@@ -28,16 +31,17 @@ STAGES = {
     "value": (evor_value, evor_value.Args(**SMALL, num_next_actions=2, policy_run_dir=Path("run")), "value"),
     "qc": (qc, qc.Args(**SMALL, num_next_actions=2), "value"),
 }
-SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)
+CAUGHT = (signal.SIGTERM, signal.SIGINT)
 
 
 def start(stage: str, directory: Path) -> int:
     """Forks an attempt, as the command line would begin or go on; returns its process."""
     # A signal that comes before the `try` would let the child run on as its parent.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS[2:])
+    signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
     process = os.fork()
     if process:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS[2:])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT)
         return process
     log = os.open(directory.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -45,7 +49,7 @@ def start(stage: str, directory: Path) -> int:
     module, args, _ = STAGES[stage]
     code = 1
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS[2:])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT)
         sys.argv = ["attempt"]
         run_cli(
             lambda _: module.main(dataclasses.replace(args, run_dir=directory, resume=directory.exists())), type(args)
@@ -56,7 +60,7 @@ def start(stage: str, directory: Path) -> int:
     except KeyboardInterrupt:  # before the stage began
         code = 130
     finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS[2:])
+        signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -71,6 +75,18 @@ def saved_step(stage: str, directory: Path) -> int:
         return 0
 
 
+def logged_rows(stage: str, directory: Path) -> int:
+    """Chunks that metrics.csv tells of."""
+    try:
+        return (directory / STAGES[stage][2] / "metrics.csv").read_bytes().count(b"loss")
+    except OSError:
+        return 0
+
+
+def has_ended(process: int) -> bool:
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def main(stage: str, kills: int, seed: int) -> None:
     """See the top of the file."""
     rng = random.Random(seed)
@@ -82,9 +98,16 @@ def main(stage: str, kills: int, seed: int) -> None:
     while done < kills:
         directory, at_end = Path(f"killed-{number}"), False
         while not at_end:
+            first = logged_rows(stage, directory)
             process = start(stage, directory)
-            time.sleep(rng.uniform(0.0, 1.2 * whole))
-            chosen = rng.choice(SIGNALS)
+            if rng.random() < 0.25:
+                time.sleep(rng.uniform(0.0, 0.5 * whole))
+            else:
+                rows = first + rng.randrange(1, STAGES[stage][1].steps // STAGES[stage][1].chunk // 2)
+                while logged_rows(stage, directory) < rows and not has_ended(process):
+                    time.sleep(0.001)
+                time.sleep(rng.uniform(0.0, 0.02 * whole))
+            chosen = SIGNALS[done % len(SIGNALS)]
             os.kill(process, chosen)  # it may have ended: it is ours until we ask how
             _, status = os.waitpid(process, 0)
             at_end = os.waitstatus_to_exitcode(status) == 0

@@ -22,8 +22,9 @@ from common.networks import ReturnScale, make_critic
 from tests.helpers import contents
 
 HEADER = dict(
-    stage="value", observation_dim=3, action_dim=2, horizon=1, width=8, depth=2, head_width=4, head_depth=2,
-    critic="mlp", step=7,
+    stage="value", env="cube-single-play", observation_dim=3, action_dim=2, horizon=1, width=8, depth=2, head_width=4,
+    head_depth=2, critic="mlp", step=7, replicas=[[1, 0]], policy_sha256="00", args={},
+    data=dict(name="data.npz", source="own", sha256="11"),
 )  # fmt: skip
 REMEDY = "train it first."
 
@@ -108,10 +109,10 @@ def test_the_first_line_is_the_header(path: Path):
 
 
 def test_headers_hold_paths_tuples_and_infinity(tmp_path: Path):
-    header = {"stage": "bc", "seeds": (0, 1), "run_dir": Path("runs/x"), "temperature": float("inf")}
+    header = {"stage": "bank", "seeds": (0, 1), "run_dir": Path("runs/x"), "temperature": float("inf")}
     checkpoint.save(tmp_path / "model.eqx", header, ())
-    found = checkpoint.read_header(tmp_path / "model.eqx", stage="bc", remedy=REMEDY)
-    assert found == {"stage": "bc", "seeds": [0, 1], "run_dir": "runs/x", "temperature": "inf"}
+    found = checkpoint.read_header(tmp_path / "model.eqx", stage="bank", remedy=REMEDY)
+    assert found == {"stage": "bank", "seeds": [0, 1], "run_dir": "runs/x", "temperature": "inf"}
 
 
 def test_nothing_is_unpickled(path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -209,6 +210,7 @@ def test_no_memory_is_taken_for_what_the_file_does_not_hold(path: Path, shape: t
     [
         dict(depth=10**9), dict(width=0), dict(horizon=-1), dict(width="8"), dict(depth=2.0), dict(action_dim=True),
         dict(observation_dim=None), dict(step="7"), dict(replicas=[[1]]), dict(diverged=None), dict(args=[]),
+        dict(replicas=[[[], 0]]), dict(diverged=[[1, {}]]), dict(data={}), dict(data=[]), dict(env=["x"]),
     ],
 )  # fmt: skip
 def test_sizes_that_nobody_means(path: Path, change: dict):
@@ -250,9 +252,10 @@ def test_arrays_that_do_not_fit_the_header(path: Path, change: dict):
         load(path)
 
 
-def test_a_header_that_lacks_a_dimension(path: Path):
-    checkpoint.save(path, {key: value for key, value in HEADER.items() if key != "width"}, trained())
-    with pytest.raises(UserError, match="damaged or of another version"):
+@pytest.mark.parametrize("field", ["width", "replicas", "policy_sha256", "data"])
+def test_a_header_that_lacks_something(path: Path, field: str):
+    checkpoint.save(path, {key: value for key, value in HEADER.items() if key != field}, trained())
+    with pytest.raises(UserError, match=rf"damaged \({field} is missing\): delete it and train again"):
         load(path)
 
 

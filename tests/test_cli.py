@@ -4,6 +4,7 @@ the run directory as it was."""
 import dataclasses
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -170,6 +171,31 @@ def test_a_mistake_on_the_real_command_line(tmp_path: Path):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: unknown environment 'nonsense'") and done.stderr.count("\n") == 1
     assert "runs" not in os.listdir(tmp_path)
+
+
+def test_a_simulator_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As where MUJOCO_GL names a graphics library that is not installed, which shows in MuJoCo's import alone."""
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")
+    done = run_python(str(ROOT / "evor_value.py"), "--env", ENV, home=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "MUJOCO_GL" in done.stderr and "leave MUJOCO_GL=nonsense away" in done.stderr
+    assert "runs" not in os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("script", [evor_bc, evor_value], ids=lambda script: script.__name__)
+def test_a_place_that_cannot_be_written(
+    tmp_path: Path, script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """/sys takes no directory from anybody, root or not: said in a line, before anything is trained."""
+    tiny_dataset(tmp_path / "data.npz")
+    words = ["--env", "robot", "--dataset", str(tmp_path / "data.npz"), "--run-dir", "/sys/run", "--width", "8"]
+    monkeypatch.setattr(sys, "argv", ["script", *words])
+    monkeypatch.setattr(evor_bc, "train_chunk", training_begins)
+    with pytest.raises(SystemExit) as stop:
+        run_cli(script.main, script.Args, script.PRESETS)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in said
+    assert re.fullmatch(r"error: /sys/run.*: (change its permissions, or )?choose (another|a) place.*\.", said.strip())
 
 
 def test_importing_the_scripts_does_nothing(tmp_path: Path):

@@ -1,15 +1,16 @@
 """Collected data: OGBench's layout and loop, the same from any number of processes."""
 
-import contextlib
+import concurrent.futures
 import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-import types
+from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium
@@ -18,6 +19,7 @@ import pytest
 
 from common import collect, envs
 from common.errors import UserError, parse_args
+from tests import processes
 from tests.helpers import contents
 
 ROWS = 40
@@ -364,10 +366,19 @@ def test_what_has_no_scripted_behaviour_is_a_users_mistake(tmp_path: Path):
     assert contents(tmp_path) == {}
 
 
-@contextlib.contextmanager
-def inline_pool(workers: int, initializer):
-    """`multiprocessing.Pool` without processes."""
-    yield types.SimpleNamespace(imap_unordered=map)
+class InlineExecutor(concurrent.futures.Executor):
+    """`ProcessPoolExecutor` without processes."""
+
+    def __init__(self, workers: int, context: object, initializer: Callable):
+        pass
+
+    def submit(self, function: Callable, *args: object) -> concurrent.futures.Future:
+        future = concurrent.futures.Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 @pytest.mark.parametrize("failing", ["rollout", "validation file", "training file"])
@@ -387,7 +398,7 @@ def test_a_failure_leaves_no_training_file(tmp_path: Path, monkeypatch: pytest.M
             raise OSError("disk full")
         written.append(path)
 
-    monkeypatch.setattr(collect.multiprocessing, "get_context", lambda _: types.SimpleNamespace(Pool=inline_pool))
+    monkeypatch.setattr(collect, "ProcessPoolExecutor", InlineExecutor)
     monkeypatch.setattr(collect, "collect_episode", episode)
     monkeypatch.setattr(collect, "_join", join)
     with pytest.raises((RuntimeError, UserError), match=r"no rollout|cannot be written \(disk full\)"):
@@ -441,7 +452,7 @@ def test_a_killed_collection_goes_on(tmp_path: Path):
     collected = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collect, "BLOCK_ROWS", 600)
-        patch.setattr(collect.multiprocessing, "get_context", lambda _: types.SimpleNamespace(Pool=inline_pool))
+        patch.setattr(collect, "ProcessPoolExecutor", InlineExecutor)
         patch.setattr(
             collect, "_collect_block", lambda job, make=collect._collect_block: collected.append(job) or make(job)
         )
@@ -455,6 +466,43 @@ def test_a_killed_collection_goes_on(tmp_path: Path):
     shutil.copytree(tmp_path / "copy", other.parent / ".maze.blocks")
     collect.collect("pointmaze-medium-navigate-v0", other, workers=1, seed=1, **options)
     assert not np.array_equal(load(other)["actions"][:3], load(whole)["actions"][:3])
+
+
+SCRIPT = """
+from pathlib import Path
+from common import collect
+from common.errors import run_cli
+
+if __name__ == "__main__":
+    run_cli(lambda _: collect.collect("pointmaze-medium-navigate-v0", Path("maze.npz"), workers=2), collect.Args)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_exit_leaves_processes_behind(tmp_path: Path, number: int):
+    """Ctrl-C goes to all processes, as from a terminal; the others to the first one alone. Within seconds none is
+    left, though the whole collection would take minutes."""
+    with processes.start(SCRIPT, tmp_path) as process:
+        workers = processes.wait_for_workers(process, 2, processes.ignores_or_defaults_sigint)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        code = -number if number == signal.SIGKILL else 128 + number
+        assert process.wait(20) == code
+        assert processes.gone(workers, seconds=20)
+        said = processes.said(tmp_path)
+        assert "Traceback" not in said and ("interrupted." in said) == (number == signal.SIGINT), said
+
+
+def test_a_worker_that_dies_is_reported(tmp_path: Path):
+    """Fails if the collection waits for it."""
+    with processes.start(SCRIPT, tmp_path) as process:
+        workers = processes.wait_for_workers(process, 2, processes.ignores_or_defaults_sigint)
+        os.kill(workers[0], signal.SIGKILL)
+        assert process.wait(20) == 2
+        assert processes.gone(workers, seconds=20)
+        assert processes.said(tmp_path).splitlines()[-1] == (
+            "error: a collecting process died: if memory ran out, free some, or pass fewer --workers to "
+            "common.collect; then run it again: the blocks that are done are kept."
+        )
 
 
 def test_the_files_are_those_of_numpys_savez(tmp_path: Path):

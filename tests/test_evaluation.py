@@ -1,8 +1,11 @@
 """Roll-outs: every episode once, the same from any number of processes, and equal to a loop written by hand."""
 
 import functools
+import os
+import signal
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import gymnasium
 import mujoco
@@ -10,7 +13,9 @@ import numpy as np
 import pytest
 
 from common import evaluation
+from common.errors import UserError
 from common.evaluation import EpisodeRunner, Episodes, seeded_reset
+from tests import processes
 
 GYM_IDS = ("cube-single-singletask-task2-v0", "cube-single-singletask-task4-v0")
 HORIZON = 5
@@ -198,3 +203,46 @@ def test_environments_are_few_and_slots_cover_all_episodes(
     assert len({len(fn.args[1]) for fn in fns}) == 1  # equal shapes in all processes
     assert len(fns) <= min(workers, episodes)
     assert replicas * len(slots) <= max(250, replicas)
+
+
+SCRIPT = """
+import numpy as np
+from common.errors import run_cli
+from common.evaluation import Episodes
+from evor_infer import Args
+
+def main(args):
+    with Episodes(("pointmaze-medium-singletask-task1-v0",), num_episodes=1_000, workers=2) as episodes:
+        episodes.run(lambda observations, *_: np.zeros((*observations.shape[:2], 1, 2), np.float32))
+
+if __name__ == "__main__":
+    run_cli(main, Args)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_exit_leaves_processes_behind(tmp_path: Path, number: int):
+    """Ctrl-C goes to all processes, as from a terminal; the others to the first one alone. Within seconds none is
+    left, though the whole evaluation would take minutes."""
+    with processes.start(SCRIPT, tmp_path) as process:
+        workers = processes.wait_for_workers(process, 2, processes.ignores_or_defaults_sigint)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        assert process.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
+        assert processes.gone(workers, seconds=20)
+        assert "Traceback" not in processes.said(tmp_path) or number == signal.SIGKILL
+
+
+def test_a_worker_that_dies_is_reported():
+    """Fails if the evaluation waits for it, or goes on without its episodes."""
+    with Episodes(("pointmaze-medium-singletask-task1-v0",), num_episodes=4, workers=2) as episodes:
+        first, second = episodes.vector.processes
+
+        def act(observations: np.ndarray, counts: np.ndarray, steps: np.ndarray) -> np.ndarray:
+            if steps.max() == 3:
+                first.kill()
+                first.join()
+            return np.zeros((*observations.shape[:2], 1, 2), np.float32)
+
+        with pytest.raises(UserError, match=r"of the evaluation died \(SIGKILL\): .* --workers .* --resume\."):
+            episodes.run(act)
+    assert not second.is_alive()

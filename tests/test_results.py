@@ -42,6 +42,15 @@ def make_run(path: Path, args: Any, *, solved: int, policy: str = "ab", bc_steps
     return path
 
 
+def test_numbers_without_the_seeds_that_diverged_make_no_row(tmp_path: Path):
+    run = make_run(tmp_path / "run", evor_value.Args(horizon=5, width=64), solved=8)
+    preview.gather(run)
+    config = json.loads((run / "value" / "config.json").read_text())
+    (run / "value" / "config.json").write_text(json.dumps(config | dict(diverged=[[2, 0]])))
+    with pytest.raises(UserError, match=r"run: \(task, seed\) \[\[2, 0\]\] diverged"):
+        preview.gather(run)
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(baselines, "HERE", tmp_path)

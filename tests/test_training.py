@@ -1,6 +1,7 @@
 """Whole runs: resuming, one compile, replicas over devices, and the three stages in a row on real OGBench data."""
 
 import csv
+import functools
 import json
 import os
 import socket
@@ -15,7 +16,7 @@ import pytest
 import evor_bc
 import evor_infer
 import evor_value
-from common import training
+from common import checkpoint, training
 from common.errors import UserError
 from common.metrics import Metrics
 from tests.helpers import arrays, contents, tiny_dataset
@@ -101,8 +102,9 @@ def test_seeds_can_share_one_base_policy(tmp_path, dataset):
     settings["policy_run_dir"] = tmp_path / "bc"
     evor_value.main(evor_value.Args(**settings, run_dir=tmp_path / "shared", seeds=3, policy_seed=1))
     evor_value.main(evor_value.Args(**settings, run_dir=tmp_path / "alone", first_seed=1))
-    shared = [evor_infer.load_agent(tmp_path / "shared", seed=seed) for seed in range(3)]
-    alone = evor_infer.load_agent(tmp_path / "alone", seed=1)
+    load = functools.partial(evor_infer.load_agent, policy_run_dir=tmp_path / "bc")
+    shared = [load(tmp_path / "shared", seed=seed) for seed in range(3)]
+    alone = load(tmp_path / "alone", seed=1)
     x, a, key = np.ones((4, 3), np.float32), np.zeros((4, 2), np.float32), jax.random.key(0)
     actions = [agent.sample_actions(x, 2, key=key) for agent in (*shared, alone)]
     returns = [agent.sample_returns(x, a, 3, key=key) for agent in (*shared, alone)]
@@ -110,6 +112,45 @@ def test_seeds_can_share_one_base_policy(tmp_path, dataset):
         np.testing.assert_array_equal(found, actions[0])
     np.testing.assert_allclose(returns[1], returns[3], rtol=1e-5)
     assert np.abs(returns[0] - returns[1]).min() > 1e-3 and np.abs(returns[2] - returns[1]).min() > 1e-3
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    """Changes the header of a model, and nothing else."""
+    header = checkpoint.read_header(path, stage=path.parent.name, remedy="")
+    load = evor_infer.load_policy if path.parent.name == "bc" else evor_infer.load_critic
+    checkpoint.save(path, header | changes, load(path.parent.parent)[1])
+
+
+def test_replicas_that_diverged_are_left_out(tmp_path, dataset, capsys):
+    """The other seed is loaded and acts as it did; the one that diverged is refused, also as a base policy."""
+    settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "run", seeds=2, **SMALL)
+    evor_bc.main(evor_bc.Args(**settings))
+    evor_value.main(evor_value.Args(**settings))
+    x, act = np.ones((4, 3), np.float32), dict(key=jax.random.key(0), num_actions=4)
+    expected = evor_infer.load_agent(tmp_path / "run", seed=1).act(x, **act)
+    rewrite(tmp_path / "run" / "value" / "model.eqx", diverged=[[0, 0]])
+    _, replicas, _ = evor_infer.load_agents(tmp_path / "run")
+    assert replicas == [(0, 1)] and "(task, seed) (0, 0) diverged in training: left out." in capsys.readouterr().err
+    np.testing.assert_array_equal(evor_infer.load_agent(tmp_path / "run").act(x, **act), expected)
+    with pytest.raises(UserError, match=r"\(0, 0\) diverged in training: train it again with a smaller --learning"):
+        evor_infer.load_agent(tmp_path / "run", seed=0)
+    rewrite(tmp_path / "run" / "bc" / "model.eqx", diverged=[["", 0]])
+    with pytest.raises(UserError, match=r"base policy of seed 0 at .* diverged: use another, with --policy-seed"):
+        evor_value.main(evor_value.Args(**settings, overwrite=True))
+    evor_value.main(evor_value.Args(**settings, overwrite=True, policy_seed=1))
+
+
+def test_no_path_in_a_file_is_followed(tmp_path, dataset):
+    """A reward model from somebody else may name any file of this machine as its base policy."""
+    settings = dict(env="robot", dataset=dataset, **SMALL)
+    evor_bc.main(evor_bc.Args(**settings, run_dir=tmp_path / "bc"))
+    evor_value.main(evor_value.Args(**settings, run_dir=tmp_path / "run", policy_run_dir=tmp_path / "bc"))
+    with pytest.raises(UserError, match=r"no base policy in .*run/bc: pass --policy-run-dir, .*it says: in '.*/bc'"):
+        evor_infer.load_agent(tmp_path / "run")
+    evor_infer.load_agent(tmp_path / "run", policy_run_dir=tmp_path / "bc")
+    rewrite(tmp_path / "run" / "value" / "model.eqx", replicas=[[0, 7]])
+    with pytest.raises(UserError, match=r"bc/model.eqx has no seed 7"):
+        evor_infer.load_agent(tmp_path / "run", policy_run_dir=tmp_path / "bc")
 
 
 def test_a_run_compiles_its_training_step_once(tmp_path, dataset):
