@@ -35,9 +35,12 @@ def test_converges_at_first_order():
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("tsit5", 5)])
 def test_solvers_have_their_order(solver, order):
     """dz/dt = -z ends at exp(-1); halving the step divides the error by 2^order."""
-    with jax.enable_x64(True):
+    jax.config.update("jax_enable_x64", True)  # the context manager has moved between versions
+    try:
         ends = [integrate(lambda z, t: -z, jnp.ones(()), num_steps=n, solver=solver) for n in (16, 32)]
         errors = np.abs(np.array(ends) - np.exp(-1))
+    finally:
+        jax.config.update("jax_enable_x64", False)
     assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.3)
 
 
