@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,47 +41,25 @@ def said(directory: Path) -> str:
     return (directory / "stderr").read_text()
 
 
-def wait_for_workers(process: subprocess.Popen, number: int, ready: Callable[[dict[str, str]], bool]) -> list[int]:
-    """Waits for `number` processes of `multiprocessing` whose `/proc/PID/status` is `ready`; returns them."""
+def wait_for_workers(process: subprocess.Popen, number: int) -> list[psutil.Process]:
+    """Waits for `number` processes of `multiprocessing` that are past their start; returns them."""
     while process.poll() is None:
-        found = [pid for pid in _children(process.pid) if ready(_status(pid))]
-        if len(found) == number:
-            return found
+        with contextlib.suppress(psutil.Error):
+            children = psutil.Process(process.pid).children()
+            found = [child for child in children if "spawn_main" in str(child.cmdline()) and has_begun(child)]
+            if len(found) == number:
+                return found
         time.sleep(0.02)
-    raise AssertionError(f"it ended with {process.returncode} before its workers were ready")
+    raise AssertionError(f"it ended with {process.returncode} before its workers had begun")
 
 
-def ignores_or_defaults_sigint(status: dict[str, str]) -> bool:
-    """Whether Python's own handler of Ctrl-C is gone again, in a process that is past its start."""
-    caught = int(status.get("SigCgt", "0"), 16)
-    return int(status.get("Threads", "0")) > 1 and not caught & 1 << signal.SIGINT - 1
-
-
-def gone(pids: list[int], *, seconds: float) -> bool:
-    """Whether none of the processes is left after at most `seconds`."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and any(_status(pid) for pid in pids):
-        time.sleep(0.02)
-    return not any(_status(pid) for pid in pids)
-
-
-def _status(pid: int) -> dict[str, str]:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return {}
+def has_begun(worker: psutil.Process) -> bool:
+    """Whether a worker has put away Python's own handler of Ctrl-C, which all workers here do first (Linux)."""
+    lines = Path(f"/proc/{worker.pid}/status").read_text().splitlines()
     status = dict(line.split(":\t", 1) for line in lines)
-    return {} if status["State"].startswith("Z") else status
+    return worker.num_threads() > 1 and not int(status["SigCgt"], 16) & 1 << signal.SIGINT - 1
 
 
-def _children(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found += [int(word) for word in task.read_text().split()]
-    workers = []
-    for child in found:
-        with contextlib.suppress(OSError):
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                workers.append(child)
-    return workers
+def all_end(workers: list[psutil.Process]) -> bool:
+    """Whether none of the processes is left after at most 20 seconds."""
+    return not psutil.wait_procs(workers, timeout=20)[1]

@@ -483,11 +483,11 @@ def test_no_exit_leaves_processes_behind(tmp_path: Path, number: int):
     """Ctrl-C goes to all processes, as from a terminal; the others to the first one alone. Within seconds none is
     left, though the whole collection would take minutes."""
     with processes.start(SCRIPT, tmp_path) as process:
-        workers = processes.wait_for_workers(process, 2, processes.ignores_or_defaults_sigint)
+        workers = processes.wait_for_workers(process, 2)
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
         code = -number if number == signal.SIGKILL else 128 + number
         assert process.wait(20) == code
-        assert processes.gone(workers, seconds=20)
+        assert processes.all_end(workers)
         said = processes.said(tmp_path)
         assert "Traceback" not in said and ("interrupted." in said) == (number == signal.SIGINT), said
 
@@ -495,10 +495,10 @@ def test_no_exit_leaves_processes_behind(tmp_path: Path, number: int):
 def test_a_worker_that_dies_is_reported(tmp_path: Path):
     """Fails if the collection waits for it."""
     with processes.start(SCRIPT, tmp_path) as process:
-        workers = processes.wait_for_workers(process, 2, processes.ignores_or_defaults_sigint)
-        os.kill(workers[0], signal.SIGKILL)
+        workers = processes.wait_for_workers(process, 2)
+        workers[0].kill()
         assert process.wait(20) == 2
-        assert processes.gone(workers, seconds=20)
+        assert processes.all_end(workers)
         assert processes.said(tmp_path).splitlines()[-1] == (
             "error: a collecting process died: if memory ran out, free some, or pass fewer --workers to "
             "common.collect; then run it again: the blocks that are done are kept."

@@ -225,10 +225,10 @@ def test_no_exit_leaves_processes_behind(tmp_path: Path, number: int):
     """Ctrl-C goes to all processes, as from a terminal; the others to the first one alone. Within seconds none is
     left, though the whole evaluation would take minutes."""
     with processes.start(SCRIPT, tmp_path) as process:
-        workers = processes.wait_for_workers(process, 2, processes.ignores_or_defaults_sigint)
+        workers = processes.wait_for_workers(process, 2)
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
         assert process.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
-        assert processes.gone(workers, seconds=20)
+        assert processes.all_end(workers)
         assert "Traceback" not in processes.said(tmp_path) or number == signal.SIGKILL
 
 
