@@ -1,8 +1,10 @@
 """The command line: presets, and what a user can get wrong. Every mistake is one sentence with a remedy, and leaves
 the run directory as it was."""
 
+import contextlib
 import dataclasses
 import errno
+import io
 import os
 import re
 import shutil
@@ -258,15 +260,23 @@ def training_begins(*_):
 
 
 def fails_cleanly(command: Callable[[], object], directory: Path, words: str) -> None:
-    """`command` is a user's mistake: its message has all `words` (separated by |), and no file changes."""
-    before = contents(directory)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
+    """`command` is a mistake: the command line says it in a sentence with all `words` (separated by |), without a
+    traceback, exits with 2, and no file changes."""
+    before, stderr = contents(directory), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stderr(stderr),
+        pytest.raises(SystemExit) as stop,
+    ):
         for script in (evor_bc, evor_value):
             patch.setattr(script, "train_chunk", training_begins)
-        command()
-    message = str(error.value)
+        patch.setattr(sys, "argv", ["script"])
+        run_cli(lambda _: command(), evor_bc.Args)
+    said = stderr.getvalue()
+    message = said.splitlines()[-1].removeprefix("error: ")
+    assert stop.value.code == 2 and said.endswith(f"error: {message}\n") and "Traceback" not in said, said
     assert all(word in message for word in words.split("|")), message
-    assert "\n" not in message and message.endswith((".", ")"))
+    assert message.endswith((".", ")"))
     after = contents(directory)
     assert {name for name in before | after if before.get(name) != after.get(name)} == set()
 
