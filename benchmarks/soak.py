@@ -1,7 +1,6 @@
 """Does a long run keep its memory? Runs a command, samples the memory of its processes, ends it, looks for orphans.
 
-    python -m benchmarks.soak --minutes 60 -- evor_value.py --env cube-single-play --quick --steps 2000000
-        --eval-every 10000 --overwrite
+    python -m benchmarks.soak -- evor_value.py --env cube-single-play --quick --steps 20000000 --eval-every 10000
 
 Memory is the proportional set size (Linux): a page that several processes share is counted once. The growth per hour is
 the slope of a straight line through the samples of the training process from `--warm-up` on: compiling, the first
