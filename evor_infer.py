@@ -100,6 +100,8 @@ class Args:
     """Episodes per task and seed (OGBench: 50)."""
     eval_seed: int = 0
     """Seed of the initial states."""
+    action_noise: tuple[float, ...] = (0.0,)
+    """Standard deviation of Gaussian noise in the executed actions, which are in [-1, 1]: stochastic transitions."""
     workers: int | None = None
     """Processes that step environments; all cores by default."""
     out: str = "infer"
@@ -518,7 +520,7 @@ def evaluate(
 
 def read_episodes(path: Path) -> list[dict[str, Any]]:
     """Rows of an `evaluation.csv` or `episodes.csv`, with numbers as numbers."""
-    words = ("env", "data_source", "data_sha256", "solver", "independent_noise")
+    words = ("env", "data_source", "data_sha256", "policy_sha256", "critic_sha256", "solver", "independent_noise")
     whole = ("task", "seed", "step", "eval_seed", "num_actions", "num_returns", "flow_steps", "episode", "length")
     kinds = dict.fromkeys(words, str) | dict.fromkeys(whole, int)
     return [{key: kinds.get(key, float)(value) for key, value in row.items()} for row in read_csv(path)]
@@ -543,9 +545,9 @@ def summarise(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[dict
 
 def check_args(args: Args) -> None:
     """Raises `UserError` for settings that cannot be evaluated."""
-    for name in ("num_actions", "num_returns", "return_temperature", "action_temperature"):
+    for name in ("num_actions", "num_returns", "return_temperature", "action_temperature", "action_noise"):
         values, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        lowest = 0.0 if name.endswith("temperature") else 1
+        lowest = 1 if name.startswith("num_") else 0.0
         if not values or min(values) < lowest:
             raise UserError(f"{flag} needs one or more numbers of at least {lowest}.")
     for name in ("seeds", "eval_episodes", "flow_steps", "workers"):
@@ -570,28 +572,31 @@ def main(args: Args) -> list[dict[str, Any]]:
     sweep = list(dict.fromkeys(Extraction(*point, *ode, args.independent_noise) for point in grid))
     gym_ids = [name.gym_id(task) for task, _ in replicas]
     rows: list[dict[str, Any]] = []
-    with Episodes(
-        gym_ids,
-        num_episodes=args.eval_episodes,
-        horizon=header["horizon"],
-        seed=args.eval_seed,
-        workers=args.workers,
-    ) as episodes:
-        for settings in sweep:
-            rows += evaluate(
-                agents,
-                episodes,
-                settings,
-                replicas=replicas,
-                horizon=header["horizon"],
-                seed=args.eval_seed,
-                desc=f"N_pi={settings.num_actions} N={settings.num_returns} "
-                f"tau_R={settings.return_temperature:g} tau_Q={settings.action_temperature:g}",
-            )
+    for noise in dict.fromkeys(args.action_noise):
+        with Episodes(
+            gym_ids,
+            num_episodes=args.eval_episodes,
+            horizon=header["horizon"],
+            seed=args.eval_seed,
+            action_noise=noise,
+            workers=args.workers,
+        ) as episodes:
+            for settings in sweep:
+                found = evaluate(
+                    agents,
+                    episodes,
+                    settings,
+                    replicas=replicas,
+                    horizon=header["horizon"],
+                    seed=args.eval_seed,
+                    desc=f"N_pi={settings.num_actions} N={settings.num_returns} tau_R={settings.return_temperature:g} "
+                    f"tau_Q={settings.action_temperature:g} noise={noise:g}",
+                )
+                rows += [dict(action_noise=noise) | row for row in found]
     common = dict(env=name.short, data_source=header["data"]["source"], data_sha256=header["data"]["sha256"])
     common |= dict(eval_seed=args.eval_seed)
     rows = [common | row for row in rows]
-    by = ("env", "data_source", *(field.name for field in dataclasses.fields(Extraction)), "task")
+    by = ("env", "data_source", "action_noise", *(field.name for field in dataclasses.fields(Extraction)), "task")
     summary = summarise(rows, by)
     out = run_dir / args.out
     write_json(
@@ -613,7 +618,8 @@ def main(args: Args) -> list[dict[str, Any]]:
     for row in summary:
         print(
             f"task {row['task']}  N_pi {row['num_actions']:<3} N {row['num_returns']:<3} "
-            f"tau_R {row['return_temperature']:<5g} tau_Q {row['action_temperature']:<5g} "
+            f"tau_R {row['return_temperature']:<5g} tau_Q {row['action_temperature']:<5g} noise "
+            f"{row['action_noise']:<5g} "
             f"success {row['success']:.0%} [{row['low']:.0%}, {row['high']:.0%}] of {row['episodes']} episodes"
         )
     print(f"rows: {out / 'episodes.csv'}\nsummary: {out / 'summary.csv'}\nfigure: {out / 'sweep.png'}")

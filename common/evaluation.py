@@ -31,10 +31,33 @@ ENVIRONMENTS = 32
 ENVIRONMENT_BYTES = 130e6
 
 
-def make_env(gym_id: str) -> gymnasium.Env:
-    """One OGBench environment."""
+class ActionNoise(gymnasium.ActionWrapper):
+    """Executes `clip(a + scale * n)` with `n ~ N(0, I)` instead of `a`: makes transitions stochastic.
+
+    The noise has a generator of its own, seeded at each reset: it does not change initial states, and all settings of a
+    sweep meet the same noise at the same step of an episode.
+    """
+
+    def __init__(self, env: gymnasium.Env, scale: float):
+        super().__init__(env)
+        self.scale, self.rng = scale, np.random.default_rng(0)
+        self.low, self.high = env.action_space.low, env.action_space.high  # OGBench makes a new space at each use
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        if seed is not None:
+            self.rng = np.random.default_rng([seed, 1])
+        return self.env.reset(seed=seed, options=options)
+
+    def action(self, action: np.ndarray) -> np.ndarray:
+        noisy = action + self.scale * self.rng.standard_normal(np.shape(action))
+        return np.clip(noisy, self.low, self.high).astype(np.float32)
+
+
+def make_env(gym_id: str, action_noise: float = 0.0) -> gymnasium.Env:
+    """One OGBench environment, with noise in its actions if asked for."""
     import_ogbench()
-    return gymnasium.make(gym_id)
+    env = gymnasium.make(gym_id)
+    return ActionNoise(env, action_noise) if action_noise else env
 
 
 def max_environments() -> int:
@@ -74,6 +97,7 @@ class EpisodeRunner(gymnasium.Env):
         num_episodes: int,
         horizon: int,
         seed: int,
+        action_noise: float = 0.0,
         probe: Callable[[dict[str, Any]], float] | None = None,
     ):
         """`slots` are this process' environments of each replica; slot s runs the episodes s, s + num_slots, ..."""
@@ -81,6 +105,7 @@ class EpisodeRunner(gymnasium.Env):
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
         self.gym_ids, self.slots, self.num_slots = gym_ids, slots, num_slots
         self.num_episodes, self.horizon, self.seed, self.probe = num_episodes, horizon, seed, probe
+        self.action_noise = action_noise
         self.envs: list[list[gymnasium.Env]] = []
         first = make_env(gym_ids[0])
         shape = (len(gym_ids), len(slots))
@@ -96,7 +121,7 @@ class EpisodeRunner(gymnasium.Env):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         if not self.envs:
-            self.envs = [[make_env(gym_id) for _ in self.slots] for gym_id in self.gym_ids]
+            self.envs = [[make_env(gym_id, self.action_noise) for _ in self.slots] for gym_id in self.gym_ids]
             trim_memory()
         self.results: list[dict[str, Any]] = []  # one per episode begun, in the order they began
         self.records = [[{} for _ in envs] for envs in self.envs]  # the one that each environment is filling in
@@ -158,6 +183,7 @@ class Episodes:
         num_episodes: int,
         horizon: int = 1,
         seed: int = 0,
+        action_noise: float = 0.0,
         workers: int | None = None,
         probe: Callable[[dict[str, Any]], float] | None = None,
     ):
@@ -167,6 +193,7 @@ class Episodes:
             num_episodes: episodes per replica.
             horizon: actions per decision, executed open loop.
             seed: seed of the initial states.
+            action_noise: standard deviation of the Gaussian noise in the executed actions, which are in [-1, 1].
             workers: processes; one per core by default.
             probe: a function of a step's `info`, summed over each episode; importable, since it goes to the workers.
 
@@ -177,9 +204,8 @@ class Episodes:
         self.num_replicas, self.num_episodes = len(gym_ids), num_episodes
         per_worker = math.ceil(num_episodes / workers)
         per_worker = max(1, min(per_worker, ENVIRONMENTS // (len(gym_ids) * workers)))
-        settings = dict(
-            num_slots=workers * per_worker, num_episodes=num_episodes, horizon=horizon, seed=seed, probe=probe
-        )
+        settings = dict(num_slots=workers * per_worker, num_episodes=num_episodes, horizon=horizon, seed=seed)
+        settings |= dict(action_noise=action_noise, probe=probe)
         with self._reporting_deaths():
             self.vector = gymnasium.vector.AsyncVectorEnv(
                 [

@@ -108,7 +108,7 @@ def calibration(
 
 def sweep(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
     """Success over each swept setting that takes more than one value; one line per task and rest of the settings."""
-    names = ("num_actions", "num_returns", "return_temperature", "action_temperature")
+    names = ("num_actions", "num_returns", "return_temperature", "action_temperature", "action_noise")
     swept = [n for n in names if len({row[n] for row in summary}) > 1] or ["num_actions"]
     figure, axes = subplots(1, len(swept), width=4.5 * len(swept), height=3.3)
     for axis, name in zip(axes[0], swept, strict=True):

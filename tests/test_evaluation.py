@@ -96,6 +96,48 @@ def test_episodes_equal_a_loop_by_hand(rows: list[dict]):
         assert rows[replica * NUM_EPISODES + episode]["probe"] == total
 
 
+def test_noise_in_the_actions():
+    """Executed is the clipped sum; the noise is N(0, 0.5^2), depends on the reset's seed alone, and the first
+    observation does not. Fails if the noise is drawn once, if it is not clipped, or if it comes from the environment's
+    own generator."""
+    executed = []
+
+    class Recorder(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-1, 1, (1,))
+        action_space = gymnasium.spaces.Box(-1, 1, (5,))
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return self.np_random.uniform(-1, 1, 1).astype(np.float32), {}
+
+        def step(self, action):
+            executed.append(action)
+            return self.np_random.uniform(-1, 1, 1).astype(np.float32), 0.0, False, False, {}
+
+    env, plain = evaluation.ActionNoise(Recorder(), 0.5), Recorder()
+    action = np.array([0.0, 0.25, -0.25, 0.9, -1.0], np.float32)
+    observations = [env.reset(seed=3)[0], *(env.step(action)[0] for _ in range(2_000))]
+    without = [plain.reset(seed=3)[0], *(plain.step(action)[0] for _ in range(2_000))]
+    np.testing.assert_array_equal(observations, without)
+    first, executed[:] = np.array(executed[:2_000]), []
+    assert first.shape == (2_000, 5) and np.abs(first).max() == 1.0 and first.dtype == np.float32
+    np.testing.assert_allclose(first[:, 0].mean(), 0.0, atol=4 * 0.5 / np.sqrt(2_000))
+    np.testing.assert_allclose(first[:, 0].std(), 0.5 * 0.9594, atol=0.03)  # of N(0, 1) clipped to [-2, 2]: 0.9594
+    env.reset(seed=3)
+    env.step(action)
+    np.testing.assert_array_equal(executed[0], first[0])
+    env.reset(seed=4)
+    env.step(action)
+    assert not np.array_equal(executed[1], first[0])
+
+
+def test_noise_is_asked_for(make_episodes, rows: list[dict]):
+    settings = dict(num_episodes=NUM_EPISODES, horizon=HORIZON, seed=7, probe=positions, workers=1)
+    with Episodes(GYM_IDS, **settings, action_noise=0.3) as episodes:
+        noisy = episodes.run(scripted_act)
+    assert all(a["probe"] != b["probe"] and a["episode"] == b["episode"] for a, b in zip(noisy, rows, strict=True))
+
+
 @pytest.mark.parametrize(
     "gym_id", ["cube-single-singletask-task2-v0", "scene-singletask-v0", "pointmaze-medium-singletask-v0"]
 )
