@@ -60,7 +60,7 @@ from common.envs import NUM_TASKS, default_run_dir, parse_env, run_name, validat
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes
 from common.flow import integrate
-from common.metrics import sha256, write_csv
+from common.metrics import CALIBRATED, sha256, write_csv
 from common.networks import CRITIC_FIELDS, Critic, FlowCritic, FlowPolicy, ReturnScale, make_critic, stratified_normal
 from common.rotation import Rotation, pad
 from common.statistics import calibration
@@ -456,42 +456,65 @@ def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> Trai
 # --- Reports -----------------------------------------------------------------------------------------------------
 
 
+class Calibration(NamedTuple):
+    """Predicted reward-to-go of one replica against Monte-Carlo returns of validation states."""
+
+    replica: tuple[int, int]
+    draws: Float[np.ndarray, "states draws"]
+    returns: Float[np.ndarray, " states"]
+    numbers: dict[str, float]
+
+
+LEVELS = np.linspace(0.1, 0.9, 9)  # of the quantiles that returns are compared with
+
+
 def calibrate(
     args: Args,
     agents: evor_infer.AgentParams,
     replicas: Sequence[tuple[int, int]],
     validation: data.Trajectories,
     tasks: Sequence[int],
-    directory: Path,
-) -> None:
-    """Predicted reward-to-go against Monte-Carlo returns of the validation episodes, as numbers and as a figure.
+) -> list[Calibration]:
+    """Compares each replica's predictions with what was observed; nothing if no episode has a complete return.
 
     The returns are those of the policy that made the data, which `--next-action base` and `dataset` model; with
     `softmax` the predictions should be higher.
     """
     rows = data.rows_with_complete_returns(validation.terminals, discount=args.discount, horizon=args.horizon)
     if len(rows) == 0:
-        print("calibration skipped: no validation episode is long enough for a complete return.")
-        return
+        return []
     observations = jnp.asarray(validation.observations[rows])
     actions = evor_bc.action_chunks(jnp.asarray(validation.actions), jnp.asarray(rows), args.horizon)
-    levels = np.linspace(0.1, 0.9, 9)
-    out, panels = [], []
+    found = []
     for i, (task, seed) in enumerate(replicas):
         agent = evor_infer.Agent(jax.tree.map(lambda x, i=i: x[i], agents), args.horizon)
         draws = agent.sample_returns(observations, actions, 64, flow_steps=args.flow_steps, key=jax.random.key(0))
         rewards, masks = (labels[list(tasks).index(task)] for labels in (validation.rewards, validation.masks))
         returns, _ = data.monte_carlo_returns(rewards, masks, validation.terminals, discount=args.discount)
-        numbers = calibration(np.asarray(draws), returns[rows], levels)
-        out += [dict(task=task, seed=seed, metric=m, value=v) for m, v in numbers.items()]
-        panels.append((f"task {task}, seed {seed}", np.asarray(draws), returns[rows], numbers))
+        numbers = calibration(np.asarray(draws), returns[rows], LEVELS)
+        found.append(Calibration((task, seed), np.asarray(draws), returns[rows], numbers))
+    return found
+
+
+def report_calibration(found: Sequence[Calibration], directory: Path) -> None:
+    """Prints, writes and draws it."""
+    if not found:
+        print("calibration skipped: no validation episode is long enough for a complete return.")
+        return
+    for (task, seed), _, returns, numbers in found:
         print(
             f"calibration, task {task}, seed {seed}: mean {numbers['mean_predicted']:.2f} predicted, "
             f"{numbers['mean_observed']:.2f} observed; correlation {numbers['correlation']:.2f}; "
-            f"crps {numbers['crps']:.2f} ({len(rows)} validation states)"
+            f"crps {numbers['crps']:.2f} ({len(returns)} validation states)"
         )
-    write_csv(directory / "calibration.csv", ("task", "seed", "metric", "value"), out)
-    figures.calibration(panels, levels, directory / "calibration.png")
+    rows = [
+        dict(task=task, seed=seed, metric=metric, value=value)
+        for (task, seed), _, _, numbers in found
+        for metric, value in numbers.items()
+    ]
+    write_csv(directory / "calibration.csv", ("task", "seed", "metric", "value"), rows)
+    panels = [(f"task {task}, seed {seed}", *rest) for (task, seed), *rest in found]
+    figures.calibration(panels, LEVELS, directory / "calibration.png")
 
 
 def last_screen(
@@ -851,6 +874,12 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
         done = int(np.max(state.step))
         rows = [row for row in evor_infer.read_episodes(evaluation_path) if row["step"] < done]
 
+    def check_calibration(step: int, state: Any) -> list[Calibration]:
+        found = calibrate(args, agents(state), good_pairs(), validation, tasks)
+        if found:
+            run.metrics.log(step, good_pairs(), {name: [one.numbers[name] for one in found] for name in CALIBRATED})
+        return found
+
     def evaluate(step: int, state: Any) -> list[dict[str, Any]]:
         """Evaluates the extracted policy and, at the end, the base policy alone on the same episodes."""
         with_base = step == args.steps and args.num_actions > 1
@@ -870,20 +899,22 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
         return found
 
     evaluated = args.eval_episodes > 0 and not own_rewards
-    run.train(
-        state,
-        next_chunk,
-        model=model,
-        evaluate=evaluate if evaluated else None,
-        evaluate_every=args.eval_every,
-    )
+
+    def check(step: int, state: Any) -> None:
+        if validation is not None:
+            check_calibration(step, state)
+        if evaluated:
+            evaluate(step, state)
+
+    checked = evaluated or validation is not None
+    run.train(state, next_chunk, model=model, evaluate=check if checked else None, evaluate_every=args.eval_every)
 
     # Report.
     if jax.process_index() > 0:
         return []
-    figures.training(run.directory / "metrics.csv", run.directory / "training.png", title=f"{name}: {args.method}")
     if validation is not None:
-        calibrate(args, agents(run.state), good_pairs(), validation, tasks, run.directory)
+        report_calibration(check_calibration(args.steps, run.state), run.directory)
+    figures.training(run.directory / "metrics.csv", run.directory / "training.png", title=f"{name}: {args.method}")
     found: list[dict[str, Any]] = evaluate(args.steps, run.state) if evaluated else []
     summary = evor_infer.summarise(found, ("task", "num_actions"))
     if evaluated:

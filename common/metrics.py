@@ -17,6 +17,8 @@ from typing import Any
 
 PACKAGES = ("jax", "jaxlib", "equinox", "optax", "diffrax", "ogbench", "gymnasium", "mujoco", "numpy", "scipy")
 FIELDS = ("stage", "env", "task", "seed", "step", "metric", "value")
+CALIBRATED = ("bias", "crps")  # of predictions, logged with each evaluation
+EVALUATED = ("success", *CALIBRATED)
 
 
 def package_versions() -> dict[str, str]:
@@ -182,7 +184,7 @@ class Metrics:
         if resume_step is not None and path.exists():
             complete = path.read_text().rpartition("\n")[0]  # a kill may have cut the last line
             kept = [row for row in csv.DictReader(complete.splitlines()) if int(row["step"]) <= resume_step]
-            kept = [row for row in kept if (row["metric"], row["step"]) != ("success", str(resume_step))]
+            kept = [row for row in kept if row["metric"] not in EVALUATED or int(row["step"]) < resume_step]
         write_csv(path, FIELDS, kept)
 
     def log(

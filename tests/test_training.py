@@ -381,6 +381,13 @@ def test_the_main_job_on_collected_data_with_chunks(tmp_path, monkeypatch, capsy
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 2 + 2 * 2 * 2, "two tasks x two episodes at step 10, twice that at the end"
     assert {row["length"] for row in rows} <= {str(n) for n in range(1, 201)}
+    with open(run / "value" / "metrics.csv", newline="") as file:
+        logged = {(r["metric"], r["step"], r["task"]): float(r["value"]) for r in csv.DictReader(file)}
+    with open(run / "value" / "calibration.csv", newline="") as file:
+        last = {(r["metric"], "20", r["task"]): float(r["value"]) for r in csv.DictReader(file)}
+    for metric in ("bias", "crps"):
+        for task in ("1", "2"):
+            assert logged[metric, "20", task] == last[metric, "20", task] != logged[metric, "10", task]
     swept = evor_infer.main(
         evor_infer.Args(
             env="cube-single-play", tasks=(2,), num_actions=(1, 2), num_returns=(2,), return_temperature=(0.1, 0.0),
