@@ -41,10 +41,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PRNGKeyArray
 
-from common import checkpoint, figures
+from common import checkpoint, figures, film
 from common.envs import check_env, default_run_dir, parse_env, run_name
 from common.errors import UserError, run_cli
-from common.evaluation import Episodes
+from common.evaluation import Episodes, episode_seed
 from common.flow import Solver
 from common.metrics import git_revision, package_versions, read_csv, sha256, write_csv, write_json
 from common.networks import Critic, FlowPolicy, ReturnScale, make_critic, make_policy, stratified_normal
@@ -104,6 +104,9 @@ class Args:
     """Standard deviation of Gaussian noise in the executed actions, which are in [-1, 1]: stochastic transitions."""
     workers: int | None = None
     """Processes that step environments; all cores by default."""
+    video: Path | None = None
+    """Also film the first episode of the first task and seed, with the last settings of the sweep: a .gif, or .mp4 with
+    ffmpeg."""
     out: str = "infer"
     """Folder of the run directory to write to; another name keeps an earlier sweep."""
 
@@ -518,6 +521,26 @@ def evaluate(
     return rows
 
 
+def film_episode(agent: Agent, settings: Extraction, gym_id: str, path: Path, *, seed: int, title: str) -> None:
+    """Films an episode with the return law of each action that was chosen, and the means of eight others."""
+    choice, ode = dataclasses.asdict(settings), dict(flow_steps=settings.flow_steps, solver=settings.solver)
+
+    def decide(observation: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        act_key, others_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+        x = jnp.asarray(observation, jnp.float32)[None]
+        chunk = agent.act(x, key=act_key, **choice)
+        draws = agent.sample_returns(x, chunk, 200, key=act_key, **ode)
+        others = agent.sample_actions(x, 8, key=others_key, **ode)[0]
+        means = agent.sample_returns(jnp.repeat(x, 8, axis=0), others, 16, key=act_key, **ode).mean(axis=1)
+        return np.asarray(chunk[0]), np.asarray(draws[0]), np.asarray(means)
+
+    env = film.open_env(gym_id)
+    bounds = float(agent.params.scale.low), float(agent.params.scale.high)
+    success = film.record(env, decide, path, seed=episode_seed(seed, 0), bounds=bounds, title=title)
+    env.close()
+    print(f"film: {path} ({'solved' if success else 'not solved'})")
+
+
 def read_episodes(path: Path) -> list[dict[str, Any]]:
     """Rows of an `evaluation.csv` or `episodes.csv`, with numbers as numbers."""
     words = ("env", "data_source", "data_sha256", "policy_sha256", "critic_sha256", "solver", "independent_noise")
@@ -558,6 +581,8 @@ def check_args(args: Args) -> None:
 def main(args: Args) -> list[dict[str, Any]]:
     """Evaluates every combination of the lists; returns the summary rows."""
     check_args(args)
+    if args.video is not None:
+        film.choose_renderer()
     run_dir = args.run_dir or default_run_dir(run_name(args.env, None), quick=args.quick)
     seeds = () if args.seeds is None else range(args.first_seed, args.first_seed + args.seeds)
     header, replicas, agents = load_agents(run_dir, tasks=args.tasks, seeds=seeds, policy_run_dir=args.policy_run_dir)
@@ -622,6 +647,10 @@ def main(args: Args) -> list[dict[str, Any]]:
             f"{row['action_noise']:<5g} "
             f"success {row['success']:.0%} [{row['low']:.0%}, {row['high']:.0%}] of {row['episodes']} episodes"
         )
+    if args.video is not None:
+        agent = Agent(jax.tree.map(lambda x: x[0], agents), horizon=header["horizon"])
+        title = f"{name.short}, task {replicas[0][0]}, best of {settings.num_actions}"
+        film_episode(agent, settings, gym_ids[0], args.video, seed=args.eval_seed, title=title)
     print(f"rows: {out / 'episodes.csv'}\nsummary: {out / 'summary.csv'}\nfigure: {out / 'sweep.png'}")
     return summary
 

@@ -65,6 +65,11 @@ def max_environments() -> int:
     return max(1, int(0.5 * (free_memory() or 8e9) / ENVIRONMENT_BYTES))
 
 
+def episode_seed(seed: int, episode: int) -> int:
+    """The seed that an episode of an evaluation starts from."""
+    return int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])
+
+
 def seeded_reset(env: gymnasium.Env, seed: int) -> np.ndarray:
     """Resets `env` so that the whole episode depends on `seed` alone; returns the first observation.
 
@@ -147,8 +152,7 @@ class EpisodeRunner(gymnasium.Env):
         self.state["active"][r, j] = episode < self.num_episodes
         self.state["step"][r, j] = 0
         if episode < self.num_episodes:
-            seed = int(np.random.SeedSequence([self.seed, episode]).generate_state(1)[0])
-            self.state["observation"][r, j] = seeded_reset(self.envs[r][j], seed)
+            self.state["observation"][r, j] = seeded_reset(self.envs[r][j], episode_seed(self.seed, episode))
             self.records[r][j] = dict(replica=int(r), episode=episode, success=0.0, length=0, total=0.0, probe=0.0)
             self.results.append(self.records[r][j])
 

@@ -1,0 +1,134 @@
+"""A film of one episode: what the environment shows, and beside it the return law of the action that was chosen."""
+
+import ctypes.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib import animation
+from matplotlib.figure import Figure
+
+from common.envs import import_ogbench
+from common.errors import UserError
+from common.evaluation import seeded_reset
+
+SIZE = 320  # pixels, of the environment's image
+FRAMES_PER_SECOND = 15
+
+
+def choose_renderer() -> None:
+    """Has MuJoCo draw without a display; call it before the simulator is imported.
+
+    Raises:
+        UserError: there is no library to draw with.
+    """
+    if "MUJOCO_GL" in os.environ or "mujoco" in sys.modules:
+        return
+    for library, name in (("EGL", "egl"), ("OSMesa", "osmesa")):
+        if ctypes.util.find_library(library):
+            os.environ["MUJOCO_GL"] = name
+            return
+    raise UserError("--video: MuJoCo has nothing to draw with: install EGL or OSMesa (Debian: libegl1 or libosmesa6).")
+
+
+def open_env(gym_id: str) -> gymnasium.Env:
+    """An environment that can draw itself.
+
+    Raises:
+        UserError: it cannot.
+    """
+    import_ogbench()
+    try:
+        env = gymnasium.make(gym_id, render_mode="rgb_array", width=SIZE, height=SIZE)
+        env.reset(seed=0)
+        env.render()
+    except Exception as error:  # a graphics library that fails raises any kind
+        raise UserError(
+            f"--video: {gym_id} cannot be drawn with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}): set MUJOCO_GL "
+            f"to egl or osmesa."
+        ) from None
+    return env
+
+
+def record(
+    env: gymnasium.Env,
+    decide: Callable[[Float[np.ndarray, " observation"], int], tuple],
+    path: Path,
+    *,
+    seed: int,
+    bounds: tuple[float, float],
+    title: str,
+    every: int = 2,
+) -> float:
+    """Films the episode that `seed` determines; returns its success.
+
+    Args:
+        decide: `(observation, step) -> (chunk, draws, others)`: actions (h, a), draws of their return law (n,),
+            and the mean returns of other candidates (m,), in the environment's units.
+        path: a `.gif`, or what ffmpeg can write, such as `.mp4`.
+        bounds: lowest and highest return, the range of the axis.
+        every: environment steps per frame.
+
+    Raises:
+        UserError: ffmpeg is needed and missing.
+    """
+    if path.suffix == ".gif":
+        writer = animation.PillowWriter(fps=FRAMES_PER_SECOND)
+    elif animation.FFMpegWriter.isAvailable():
+        writer = animation.FFMpegWriter(fps=FRAMES_PER_SECOND)
+    else:
+        raise UserError(f"--video {path} needs ffmpeg: install it, or ask for a .gif.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(8.0, 4.0), layout="tight")
+    observation, step, done, success = seeded_reset(env, seed), 0, False, 0.0
+    with writer.saving(figure, str(path), dpi=80):
+        while not done:
+            chunk, draws, others = decide(observation, step)
+            for action in chunk:
+                if step % every == 0:
+                    draw(figure, env.render(), draws, others, bounds=bounds, title=f"{title}, step {step}")
+                    writer.grab_frame()
+                observation, _, terminated, truncated, info = env.step(action)
+                step, done = step + 1, terminated or truncated
+                if done:
+                    success = float(info.get("success", 0.0))
+                    break
+        draw(
+            figure,
+            env.render(),
+            draws,
+            others,
+            bounds=bounds,
+            title=f"{title}, {'solved' if success else 'not solved'}",
+        )
+        for _ in range(FRAMES_PER_SECOND):
+            writer.grab_frame()
+    return success
+
+
+def draw(
+    figure: Figure,
+    image: UInt8[np.ndarray, "height width 3"],
+    draws: Float[np.ndarray, " n"],
+    others: Float[np.ndarray, " m"],
+    *,
+    bounds: tuple[float, float],
+    title: str,
+) -> None:
+    """One frame: the image, and the law's histogram with its mean and those of the other candidates."""
+    figure.clear()
+    left, right = figure.subplots(1, 2)
+    left.imshow(image)
+    left.axis("off")
+    left.set_title(title, fontsize=9)
+    bins = np.linspace(*bounds, 61)
+    shares = np.histogram(np.clip(draws, *bounds), bins)[0] / len(draws)
+    right.stairs(shares, bins, fill=True, alpha=0.5, label="return law of the chosen action")
+    right.axvline(draws.mean(), color="C0", lw=2, label="its mean")
+    right.plot(others, np.full(len(others), -0.03), "|", color="C1", ms=10, label="means of base-policy actions")
+    right.set(xlim=bounds, ylim=(-0.06, 0.5), xlabel="discounted reward-to-go", ylabel="share of draws")
+    right.legend(fontsize=7, loc="upper right")
