@@ -1,0 +1,165 @@
+"""Runs the experiments: lists them, skips what is done, goes on with what was stopped.
+
+    python -m results.run --list
+    python -m results.run --only policies tasks
+
+Each experiment is a list of commands, in the order they need. A command is done if what it leaves stands in its run
+directory, made with the same arguments and trained to its end; else it is run, a training with `--resume`, which starts
+where nothing was saved. `--slot 9` stops a training after nine minutes, as a scheduler with short slots would: the next
+call goes on. What is not `full` is for two CPU
+cores; `full` is the scale of the paper, for a GPU.
+"""
+
+import dataclasses
+import importlib
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import checkpoint
+from common.envs import default_run_dir, run_name
+from common.errors import UserError, parse_args, run_cli
+from common.metrics import plain, read_json
+from evor_infer import read_episodes
+
+ROOT = Path(__file__).parent.parent
+TRAINED = {"evor_bc": "bc", "evor_value": "value", "baselines.critics": "value", "baselines.qc": "value"}
+WHERE = ("run_dir", "policy_run_dir", "resume", "overwrite", "track", "distributed", "workers")
+
+CUBE = "cube-double-play"
+PREVIEW = ("cube-single-play", CUBE, "pointmaze-medium-navigate")
+FULL = ("pointmaze-large-navigate", "cube-single-play", CUBE, "scene-play", "puzzle-3x3-play")
+HORIZON = dict.fromkeys((CUBE, "scene-play", "puzzle-3x3-play"), "--horizon 5")
+POLICY = {CUBE: "--ignore-observations 6 7 8 9 10 11"}  # joint velocities, see the README
+
+
+def policy(env: str, flags: str) -> str:
+    return f"evor_bc.py --env {env} {HORIZON.get(env, '')} {POLICY.get(env, '')} {flags}"
+
+
+def preview(env: str, name: str, flags: str = "") -> str:
+    return (
+        f"evor_value.py --env {env} --preview {HORIZON.get(env, '')} --steps 50000 {flags} --run-dir runs/{name}/{env} "
+        f"--policy-run-dir runs/{env}"
+    )
+
+
+def full(env: str, name: str, flags: str = "") -> str:
+    return (
+        f"evor_value.py --env {env} {HORIZON.get(env, '')} --critic trunk --tasks 1 2 3 4 5 --seeds 5 {flags} "
+        f"--run-dir runs/full/{name} --policy-run-dir runs/full/{env}"
+    )
+
+
+def sweep(name: str, flags: str, *, run: str = "tasks") -> str:
+    return (
+        f"evor_infer.py --env {CUBE} --run-dir runs/{run}/{CUBE} --policy-run-dir runs/{CUBE} --tasks 2 "
+        f"--num-returns 8 {flags} --out {name}"
+    )
+
+
+FRACTIONS = "0 0.001 0.003 0.01 0.03 0.1 0.3 1 inf"
+EXPERIMENTS: dict[str, list[str]] = {
+    # For two CPU cores.
+    "policies": [policy(env, "--preview" + " --steps 200000" * (env == CUBE)) for env in PREVIEW],
+    "tasks": [preview(env, "tasks", "--tasks 1 2 3 4 5") for env in PREVIEW],
+    "seeds": [preview(env, "seeds", "--first-seed 1 --policy-seed 0") for env in PREVIEW],
+    "paper": [preview(env, "paper", "--td-target paper") for env in PREVIEW],
+    "schedule": [
+        preview(CUBE, "cosine", "--eval-every 10000"),
+        preview(CUBE, "constant", "--schedule constant --learning-rate 3e-4 --eval-every 10000"),
+    ],
+    "actions": [sweep("actions", "--num-actions 1 2 4 8 16 32 64")],
+    "tau_q": [sweep("tau_q", f"--num-actions 16 --action-temperature {FRACTIONS}")],
+    "tau_r": [sweep("tau_r", f"--num-actions 16 --return-temperature {FRACTIONS}", run=r) for r in ("tasks", "paper")],
+    "noise": [sweep("noise", "--num-actions 1 16 --action-noise 0 0.1 0.2 0.4")],
+    # For a GPU: `--only full-cube-double-play --slot 9`.
+    **{f"full-{env}": [policy(env, f"--seeds 5 --run-dir runs/full/{env}"), full(env, env)] for env in FULL},
+    "full-scene-play-sparse": [full("scene-play", "scene-play-sparse", "--reward sparse")],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Run experiments; what is done is skipped."""
+
+    only: tuple[str, ...] = ()
+    """Experiments; all of the preview by default."""
+    list: bool = False
+    """Only say how far each command is."""
+    slot: float | None = None
+    """Minutes after which a command is stopped and saved; the next call goes on."""
+
+
+def parse(command: str) -> tuple[str, Any]:
+    """The module of a command and its arguments."""
+    words = shlex.split(command)
+    module = words[0].removesuffix(".py")
+    script = importlib.import_module(module)
+    return module, parse_args(script.Args, getattr(script, "PRESETS", {}), words[1:])
+
+
+def same_arguments(args: Any, config: Any) -> bool:
+    old = (config or {}).get("args", {})
+    return all(old.get(field) == value for field, value in plain(args).items() if field not in WHERE)
+
+
+def progress(command: str) -> str:
+    """`done`, `step N of M`, or `not begun`."""
+    module, args = parse(command)
+    run_dir = args.run_dir or default_run_dir(run_name(args.env, None), quick=args.quick)
+    if module == "evor_infer":
+        directory = run_dir / args.out
+        finished = (directory / "summary.csv").is_file() and same_arguments(args, read_json(directory / "config.json"))
+        return "done" if finished else "not begun"
+    directory = run_dir / TRAINED[module]
+    if not (directory / "model.eqx").is_file() or not same_arguments(args, read_json(directory / "config.json")):
+        return "not begun"
+    step = checkpoint.read_header(directory / "model.eqx", stage=TRAINED[module], remedy="")["step"]
+    evaluated = module == "evor_bc" or (
+        (directory / "evaluation.csv").is_file()
+        and any(row["step"] == args.steps for row in read_episodes(directory / "evaluation.csv"))
+    )
+    return "done" if step == args.steps and evaluated else f"step {step:,} of {args.steps:,}"
+
+
+def run(command: str, slot: float | None) -> None:
+    """Runs a command from the repository's root.
+
+    Raises:
+        UserError: it failed, or its slot is over.
+    """
+    module, _ = parse(command)
+    words = shlex.split(command)[1:] + (["--resume"] if module in TRAINED else [])
+    process = subprocess.Popen([sys.executable, "-m", module, *words], cwd=ROOT)
+    try:
+        code = process.wait(None if slot is None else 60 * slot)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise UserError(f"stopped after {slot:g} minutes, at {progress(command)}: run this again to go on.") from None
+    finally:
+        if process.poll() is None:  # Ctrl-C or SIGTERM to this one
+            process.terminate()
+            process.wait()
+    if code != 0:
+        raise UserError(f"python -m {module} {shlex.join(words)} failed with {code}: see above, then run this again.")
+
+
+def main(args: Args) -> None:
+    unknown = set(args.only) - set(EXPERIMENTS)
+    if unknown:
+        raise UserError(f"there is no experiment {sorted(unknown)[0]!r}: choose among {', '.join(EXPERIMENTS)}.")
+    for name in args.only or [name for name in EXPERIMENTS if not name.startswith("full")]:
+        for command in map(str.strip, EXPERIMENTS[name]):
+            state = progress(command)
+            print(f"{name}: {state}: python {' '.join(command.split())}", flush=True)
+            if not args.list and state != "done":
+                run(command, args.slot)
+
+
+if __name__ == "__main__":
+    run_cli(main, Args)

@@ -1,0 +1,79 @@
+"""The list of experiments, and the script that runs what is left of it."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+import evor_bc
+from common.envs import default_run_dir
+from common.errors import UserError
+from common.training import Run
+from results import run
+from tests.helpers import tiny_dataset
+
+
+def test_every_experiment_finds_what_it_needs():
+    """All flags exist; each reward model and each sweep names run directories that earlier commands fill, with the same
+    environment and horizon. Fails if a full-scale command has another number of tasks or seeds than the paper."""
+    policies, values = {}, set()
+    for name, commands in run.EXPERIMENTS.items():
+        for command in commands:
+            module, args = run.parse(command)
+            directory = args.run_dir or default_run_dir(args.env, quick=False)
+            if module == "evor_bc":
+                policies[directory] = args
+                continue
+            policy = policies[args.policy_run_dir]
+            assert policy.env == args.env and (module == "evor_infer" or policy.horizon == args.horizon), command
+            if module == "evor_value":
+                values.add(directory)
+                if name.startswith("full"):
+                    assert (args.seeds, len(args.tasks), args.steps, args.eval_episodes) == (5, 5, 1_000_000, 50)
+                    assert policy.seeds == 5
+            else:
+                assert directory in values, command
+    assert len(values) > 10
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    dataset = tiny_dataset(tmp_path / "data.npz")
+    flags = "--width 8 --depth 2 --batch-size 4 --steps 40 --chunk 10 --save-every 10"
+    command = f"evor_bc.py --env robot --dataset {dataset} --run-dir {tmp_path / 'run'} {flags}"
+    monkeypatch.setattr(run, "EXPERIMENTS", {"toy": [command]})
+    return command
+
+
+def test_what_was_stopped_goes_on_and_what_is_done_is_skipped(
+    command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    assert run.progress(command) == "not begun"
+    module, args = run.parse(command)
+    assert module == "evor_bc"
+    with monkeypatch.context() as patch:
+        save = Run._save
+        patch.setattr(Run, "_save", lambda self, step, *rest: save(self, step, *rest) if step < 30 else sys.exit(1))
+        with pytest.raises(SystemExit):
+            evor_bc.main(args)
+    assert run.progress(command) == "step 20 of 40"
+    run.main(run.Args(list=True))
+    assert run.progress(command) == "step 20 of 40"
+    run.main(run.Args(only=("toy",)))
+    assert "toy: step 20 of 40: python evor_bc.py" in capfd.readouterr().out
+    assert run.progress(command) == "done"
+    monkeypatch.setattr(run, "run", lambda *_: pytest.fail("ran again"))
+    run.main(run.Args())
+    assert "toy: done: python evor_bc.py" in capfd.readouterr().out
+    assert run.progress(command.replace("--batch-size 4", "--batch-size 8")) == "not begun"
+
+
+def test_a_slot_that_is_over_and_a_command_that_fails(command: str, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UserError, match=r"stopped after 0\.001 minutes, at not begun: run this again to go on"):
+        run.main(dataclasses.replace(run.Args(), slot=0.001))
+    monkeypatch.setattr(run, "EXPERIMENTS", {"toy": [command.replace("data.npz", "missing.npz")]})
+    with pytest.raises(UserError, match=r"evor_bc .* --resume failed with 2: see above, then run this again"):
+        run.main(run.Args())
+    with pytest.raises(UserError, match="there is no experiment 'x': choose among toy"):
+        run.main(run.Args(only=("x",)))
