@@ -1,5 +1,7 @@
 """Numbers that say how sure a number is."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float
 from scipy import stats
@@ -39,3 +41,24 @@ def calibration(
         quantile = np.quantile(draws, level, axis=1)
         result[f"below_{level:.2g}"] = float(((returns < quantile) + 0.5 * (returns == quantile)).mean())
     return result
+
+
+def bootstrap_interval(
+    groups: Sequence[Float[np.ndarray, "_ _"]], *, confidence: float = 0.95, draws: int = 2_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of the mean over groups (tasks) of their means over seeds and episodes.
+
+    Each group is an array (seeds, episodes), as many seeds in each. A draw takes seeds with replacement, the same ones
+    in all groups since they share a base policy, and within each of them episodes. With one seed the interval tells of
+    episodes alone.
+    """
+    rng = np.random.default_rng(seed)
+    means = np.zeros(draws)
+    for i in range(draws):
+        seeds = rng.integers(len(groups[0]), size=len(groups[0]))
+        for group in groups:
+            episodes = rng.integers(group.shape[1], size=(len(seeds), group.shape[1]))
+            means[i] += np.take_along_axis(group[seeds], episodes, axis=1).mean() / len(groups)
+    tail = (1.0 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1.0 - tail])
+    return float(low), float(high)

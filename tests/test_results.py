@@ -13,7 +13,7 @@ from benchmarks import speed
 from common import checkpoint
 from common.errors import UserError
 from common.metrics import write_csv
-from results import baselines, preview
+from results import baselines, preview, tasks
 
 
 def make_run(path: Path, args: Any, *, solved: int, policy: str = "ab", bc_steps: int = 70, task: int = 2) -> Path:
@@ -165,3 +165,34 @@ def test_speed_times_the_lines_of_the_table(monkeypatch: pytest.MonkeyPatch):
         ("qr", "best of 4", 5), ("QC, frozen policy", "best of 4", 1), ("QC, joint policy", "best of 32", 5),
     ):  # fmt: skip
         assert f"{method}, {backup}, horizon {horizon}" in found
+
+
+def test_means_over_tasks_and_seeds(here: Path, monkeypatch: pytest.MonkeyPatch):
+    """Tasks 1 and 2 with one seed share a line, task 3 with two has its own; redrawing from the rows changes nothing."""
+    monkeypatch.setattr(tasks, "HERE", here)
+    args = evor_value.Args(horizon=5, width=64)
+    other = evor_value.Args(horizon=5, width=64, first_seed=1)
+    runs = [
+        make_run(here / "one" / "cube-double-play", args, solved=8, task=1),
+        make_run(here / "two" / "cube-double-play", args, solved=4, task=2),
+        make_run(here / "three" / "cube-double-play", args, solved=10, task=3),
+        make_run(here / "four" / "cube-double-play", other, solved=0, task=3),
+    ]
+    tasks.main(tasks.Args(runs=tuple(runs)))
+    text = (here / "tasks.md").read_text()
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| cube")
+    ]
+    shared, alone = lines[:2]
+    assert shared[1:3] == ["1 2", "1"] and shared[8].startswith("**60% [") and shared[10].startswith("0% [")
+    assert alone[1:3] == ["3", "2"] and alone[8] == "**50% [0%, 100%]**"
+    assert [line[3:6] for line in lines[2:6]] == [
+        ["1", "0", "80% [49%, 94%]"], ["2", "0", "40% [17%, 69%]"], ["3", "0", "100% [72%, 100%]"],
+        ["3", "1", "0% [0%, 28%]"],
+    ]  # fmt: skip
+    assert lines[6] == ["cube-double-play", "74%", "DSRL, chunks of 5", "released data of QAM, 12 seeds"]
+    (here / "tasks.md").unlink()
+    tasks.main(tasks.Args())
+    assert (here / "tasks.md").read_text() == text
+    with pytest.raises(UserError, match=r"no .*nothing_runs\.csv: name run directories with --runs"):
+        tasks.main(tasks.Args(name="nothing"))

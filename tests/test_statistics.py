@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common.statistics import calibration, success_interval
+from common.statistics import bootstrap_interval, calibration, success_interval
 
 LEVELS = np.linspace(0.1, 0.9, 9)
 
@@ -85,3 +85,19 @@ def test_a_constant_that_is_predicted_exactly():
     assert all(numbers[f"below_{level:.2g}"] == 0.5 for level in LEVELS)
     assert numbers["crps"] == numbers["bias"] == 0.0
     assert np.isnan(numbers["correlation"])
+
+
+def test_bootstrap_over_episodes_and_seeds():
+    """One seed: the normal interval of a mean over 2 x 400 episodes. Twenty seeds whose rates differ by much more than
+    episodes explain: the interval of a mean of twenty. Fails if only one of the two levels is drawn anew."""
+    rng = np.random.default_rng(0)
+    one_seed = [(rng.random((1, 400)) < p).astype(float) for p in (0.2, 0.6)]
+    low, high = bootstrap_interval(one_seed)
+    expected = 1.96 * np.sqrt((0.2 * 0.8 + 0.6 * 0.4) / 400) / 2
+    assert (high - low) / 2 == pytest.approx(expected, rel=0.1)
+    assert (low + high) / 2 == pytest.approx(np.mean(one_seed), abs=0.01)
+    rates = rng.uniform(0.0, 1.0, 20)
+    seeds = [(rng.random((20, 400)) < rates[:, None]).astype(float) for _ in range(2)]
+    low, high = bootstrap_interval(seeds)
+    assert (high - low) / 2 == pytest.approx(1.96 * rates.std() / np.sqrt(20), rel=0.15)
+    assert bootstrap_interval([np.ones((3, 50))]) == (1.0, 1.0)

@@ -1,0 +1,161 @@
+"""The table of environments and methods: means over tasks with intervals, per-task numbers, published ones beside them.
+
+    python -m results.tasks --runs runs/tasks/* runs/seeds/* runs/paper/*
+    python -m results.tasks
+
+The first command gathers runs of `evor_value.py` into `tasks_runs.csv` (a row per run, task and seed, with all settings
+and versions) and `tasks_episodes.csv` (a row per episode); the second only draws `tasks.md` from them again. Success is
+that of the last checkpoint. A mean of the last three evaluations stands in a column of its own, where a run has them.
+Intervals: bootstrap over seeds and episodes for means over tasks, Wilson's over episodes for one task and seed.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError, run_cli
+from common.metrics import read_csv, write_csv
+from common.statistics import bootstrap_interval, success_interval
+from results.preview import gather, refuse_mixtures
+
+HERE = Path(__file__).parent
+METHOD = ("env", "horizon", "td_target", "next_action", "critic", "steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Draw the table of environments and methods."""
+
+    runs: tuple[Path, ...] = ()
+    """Run directories to gather first; none: what is stored."""
+    name: str = "tasks"
+    """Prefix of the files."""
+
+
+Rows = list[dict[str, str]]
+
+
+def select(rows: Rows, **values: str) -> Rows:
+    return [row for row in rows if all(row[key] == value for key, value in values.items())]
+
+
+def lines(runs: Rows) -> Iterator[Rows]:
+    """The rows of each line of the table: one method, and tasks that have the same seeds."""
+    methods = dict.fromkeys(tuple(row[key] for key in METHOD) for row in runs)
+    for method in methods:
+        rows = select(runs, **dict(zip(METHOD, method, strict=True)))
+        seeds = {task: tuple(sorted(row["seed"] for row in select(rows, task=task))) for task in tasks_of(rows)}
+        for group in dict.fromkeys(seeds.values()):
+            yield [row for row in rows if seeds[row["task"]] == group]
+
+
+def tasks_of(rows: Rows) -> list[str]:
+    return sorted({row["task"] for row in rows})
+
+
+def success_arrays(rows: Rows, episodes: Rows, *, base: bool) -> list[np.ndarray]:
+    """Per task of a line, (seeds, episodes): of the base policy alone, or of the extracted one."""
+    arrays = []
+    for task in tasks_of(rows):
+        found = []
+        for row in sorted(select(rows, task=task), key=lambda row: row["seed"]):
+            own = select(episodes, run=row["run"], task=task, seed=row["seed"])
+            found.append([float(one["success"]) for one in own if (one["num_actions"] == "1") == base])
+        arrays.append(np.array(found))
+    return arrays
+
+
+def mean_cell(arrays: list[np.ndarray]) -> str:
+    low, high = bootstrap_interval(arrays)
+    return f"{np.mean([array.mean() for array in arrays]):.0%} [{low:.0%}, {high:.0%}]"
+
+
+def task_cell(rate: float, episodes: int) -> str:
+    low, high = success_interval(rate * episodes, episodes)
+    return f"{rate:.0%} [{low:.0%}, {high:.0%}]"
+
+
+def table(runs: Rows, episodes: Rows, published: Rows) -> str:
+    """Markdown: the means over tasks, then every task, then what others published."""
+    means = [
+        "| data | tasks | seeds | target | backup | critic | h | steps | EVOR | last three evaluations "
+        "| base policy alone | CRPS |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    singles = [
+        "| data | target | backup | task | seed | EVOR | base policy alone |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for rows in lines(runs):
+        one = rows[0]
+        evor, base = (mean_cell(success_arrays(rows, episodes, base=base)) for base in (False, True))
+        last = [float(row["last_three"]) for row in rows if row["last_three"]]
+        seeds = {row["seed"] for row in rows}
+        means.append(
+            f"| {one['env']} ({one['data_source']}) | {' '.join(tasks_of(rows))} | {len(seeds)} "
+            f"| `{one['td_target']}` | `{one['next_action']}` | {one['critic']} | {one['horizon']} "
+            f"| {int(one['steps']):,} | **{evor}** | {f'{np.mean(last):.0%}' if last else ''} | {base} "
+            f"| {np.mean([float(row['crps']) for row in rows]):.1f} |"
+        )
+        for row in sorted(rows, key=lambda row: (row["task"], row["seed"])):
+            cells = [task_cell(float(row[f"{name}success"]), int(row["episodes"])) for name in ("", "base_")]
+            singles.append(
+                f"| {row['env']} | `{row['td_target']}` | `{row['next_action']}` | {row['task']} | {row['seed']} "
+                f"| {' | '.join(cells)} |"
+            )
+    environments = {row["env"] for row in runs}
+    others = ["| data (official) | highest known | method | source |", "|---|---|---|---|"]
+    others += [
+        f"| {row['env']} | {row['success']}% | {row['method']} | {row['source']} |"
+        for row in published
+        if row["env"].partition(" ")[0] in environments
+    ]
+    note = (
+        "Published by others: 1M steps, OGBench's own data, means over five tasks. Another scale and other data than "
+        "the table above, so for orientation only."
+    )
+    return "\n".join([*means, "", "Per task and seed:", "", *singles, "", note, "", *others]) + "\n"
+
+
+def last_three(run: Path) -> dict[tuple[str, str], float]:
+    """Mean success of the last three evaluations, where there are three, by (task, seed)."""
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for row in read_csv(run / "value" / "evaluation.csv"):
+        if row["num_actions"] != "1":
+            found.setdefault((row["task"], row["seed"]), {}).setdefault(int(row["step"]), []).append(
+                float(row["success"])
+            )
+    return {
+        key: float(np.mean([np.mean(steps[step]) for step in sorted(steps)[-3:]]))
+        for key, steps in found.items()
+        if len(steps) >= 3
+    }
+
+
+def main(args: Args) -> None:
+    """Gathers, if runs are named, and draws."""
+    if args.runs:
+        raw, rows = [], []
+        for run in args.runs:
+            episodes, summary = gather(run)
+            last = last_three(run)
+            raw += [row | dict(run=str(run)) for row in episodes]
+            rows += [
+                row | dict(run=str(run), last_three=last.get((str(row["task"]), str(row["seed"])), ""))
+                for row in summary
+            ]
+        refuse_mixtures(rows)
+        write_csv(HERE / f"{args.name}_episodes.csv", list(raw[0]), raw)
+        write_csv(HERE / f"{args.name}_runs.csv", list(rows[0]), rows)
+    if not (HERE / f"{args.name}_runs.csv").is_file():
+        raise UserError(f"there is no {HERE / f'{args.name}_runs.csv'}: name run directories with --runs.")
+    stored = [read_csv(HERE / f"{args.name}_{kind}.csv") for kind in ("runs", "episodes")]
+    text = table(*stored, read_csv(Path(__file__).parent / "published.csv"))
+    (HERE / f"{args.name}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    run_cli(main, Args)
