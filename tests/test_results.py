@@ -168,7 +168,7 @@ def test_speed_times_the_lines_of_the_table(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_means_over_tasks_and_seeds(here: Path, monkeypatch: pytest.MonkeyPatch):
-    """Tasks 1 and 2 with one seed share a line, task 3 with two has its own; redrawing from the rows changes nothing."""
+    """Tasks 1 and 2 with one seed share a line, task 3 with two has its own; drawing again changes nothing."""
     monkeypatch.setattr(tasks, "HERE", here)
     args = evor_value.Args(horizon=5, width=64)
     other = evor_value.Args(horizon=5, width=64, first_seed=1)
