@@ -543,8 +543,20 @@ def film_episode(agent: Agent, settings: Extraction, gym_id: str, path: Path, *,
 
 def read_episodes(path: Path) -> list[dict[str, Any]]:
     """Rows of an `evaluation.csv` or `episodes.csv`, with numbers as numbers."""
-    words = ("env", "data_source", "data_sha256", "policy_sha256", "critic_sha256", "solver", "independent_noise")
-    whole = ("task", "seed", "step", "eval_seed", "num_actions", "num_returns", "flow_steps", "episode", "length")
+    words = ("env", "data_source", "data_sha256", "solver", "independent_noise")
+    words += ("td_target", "next_action", "critic", "git_revision", "critic_sha256", "policy_sha256")  # in results/
+    whole = (
+        "task",
+        "seed",
+        "step",
+        "steps",
+        "eval_seed",
+        "num_actions",
+        "num_returns",
+        "flow_steps",
+        "episode",
+        "length",
+    )
     kinds = dict.fromkeys(words, str) | dict.fromkeys(whole, int)
     return [{key: kinds.get(key, float)(value) for key, value in row.items()} for row in read_csv(path)]
 

@@ -106,20 +106,23 @@ def calibration(
     save(figure, path)
 
 
-def sweep(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Success over each swept setting that takes more than one value; one line per task and rest of the settings."""
+def sweep(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str, by: Sequence[str] = ("task",)) -> None:
+    """Success over each swept setting that takes more than one value; a line for each value of the columns `by` and of
+    the other settings."""
     names = ("num_actions", "num_returns", "return_temperature", "action_temperature", "action_noise")
     swept = [n for n in names if len({row[n] for row in summary}) > 1] or ["num_actions"]
     figure, axes = subplots(1, len(swept), width=4.5 * len(swept), height=3.3)
     for axis, name in zip(axes[0], swept, strict=True):
-        others = [n for n in (*names, "task") if n != name]
-        shown = [n for n in others if n == "task" or n in swept]
+        others = [n for n in (*names, *by) if n != name]
+        shown = [n for n in others if n in by or n in swept]
         lines: dict[tuple, list[Mapping[str, Any]]] = {}
         for row in summary:
             lines.setdefault(tuple(row[n] for n in others), []).append(row)
         values = sorted({row[name] for row in summary})
         for key, rows in lines.items():
-            label = ", ".join(f"{n} {v:g}" for n, v in zip(others, key, strict=True) if n in shown)
+            label = ", ".join(
+                v if isinstance(v, str) else f"{n} {v:g}" for n, v in zip(others, key, strict=True) if n in shown
+            )
             x = [values.index(row[name]) for row in rows]
             y = np.array([100 * row["success"] for row in rows])
             error = np.abs(np.array([[100 * row["low"], 100 * row["high"]] for row in rows]).T - y)

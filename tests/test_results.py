@@ -13,7 +13,7 @@ from benchmarks import speed
 from common import checkpoint
 from common.errors import UserError
 from common.metrics import write_csv
-from results import baselines, preview, tasks
+from results import baselines, preview, sweeps, tasks
 
 
 def make_run(path: Path, args: Any, *, solved: int, policy: str = "ab", bc_steps: int = 70, task: int = 2) -> Path:
@@ -196,3 +196,41 @@ def test_means_over_tasks_and_seeds(here: Path, monkeypatch: pytest.MonkeyPatch)
     assert (here / "tasks.md").read_text() == text
     with pytest.raises(UserError, match=r"no .*nothing_runs\.csv: name run directories with --runs"):
         tasks.main(tasks.Args(name="nothing"))
+
+
+def test_a_sweep_is_drawn_again_from_its_rows(here: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two targets at two temperatures: four lines of the table, which does not need the runs any more."""
+    monkeypatch.setattr(sweeps, "HERE", here)
+    folders = []
+    for target, solved in (("paper", 1), ("shared-noise", 3)):
+        folder = here / target / "tau_r"
+        header = dict(
+            stage="value", env="cube-double-play", observation_dim=3, action_dim=2, horizon=1, width=8, depth=2,
+            step=70, critic="mlp", replicas=[[2, 0]], policy_sha256="ab",
+            data=dict(name="d", source="collected", sha256="cd"), args=dict(td_target=target, next_action="base"),
+        )  # fmt: skip
+        checkpoint.save(folder.parent / "value" / "model.eqx", header, ())
+        rows = [
+            dict(env="cube-double-play", data_source="collected", data_sha256="cd", task=2, seed=0, num_actions=16,
+                 num_returns=8, return_temperature=temperature, action_temperature=0.0, action_noise=0.0, episode=i,
+                 success=float(i < solved), length=10)
+            for temperature in (0.1, float("inf")) for i in range(4)
+        ]  # fmt: skip
+        write_csv(folder / "episodes.csv", list(rows[0]), rows)
+        config = dict(git_revision="12", critic_sha256="34", policy_sha256="ab")
+        (folder / "config.json").write_text(json.dumps(config))
+        folders.append(folder)
+    sweeps.main(sweeps.Args("tau_r", tuple(folders)))
+    text = (here / "sweep_tau_r.md").read_text()
+    assert [line.split("|")[2:6] for line in text.splitlines()[2:]] == [
+        [" `paper` ", " 2 ", " 0.1 ", " **25%** [5%, 70%] "], [" `paper` ", " 2 ", " inf ", " **25%** [5%, 70%] "],
+        [" `shared-noise` ", " 2 ", " 0.1 ", " **75%** [30%, 95%] "],
+        [" `shared-noise` ", " 2 ", " inf ", " **75%** [30%, 95%] "],
+    ]  # fmt: skip
+    for folder in folders:
+        shutil.rmtree(folder.parent)
+    (here / "sweep_tau_r.png").unlink()
+    sweeps.main(sweeps.Args("tau_r"))
+    assert (here / "sweep_tau_r.md").read_text() == text and (here / "sweep_tau_r.png").stat().st_size > 0
+    with pytest.raises(UserError, match="holds no finished sweep"):
+        sweeps.main(sweeps.Args("tau_r", tuple(folders)))

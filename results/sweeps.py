@@ -1,0 +1,81 @@
+"""Sweeps of `evor_infer.py` on one figure and in one table.
+
+    python -m results.sweeps --name tau_r --folders runs/tasks/cube-double-play/tau_r runs/paper/cube-double-play/tau_r
+    python -m results.sweeps --name tau_r
+
+A folder is what `evor_infer.py --out` filled. The first command gathers them into `sweep_NAME_episodes.csv`, a row per
+episode with every setting and where it comes from; the second only draws `sweep_NAME.md` and `sweep_NAME.png` from it.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from common import checkpoint, figures
+from common.errors import UserError, run_cli
+from common.metrics import read_json, write_csv
+from evor_infer import read_episodes, summarise
+
+HERE = Path(__file__).parent
+SETTINGS = ("num_actions", "num_returns", "return_temperature", "action_temperature", "action_noise")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Draw sweeps of evor_infer.py."""
+
+    name: str
+    """What was swept: part of the files' names."""
+    folders: tuple[Path, ...] = ()
+    """Folders to gather first; none: what is stored."""
+
+
+def gather(folder: Path) -> list[dict[str, Any]]:
+    """The episodes of a sweep, with what the reward model was trained on and by which revision."""
+    config = read_json(folder / "config.json")
+    if config is None or not (folder / "episodes.csv").is_file():
+        raise UserError(f"{folder} holds no finished sweep of evor_infer.py: name its --out folder.")
+    value = checkpoint.read_header(folder.parent / "value" / "model.eqx", stage="value", remedy="train it first.")
+    about = dict(
+        td_target=value["args"].get("td_target", ""),
+        next_action=value["args"]["next_action"],
+        critic=value["critic"],
+        steps=value["step"],
+        git_revision=config["git_revision"],
+        critic_sha256=config["critic_sha256"],
+        policy_sha256=config["policy_sha256"] or "",
+    )
+    return [about | row for row in read_episodes(folder / "episodes.csv")]
+
+
+def main(args: Args) -> None:
+    """Gathers, if folders are named, and draws."""
+    path = HERE / f"sweep_{args.name}_episodes.csv"
+    if args.folders:
+        rows = [row for folder in args.folders for row in gather(folder)]
+        if len({(row["data_sha256"], row["steps"]) for row in rows}) > 1:
+            raise UserError("the folders' reward models differ in data or steps: they share no figure.")
+        write_csv(path, list(rows[0]), rows)
+    if not path.is_file():
+        raise UserError(f"there is no {path}: name folders with --folders.")
+    rows = read_episodes(path)
+    summary = summarise(rows, ("env", "data_source", "td_target", "task", *SETTINGS))
+    swept = [name for name in SETTINGS if len({row[name] for row in summary}) > 1] or ["num_actions"]
+    lines = [
+        f"| data | target | task | {' | '.join(swept)} | success | episodes |",
+        "|---" * (len(swept) + 5) + "|",
+    ]
+    for row in summary:
+        values = " | ".join(f"{row[name]:g}" for name in swept)
+        lines.append(
+            f"| {row['env']} ({row['data_source']}) | `{row['td_target']}` | {row['task']} | {values} "
+            f"| **{row['success']:.0%}** [{row['low']:.0%}, {row['high']:.0%}] | {row['episodes']} |"
+        )
+    (HERE / f"sweep_{args.name}.md").write_text("\n".join(lines) + "\n")
+    title = f"{summary[0]['env']} ({summary[0]['data_source']} data), {rows[0]['steps']:,} steps"
+    figures.sweep(summary, HERE / f"sweep_{args.name}.png", title=title, by=("td_target", "task"))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    run_cli(main, Args)
