@@ -184,7 +184,8 @@ def test_frozen_is_a_scalar_ensemble_with_the_greedy_backup(tmp_path: Path):
     assert (ours / "metrics.csv").read_bytes() == (theirs / "metrics.csv").read_bytes()
     model = [arrays(path / "model.eqx") for path in (ours, theirs)]
     assert model[0] == model[1]
-    assert evor_infer.load_agent(tmp_path / "qc", seed=1).params.critic.kind == "scalar"
+    agent = evor_infer.load_agent(tmp_path / "qc", seed=1, policy_run_dir=tmp_path / "bc")
+    assert agent.params.critic.kind == "scalar"
 
 
 def test_joint_needs_no_stage_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
