@@ -186,7 +186,7 @@ class Counter(gymnasium.Env):
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> EpisodeRunner:
     """Slots 1 and 3 of four, seven episodes, chunks of three: slot 1 runs episodes 1 and 5, slot 3 runs episode 3."""
-    monkeypatch.setattr(evaluation, "make_env", lambda gym_id: Counter())
+    monkeypatch.setattr(evaluation, "make_env", lambda gym_id, noise: Counter())
     return EpisodeRunner(("a",), [1, 3], num_slots=4, num_episodes=7, horizon=3, seed=0, probe=lambda info: 2.0)
 
 
@@ -274,6 +274,7 @@ def test_no_exit_leaves_processes_behind(tmp_path: Path, number: int):
         assert "Traceback" not in processes.said(tmp_path) or number == signal.SIGKILL
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Python 3.13 on a pipe that ends
 def test_a_worker_that_dies_is_reported():
     """Fails if the evaluation waits for it, or goes on without its episodes."""
     with Episodes(("pointmaze-medium-singletask-task1-v0",), num_episodes=4, workers=2) as episodes:
