@@ -39,6 +39,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gymnasium import Env
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PRNGKeyArray
 
 from common import checkpoint, figures, film
@@ -105,8 +106,8 @@ class Args:
     workers: int | None = None
     """Processes that step environments; all cores by default."""
     video: Path | None = None
-    """Also film the first episode of the first task and seed, with the last settings of the sweep: a .gif, or .mp4 with
-    ffmpeg."""
+    """Also film an episode of the first task and seed, from the first initial state of the evaluation, with the last
+    settings of the sweep: a .gif, or .mp4 with ffmpeg."""
     out: str = "infer"
     """Folder of the run directory to write to; another name keeps an earlier sweep."""
 
@@ -521,7 +522,7 @@ def evaluate(
     return rows
 
 
-def film_episode(agent: Agent, settings: Extraction, gym_id: str, path: Path, *, seed: int, title: str) -> None:
+def film_episode(agent: Agent, settings: Extraction, env: Env, path: Path, *, seed: int, title: str) -> None:
     """Films an episode with the return law of each action that was chosen, and the means of eight others."""
     choice, ode = dataclasses.asdict(settings), dict(flow_steps=settings.flow_steps, solver=settings.solver)
 
@@ -534,10 +535,8 @@ def film_episode(agent: Agent, settings: Extraction, gym_id: str, path: Path, *,
         means = agent.sample_returns(jnp.repeat(x, 8, axis=0), others, 16, key=act_key, **ode).mean(axis=1)
         return np.asarray(chunk[0]), np.asarray(draws[0]), np.asarray(means)
 
-    env = film.open_env(gym_id)
     bounds = float(agent.params.scale.low), float(agent.params.scale.high)
     success = film.record(env, decide, path, seed=episode_seed(seed, 0), bounds=bounds, title=title)
-    env.close()
     print(f"film: {path} ({'solved' if success else 'not solved'})")
 
 
@@ -583,7 +582,7 @@ def check_args(args: Args) -> None:
     for name in ("num_actions", "num_returns", "return_temperature", "action_temperature", "action_noise"):
         values, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         lowest = 1 if name.startswith("num_") else 0.0
-        if not values or min(values) < lowest:
+        if not values or not all(value >= lowest for value in values):
             raise UserError(f"{flag} needs one or more numbers of at least {lowest}.")
     for name in ("seeds", "eval_episodes", "flow_steps", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -595,6 +594,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     check_args(args)
     if args.video is not None:
         film.choose_renderer()
+        film.make_writer(args.video)  # now, rather than after the sweep
     run_dir = args.run_dir or default_run_dir(run_name(args.env, None), quick=args.quick)
     seeds = () if args.seeds is None else range(args.first_seed, args.first_seed + args.seeds)
     header, replicas, agents = load_agents(run_dir, tasks=args.tasks, seeds=seeds, policy_run_dir=args.policy_run_dir)
@@ -608,6 +608,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     ode = (args.flow_steps, args.solver)
     sweep = list(dict.fromkeys(Extraction(*point, *ode, args.independent_noise) for point in grid))
     gym_ids = [name.gym_id(task) for task, _ in replicas]
+    filmed = film.open_env(gym_ids[0], args.action_noise[-1]) if args.video is not None else None
     rows: list[dict[str, Any]] = []
     for noise in dict.fromkeys(args.action_noise):
         with Episodes(
@@ -636,6 +637,9 @@ def main(args: Args) -> list[dict[str, Any]]:
     by = ("env", "data_source", "action_noise", *(field.name for field in dataclasses.fields(Extraction)), "task")
     summary = summarise(rows, by)
     out = run_dir / args.out
+    write_csv(out / "episodes.csv", list(rows[0]), rows)
+    write_csv(out / "summary.csv", list(summary[0]), summary)
+    # Last: where it stands, all that it describes does.
     write_json(
         out / "config.json",
         dict(
@@ -649,8 +653,6 @@ def main(args: Args) -> list[dict[str, Any]]:
             git_revision=git_revision(),
         ),
     )
-    write_csv(out / "episodes.csv", list(rows[0]), rows)
-    write_csv(out / "summary.csv", list(summary[0]), summary)
     figures.sweep(summary, out / "sweep.png", title=f"{name.short} ({header['data']['source']} data)")
     for row in summary:
         print(
@@ -659,10 +661,11 @@ def main(args: Args) -> list[dict[str, Any]]:
             f"{row['action_noise']:<5g} "
             f"success {row['success']:.0%} [{row['low']:.0%}, {row['high']:.0%}] of {row['episodes']} episodes"
         )
-    if args.video is not None:
+    if filmed is not None:
         agent = Agent(jax.tree.map(lambda x: x[0], agents), horizon=header["horizon"])
         title = f"{name.short}, task {replicas[0][0]}, best of {settings.num_actions}"
-        film_episode(agent, settings, gym_ids[0], args.video, seed=args.eval_seed, title=title)
+        film_episode(agent, settings, filmed, args.video, seed=args.eval_seed, title=title)
+        filmed.close()
     print(f"rows: {out / 'episodes.csv'}\nsummary: {out / 'summary.csv'}\nfigure: {out / 'sweep.png'}")
     return summary
 

@@ -914,8 +914,8 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
         return []
     if validation is not None:
         report_calibration(check_calibration(args.steps, run.state), run.directory)
-    figures.training(run.directory / "metrics.csv", run.directory / "training.png", title=f"{name}: {args.method}")
     found: list[dict[str, Any]] = evaluate(args.steps, run.state) if evaluated else []
+    figures.training(run.directory / "metrics.csv", run.directory / "training.png", title=f"{name}: {args.method}")
     summary = evor_infer.summarise(found, ("task", "num_actions"))
     if evaluated:
         figures.success(summary, run.directory / "evaluation.png", title=f"{args.method}, {name} ({source} data)")

@@ -71,13 +71,16 @@ def main(args: Args) -> list[dict[str, float]]:
     began, rows, seen = time.monotonic(), [], {}
     command = subprocess.Popen([sys.executable, *args.command])
     process = psutil.Process(command.pid)
-    while (minutes := (time.monotonic() - began) / 60) < args.minutes and command.poll() is None:
-        own, workers, below = sample(process)
-        seen |= {child.pid: child for child in below}
-        rows.append(dict(minutes=round(minutes, 3), process_mb=own, workers_mb=workers, workers=len(below)))
-        time.sleep(args.interval)
-    command.terminate()
-    code = command.wait()
+    try:
+        while (minutes := (time.monotonic() - began) / 60) < args.minutes and command.poll() is None:
+            own, workers, below = sample(process)
+            seen |= {child.pid: child for child in below}
+            rows.append(dict(minutes=round(minutes, 3), process_mb=own, workers_mb=workers, workers=len(below)))
+            time.sleep(args.interval)
+    finally:
+        how = "by itself" if command.poll() is not None else "after SIGTERM"
+        command.terminate()
+        code = command.wait()
     _, left = psutil.wait_procs(seen.values(), timeout=10)
     late = [row for row in rows[:-1] if row["minutes"] >= args.warm_up]  # the last one may have met it ending
     if len(late) < 10:
@@ -98,7 +101,7 @@ def main(args: Args) -> list[dict[str, float]]:
     axes[0][0].set_title(title, fontsize=8)
     axes[0][0].legend()
     figures.save(figure, args.out.with_suffix(".png"))
-    print(f"{title}; exit status {code} after SIGTERM, {len(left)} processes left behind")
+    print(f"{title}; exit status {code} {how}, {len(left)} processes left behind")
     return rows
 
 

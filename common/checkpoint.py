@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common.envs import NUM_TASKS
 from common.errors import UserError
 from common.metrics import atomic, plain
 
@@ -96,16 +97,25 @@ def _read_header(file: BinaryIO, path: Path, stage: str) -> dict[str, Any]:
     return header
 
 
+def _is_seed(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**32
+
+
 def _makes_sense(field: str, value: Any, stage: str) -> bool:
     if field in LIMITS:
         return type(value) is int and 1 <= value <= LIMITS[field]
     if field == "seeds":
-        return isinstance(value, list) and len(value) > 0 and all(type(seed) is int for seed in value)
+        return isinstance(value, list) and len(value) > 0 and all(map(_is_seed, value))
     if field in ("replicas", "diverged"):  # [task, seed]; what diverges in stage 1 has no task: ["", seed]
         if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
             return False
-        task_types = (int,) if field == "replicas" else (int, str)
-        return all(type(task) in task_types and type(seed) is int for task, seed in value)
+        tasks = (*range(NUM_TASKS + 1), *([""] if field == "diverged" else []))
+        return all(type(task) in (int, str) and task in tasks and _is_seed(seed) for task, seed in value) and (
+            field == "diverged" or len(value) > 0
+        )
+    if field == "args" and stage in REQUIRED:
+        ignored = value.get("ignore_observations", []) if isinstance(value, dict) else None
+        return isinstance(ignored, list) and all(type(i) is int for i in ignored) and type(value.get("steps")) is int
     if field == "data" and stage in REQUIRED:
         return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("name", "source", "sha256"))
     return isinstance(value, KINDS.get(field, object))

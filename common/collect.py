@@ -339,7 +339,7 @@ def _collect_block(job: tuple[Recipe, int, range, Path]) -> int:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the one that started it is gone, also where that was killed; on Ctrl-C without a word."""
+    """Ends this process when the one that started it is gone, also where that was killed; on Ctrl-C, too."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -143,6 +143,7 @@ def trim_memory() -> None:
 
 def import_ogbench() -> None:
     """Imports `ogbench`, which registers its environments with Gymnasium, without looking for a display."""
+    asked = os.environ.get("MUJOCO_GL")
     if "mujoco" not in sys.modules:
         os.environ.setdefault("MUJOCO_GL", "disable")
     import gymnasium
@@ -151,9 +152,9 @@ def import_ogbench() -> None:
         import mujoco  # noqa: F401
         import ogbench  # noqa: F401
     except Exception as error:  # a graphics library that is missing raises any kind
+        graphics = f", and leave MUJOCO_GL={asked} away where nothing is drawn" if asked else ""
         raise UserError(
-            f"OGBench's simulator cannot be imported ({error}): pip install -r requirements.txt, and leave MUJOCO_GL="
-            f"{os.environ.get('MUJOCO_GL')} away where nothing is drawn."
+            f"OGBench's simulator cannot be imported ({error}): pip install -r requirements.txt{graphics}."
         ) from None
 
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's own boxes make it warn about precision.

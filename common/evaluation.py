@@ -11,7 +11,7 @@ replicas and all settings of a sweep see the same episodes, whatever the number 
 import contextlib
 import functools
 import math
-import multiprocessing
+import multiprocessing.connection
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -278,11 +278,9 @@ class Episodes:
         except (EOFError, ConnectionError):
             how = "at its start"
             if hasattr(self, "vector"):
-                codes = []
-                for process in self.vector.processes:
-                    process.join(1.0)
-                    codes += [process.exitcode] if process.exitcode is not None else []
-                how = ", ".join(signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes)
+                multiprocessing.connection.wait([process.sentinel for process in self.vector.processes], timeout=5.0)
+                codes = [process.exitcode for process in self.vector.processes if process.exitcode is not None]
+                how = ", ".join(signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes) or "no status"
             raise UserError(
                 f"a process of the evaluation died ({how}): if memory ran out, free some, or pass fewer --workers to "
                 f"evor_infer.py; then run it again, a training with --resume."
@@ -292,9 +290,11 @@ class Episodes:
         """Ends the processes, whatever they are doing: `AsyncVectorEnv.close` would wait for them."""
         for process in self.vector.processes:
             process.kill()
-        for process, pipe in zip(self.vector.processes, self.vector.parent_pipes, strict=True):
+        for process in self.vector.processes:
             process.join()
-            pipe.close()
+        for pipe in self.vector.parent_pipes:
+            if pipe is not None:  # as Gymnasium leaves that of a process in which an error was raised
+                pipe.close()
         self.vector.closed = True
 
     def __enter__(self) -> "Episodes":

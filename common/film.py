@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from common.envs import import_ogbench
 from common.errors import UserError
-from common.evaluation import seeded_reset
+from common.evaluation import ActionNoise, seeded_reset
 
 SIZE = 320  # pixels, of the environment's image
 FRAMES_PER_SECOND = 15
@@ -28,6 +28,9 @@ def choose_renderer() -> None:
     """
     if "MUJOCO_GL" in os.environ or "mujoco" in sys.modules:
         return
+    if sys.platform != "linux":
+        os.environ["MUJOCO_GL"] = "glfw"
+        return
     for library, name in (("EGL", "egl"), ("OSMesa", "osmesa")):
         if ctypes.util.find_library(library):
             os.environ["MUJOCO_GL"] = name
@@ -35,8 +38,8 @@ def choose_renderer() -> None:
     raise UserError("--video: MuJoCo has nothing to draw with: install EGL or OSMesa (Debian: libegl1 or libosmesa6).")
 
 
-def open_env(gym_id: str) -> gymnasium.Env:
-    """An environment that can draw itself.
+def open_env(gym_id: str, action_noise: float = 0.0) -> gymnasium.Env:
+    """An environment that can draw itself, with noise in its actions if asked for.
 
     Raises:
         UserError: it cannot.
@@ -49,9 +52,24 @@ def open_env(gym_id: str) -> gymnasium.Env:
     except Exception as error:  # a graphics library that fails raises any kind
         raise UserError(
             f"--video: {gym_id} cannot be drawn with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}): set MUJOCO_GL "
-            f"to egl or osmesa."
+            f"to egl or osmesa, the one that works here."
         ) from None
-    return env
+    return ActionNoise(env, action_noise) if action_noise else env
+
+
+def make_writer(path: Path) -> animation.AbstractMovieWriter:
+    """What writes a `.gif`, or an `.mp4` where ffmpeg is installed.
+
+    Raises:
+        UserError: ffmpeg is missing, or `path` is something else.
+    """
+    if path.suffix == ".gif":
+        return animation.PillowWriter(fps=FRAMES_PER_SECOND)
+    if path.suffix != ".mp4":
+        raise UserError(f"--video {path}: name a .gif or an .mp4.")
+    if not animation.FFMpegWriter.isAvailable():
+        raise UserError(f"--video {path} needs ffmpeg: install it, or ask for a .gif.")
+    return animation.FFMpegWriter(fps=FRAMES_PER_SECOND)
 
 
 def record(
@@ -69,19 +87,14 @@ def record(
     Args:
         decide: `(observation, step) -> (chunk, draws, others)`: actions (h, a), draws of their return law (n,),
             and the mean returns of other candidates (m,), in the environment's units.
-        path: a `.gif`, or what ffmpeg can write, such as `.mp4`.
+        path: a `.gif` or an `.mp4`.
         bounds: lowest and highest return, the range of the axis.
         every: environment steps per frame.
 
     Raises:
-        UserError: ffmpeg is needed and missing.
+        UserError: as `make_writer`.
     """
-    if path.suffix == ".gif":
-        writer = animation.PillowWriter(fps=FRAMES_PER_SECOND)
-    elif animation.FFMpegWriter.isAvailable():
-        writer = animation.FFMpegWriter(fps=FRAMES_PER_SECOND)
-    else:
-        raise UserError(f"--video {path} needs ffmpeg: install it, or ask for a .gif.")
+    writer = make_writer(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(8.0, 4.0), layout="tight")
     observation, step, done, success = seeded_reset(env, seed), 0, False, 0.0

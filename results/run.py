@@ -5,15 +5,15 @@
 
 Each experiment is a list of commands, in the order they need. A command is done if what it leaves stands in its run
 directory, made with the same arguments and trained to its end; else it is run, a training with `--resume`, which starts
-where nothing was saved. `--slot 9` stops a training after nine minutes, as a scheduler with short slots would: the next
-call goes on. What is not `full` is for two CPU
+where nothing was saved. `--slot 9` stops a training after nine minutes, for a scheduler with short slots: the next call
+goes on (sweeps and evaluations begin anew). What is not `full` is for two CPU
 cores; `full` is the scale of the paper, for a GPU.
 """
 
 import dataclasses
 import importlib
+import os
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,12 +22,11 @@ from typing import Any
 from common import checkpoint
 from common.envs import default_run_dir, run_name
 from common.errors import UserError, parse_args, run_cli
-from common.metrics import plain, read_json
-from evor_infer import read_episodes
+from common.metrics import plain, read_csv, read_json, sha256
 
 ROOT = Path(__file__).parent.parent
 TRAINED = {"evor_bc": "bc", "evor_value": "value", "baselines.critics": "value", "baselines.qc": "value"}
-WHERE = ("run_dir", "policy_run_dir", "resume", "overwrite", "track", "distributed", "workers")
+ANY = ("run_dir", "policy_run_dir", "resume", "overwrite", "track", "distributed", "workers", "save_every", "video")
 
 CUBE = "cube-double-play"
 PREVIEW = ("cube-single-play", CUBE, "pointmaze-medium-navigate")
@@ -102,63 +101,80 @@ def parse(command: str) -> tuple[str, Any]:
     return module, parse_args(script.Args, getattr(script, "PRESETS", {}), words[1:])
 
 
-def same_arguments(args: Any, config: Any) -> bool:
-    old = (config or {}).get("args", {})
-    return all(old.get(field) == value for field, value in plain(args).items() if field not in WHERE)
-
-
 def progress(command: str) -> str:
-    """`done`, `step N of M`, or `not begun`."""
+    """How far a command is: `done`, `not begun`, `other arguments`, or `step N of M`."""
     module, args = parse(command)
-    run_dir = args.run_dir or default_run_dir(run_name(args.env, None), quick=args.quick)
-    if module == "evor_infer":
-        directory = run_dir / args.out
-        finished = (directory / "summary.csv").is_file() and same_arguments(args, read_json(directory / "config.json"))
-        return "done" if finished else "not begun"
-    directory = run_dir / TRAINED[module]
-    if not (directory / "model.eqx").is_file() or not same_arguments(args, read_json(directory / "config.json")):
+    run_dir = args.run_dir or default_run_dir(run_name(args.env, getattr(args, "dataset", None)), quick=args.quick)
+    policy = (args.policy_run_dir or run_dir) / "bc" / "model.eqx" if hasattr(args, "policy_run_dir") else None
+    directory = run_dir / (TRAINED[module] if module in TRAINED else args.out)
+    config = read_json(directory / "config.json")
+    if config is None:
         return "not begun"
-    step = checkpoint.read_header(directory / "model.eqx", stage=TRAINED[module], remedy="")["step"]
-    evaluated = module == "evor_bc" or (
-        (directory / "evaluation.csv").is_file()
-        and any(row["step"] == args.steps for row in read_episodes(directory / "evaluation.csv"))
-    )
+    if any(config["args"].get(field) != value for field, value in plain(args).items() if field not in ANY):
+        return "other arguments"
+    if config.get("policy_sha256") and not (policy.is_file() and sha256(policy) == config["policy_sha256"]):
+        return "another base policy"
+    if module not in TRAINED:
+        critic = run_dir / "value" / "model.eqx"
+        return "done" if critic.is_file() and sha256(critic) == config["critic_sha256"] else "not begun"
+    model = directory / "model.eqx"
+    if not checkpoint.complete(model):
+        return "not begun"
+    step = checkpoint.read_header(model, stage=TRAINED[module], remedy="")["step"]
+    rows = read_csv(directory / "evaluation.csv") if (directory / "evaluation.csv").is_file() else []
+    evaluated = not getattr(args, "eval_episodes", 0) or str(args.steps) in {row["step"] for row in rows}
     return "done" if step == args.steps and evaluated else f"step {step:,} of {args.steps:,}"
 
 
-def run(command: str, slot: float | None) -> None:
-    """Runs a command from the repository's root.
+def run(command: str, slot: float | None) -> bool:
+    """Runs a command from the repository's root; returns whether it came to its end within its slot.
 
     Raises:
-        UserError: it failed, or its slot is over.
+        UserError: it failed.
     """
     module, _ = parse(command)
     words = shlex.split(command)[1:] + (["--resume"] if module in TRAINED else [])
-    process = subprocess.Popen([sys.executable, "-m", module, *words], cwd=ROOT)
+    # In a session of its own, so that one signal reaches it, from here: a second one would stop it at once.
+    process = subprocess.Popen([sys.executable, "-m", module, *words], cwd=ROOT, start_new_session=True)
     try:
-        code = process.wait(None if slot is None else 60 * slot)
+        code = process.wait(60 * slot if slot is not None and module in TRAINED else None)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-        raise UserError(f"stopped after {slot:g} minutes, at {progress(command)}: run this again to go on.") from None
+        return False
     finally:
-        if process.poll() is None:  # Ctrl-C or SIGTERM to this one
+        if process.poll() is None:
             process.terminate()
             process.wait()
     if code != 0:
-        raise UserError(f"python -m {module} {shlex.join(words)} failed with {code}: see above, then run this again.")
+        raise UserError(f"python -m {module} {shlex.join(words)} failed with {code}.")
+    return True
 
 
 def main(args: Args) -> None:
+    """See the top of the file.
+
+    Raises:
+        UserError: commands failed, after all others were run.
+    """
     unknown = set(args.only) - set(EXPERIMENTS)
     if unknown:
         raise UserError(f"there is no experiment {sorted(unknown)[0]!r}: choose among {', '.join(EXPERIMENTS)}.")
+    os.chdir(ROOT)
+    failed = 0
     for name in args.only or [name for name in EXPERIMENTS if not name.startswith("full")]:
         for command in map(str.strip, EXPERIMENTS[name]):
             state = progress(command)
             print(f"{name}: {state}: python {' '.join(command.split())}", flush=True)
-            if not args.list and state != "done":
-                run(command, args.slot)
+            if args.list or state == "done":
+                continue
+            try:
+                if not run(command, args.slot):
+                    print(f"stopped after {args.slot:g} minutes, at {progress(command)}: run this again to go on.")
+                    return
+            except UserError as error:
+                print(f"warning: {error}", file=sys.stderr)
+                failed += 1
+    if failed:
+        raise UserError(f"{failed} commands failed: see above; mend what they say, then run this again.")
 
 
 if __name__ == "__main__":

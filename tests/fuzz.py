@@ -2,6 +2,7 @@
 
     pip install atheris
     python -m tests.fuzz checkpoint -max_total_time=600
+    python -m tests.fuzz policy -max_total_time=600
     python -m tests.fuzz npz -max_total_time=600
 
 A file is either refused with a `UserError` or read; any other exception, more memory than RSS_LIMIT, and more than
@@ -14,17 +15,15 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import json
 import random
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import atheris
 
 with atheris.instrument_imports(include=["common", "evor_infer", "zipfile", "numpy.lib", "json"]):
-    import json.decoder
+    import json
     import zipfile
 
     import numpy as np
@@ -128,7 +127,7 @@ def main() -> None:
         evor_bc.main(evor_bc.Args(**SMALL, dataset=dataset, run_dir=run))
         evor_value.main(evor_value.Args(**SMALL, dataset=dataset, run_dir=run, num_next_actions=1))
     target = sys.argv.pop(1)
-    path = {"checkpoint": run / "value" / "model.eqx", "npz": dataset}[target]
+    path = {"checkpoint": run / "value" / "model.eqx", "policy": run / "bc" / "model.eqx", "npz": dataset}[target]
     corpus = directory / "corpus"
     corpus.mkdir()
     (corpus / "good").write_bytes(path.read_bytes())
@@ -138,10 +137,10 @@ def main() -> None:
         path.write_bytes(content)
         try:
             with contextlib.redirect_stderr(io.StringIO()):
-                if target == "checkpoint":
-                    evor_infer.load_agents(run)
-                else:
+                if target == "npz":
                     data.load_trajectories(path, env="robot", tasks=(0,))
+                else:
+                    evor_infer.load_agents(run)
             counts.read += 1
         except UserError as error:
             assert str(error).strip()
@@ -150,7 +149,7 @@ def main() -> None:
             print(counts, flush=True)
 
     limits = [f"-rss_limit_mb={RSS_LIMIT}", f"-timeout={TIMEOUT}", "-max_len=100000", str(corpus)]
-    mutator = mutate_checkpoint if target == "checkpoint" else mutate_npz
+    mutator = mutate_npz if target == "npz" else mutate_checkpoint
     atheris.Setup([sys.argv[0], *sys.argv[1:], *limits], once, custom_mutator=mutator)
     atheris.Fuzz()
 

@@ -43,21 +43,24 @@ def said(directory: Path) -> str:
 
 def wait_for_workers(process: subprocess.Popen, number: int) -> list[psutil.Process]:
     """Waits for `number` processes of `multiprocessing` that are past their start; returns them."""
-    while process.poll() is None:
-        with contextlib.suppress(psutil.Error):
+    end = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < end:
+        with contextlib.suppress(psutil.Error, OSError):
             children = psutil.Process(process.pid).children()
             found = [child for child in children if "spawn_main" in str(child.cmdline()) and has_begun(child)]
             if len(found) == number:
                 return found
         time.sleep(0.02)
-    raise AssertionError(f"it ended with {process.returncode} before its workers had begun")
+    raise AssertionError(f"{process.poll()} is its exit status, and its workers had not begun")
 
 
 def has_begun(worker: psutil.Process) -> bool:
-    """Whether a worker has put away Python's own handler of Ctrl-C, which all workers here do first (Linux)."""
+    """Whether a worker has put away Python's own handler of Ctrl-C, which all workers here do first (Linux): it ignores
+    the signal, or it has the default action and, unlike a process that is only starting, a second thread."""
     lines = Path(f"/proc/{worker.pid}/status").read_text().splitlines()
     status = dict(line.split(":\t", 1) for line in lines)
-    return worker.num_threads() > 1 and not int(status["SigCgt"], 16) & 1 << signal.SIGINT - 1
+    ignored, caught = (int(status[key], 16) & 1 << signal.SIGINT - 1 for key in ("SigIgn", "SigCgt"))
+    return bool(ignored) or (worker.num_threads() > 1 and not caught)
 
 
 def all_end(workers: list[psutil.Process]) -> bool:

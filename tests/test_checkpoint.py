@@ -23,7 +23,7 @@ from tests.helpers import contents
 
 HEADER = dict(
     stage="value", env="cube-single-play", observation_dim=3, action_dim=2, horizon=1, width=8, depth=2, head_width=4,
-    head_depth=2, critic="mlp", step=7, replicas=[[1, 0]], policy_sha256="00", args={},
+    head_depth=2, critic="mlp", step=7, replicas=[[1, 0]], policy_sha256="00", args=dict(steps=9),
     data=dict(name="data.npz", source="own", sha256="11"),
 )  # fmt: skip
 REMEDY = "train it first."
@@ -211,6 +211,8 @@ def test_no_memory_is_taken_for_what_the_file_does_not_hold(path: Path, shape: t
         dict(depth=10**9), dict(width=0), dict(horizon=-1), dict(width="8"), dict(depth=2.0), dict(action_dim=True),
         dict(observation_dim=None), dict(step="7"), dict(replicas=[[1]]), dict(diverged=None), dict(args=[]),
         dict(replicas=[[[], 0]]), dict(diverged=[[1, {}]]), dict(data={}), dict(data=[]), dict(env=["x"]),
+        dict(replicas=[]), dict(replicas=[[99, 0]]), dict(replicas=[[2, 2**70]]), dict(args={}),
+        dict(args=dict(steps="x")), dict(args=dict(steps=9, ignore_observations=3)),
     ],
 )  # fmt: skip
 def test_sizes_that_nobody_means(path: Path, change: dict):

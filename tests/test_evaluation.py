@@ -254,7 +254,7 @@ from common.evaluation import Episodes
 from evor_infer import Args
 
 def main(args):
-    with Episodes(("pointmaze-medium-singletask-task1-v0",), num_episodes=1_000, workers=2) as episodes:
+    with Episodes(("pointmaze-medium-singletask-task1-v0",), num_episodes=400, workers=2) as episodes:
         episodes.run(lambda observations, *_: np.zeros((*observations.shape[:2], 1, 2), np.float32))
 
 if __name__ == "__main__":
@@ -272,6 +272,21 @@ def test_no_exit_leaves_processes_behind(tmp_path: Path, number: int):
         assert process.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
         assert processes.all_end(workers)
         assert "Traceback" not in processes.said(tmp_path) or number == signal.SIGKILL
+
+
+def out_of_memory(info: dict) -> float:
+    raise MemoryError("Unable to allocate 3 TiB")
+
+
+def test_an_error_in_a_worker_is_that_error():
+    """And all processes end. Fails if closing them stumbles over the one that has nothing more to say."""
+    settings = dict(num_episodes=2, workers=2, probe=out_of_memory)
+    with (
+        pytest.raises(MemoryError, match="Unable to allocate 3 TiB"),
+        Episodes(("pointmaze-medium-singletask-task1-v0",), **settings) as episodes,
+    ):
+        episodes.run(lambda observations, *_: np.zeros((*observations.shape[:2], 1, 2), np.float32))
+    assert not any(process.is_alive() for process in episodes.vector.processes)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Python 3.13 on a pipe that ends

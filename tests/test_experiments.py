@@ -1,6 +1,5 @@
 """The list of experiments, and the script that runs what is left of it."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def test_every_experiment_finds_what_it_needs():
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     dataset = tiny_dataset(tmp_path / "data.npz")
-    flags = "--width 8 --depth 2 --batch-size 4 --steps 40 --chunk 10 --save-every 10"
+    flags = "--width 8 --depth 2 --batch-size 4 --steps 40 --chunk 10"
     command = f"evor_bc.py --env robot --dataset {dataset} --run-dir {tmp_path / 'run'} {flags}"
     monkeypatch.setattr(run, "EXPERIMENTS", {"toy": [command]})
     return command
@@ -54,26 +53,35 @@ def test_what_was_stopped_goes_on_and_what_is_done_is_skipped(
     assert module == "evor_bc"
     with monkeypatch.context() as patch:
         save = Run._save
-        patch.setattr(Run, "_save", lambda self, step, *rest: save(self, step, *rest) if step < 30 else sys.exit(1))
+        patch.setattr(Run, "_save", lambda self, step, *rest: sys.exit(1) if step == 40 else save(self, step, *rest))
         with pytest.raises(SystemExit):
             evor_bc.main(args)
-    assert run.progress(command) == "step 20 of 40"
+    stopped = run.progress(command)
+    assert stopped in ("step 10 of 40", "step 20 of 40", "step 30 of 40")
     run.main(run.Args(list=True))
-    assert run.progress(command) == "step 20 of 40"
+    assert run.progress(command) == stopped
     run.main(run.Args(only=("toy",)))
-    assert "toy: step 20 of 40: python evor_bc.py" in capfd.readouterr().out
+    assert f"toy: {stopped}: python evor_bc.py" in capfd.readouterr().out
     assert run.progress(command) == "done"
     monkeypatch.setattr(run, "run", lambda *_: pytest.fail("ran again"))
     run.main(run.Args())
     assert "toy: done: python evor_bc.py" in capfd.readouterr().out
-    assert run.progress(command.replace("--batch-size 4", "--batch-size 8")) == "not begun"
+    other = command.replace("--batch-size 4", "--batch-size 8")
+    assert run.progress(other) == "other arguments"
+    model = args.run_dir / "bc" / "model.eqx"
+    model.write_bytes(model.read_bytes()[:-5])
+    assert run.progress(command) == "not begun"
 
 
-def test_a_slot_that_is_over_and_a_command_that_fails(command: str, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(UserError, match=r"stopped after 0\.001 minutes, at not begun: run this again to go on"):
-        run.main(dataclasses.replace(run.Args(), slot=0.001))
-    monkeypatch.setattr(run, "EXPERIMENTS", {"toy": [command.replace("data.npz", "missing.npz")]})
-    with pytest.raises(UserError, match=r"evor_bc .* --resume failed with 2: see above, then run this again"):
+def test_a_slot_that_is_over_and_a_command_that_fails(
+    command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    run.main(run.Args(slot=0.001))
+    assert "stopped after 0.001 minutes, at not begun: run this again to go on" in capfd.readouterr().out
+    monkeypatch.setattr(run, "EXPERIMENTS", {"toy": [command.replace("data.npz", "missing.npz"), command]})
+    with pytest.raises(UserError, match="1 commands failed: see above"):
         run.main(run.Args())
+    assert "missing.npz" in capfd.readouterr().err
+    assert run.progress(command) == "done", "the others are run all the same"
     with pytest.raises(UserError, match="there is no experiment 'x': choose among toy"):
         run.main(run.Args(only=("x",)))

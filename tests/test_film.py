@@ -51,6 +51,8 @@ def test_without_ffmpeg_a_gif_is_asked_for(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(film.animation.FFMpegWriter, "isAvailable", lambda: False)
     with pytest.raises(UserError, match=r"a\.mp4 needs ffmpeg: install it, or ask for a \.gif"):
         film.record(Counter(), lambda *_: (), tmp_path / "a.mp4", seed=0, bounds=(-1.0, 0.0), title="")
+    with pytest.raises(UserError, match=r"film: name a \.gif or an \.mp4"):
+        film.make_writer(Path("film"))
     assert not list(tmp_path.iterdir())
 
 

@@ -1,5 +1,8 @@
 """The soak benchmark: a slope that is known, and processes that outlive the command."""
 
+import subprocess
+import time
+
 import numpy as np
 import psutil
 import pytest
@@ -9,9 +12,10 @@ from common.errors import UserError
 from common.metrics import read_csv
 
 SCRIPT = """
-import subprocess, sys, time
+import os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-open("child", "w").write(str(child.pid))
+open("writing", "w").write(str(child.pid))
+os.rename("writing", "child")
 time.sleep(600)
 """
 
@@ -24,7 +28,16 @@ def test_growth_is_the_slope_per_hour():
 def test_what_outlives_the_command_is_counted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "script.py").write_text(SCRIPT)
-    args = soak.Args(("script.py",), minutes=0.1, warm_up=0.005, interval=0.02, out=tmp_path / "soak.csv")
+    args = soak.Args(("script.py",), minutes=0.05, warm_up=0.005, interval=0.02, out=tmp_path / "soak.csv")
+    popen = subprocess.Popen
+
+    def start(*command):
+        process = popen(*command)
+        while not (tmp_path / "child").is_file():
+            time.sleep(0.01)
+        return process
+
+    monkeypatch.setattr(soak.subprocess, "Popen", start)  # the three seconds begin when the child runs
     try:
         rows = soak.main(args)
     finally:

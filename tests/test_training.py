@@ -17,6 +17,7 @@ import evor_bc
 import evor_infer
 import evor_value
 from common import checkpoint, training
+from common.envs import validation_path
 from common.errors import UserError
 from common.metrics import Metrics
 from tests.helpers import arrays, contents, tiny_dataset
@@ -56,10 +57,13 @@ def files(run_dir, stage):
 
 
 def test_resumed_stages_equal_uninterrupted_ones(tmp_path, dataset, monkeypatch):
-    """Stopped at step 50, resumed from the checkpoint of step 40: the same parameters and the same metrics.csv."""
+    """Stopped at step 50, resumed from the checkpoint of step 40: the same parameters and metrics.csv, in which
+    the predictions are compared with returns at steps 20, 40 (before the stop and after it) and 60, once each."""
     monkeypatch.setattr(training, "SAVING_SHARE", 0.0)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for module, stage, extra in ((evor_bc, "bc", {}), (evor_value, "value", {"td_target": "velocity"})):
+    tiny_dataset(validation_path(dataset), seed=1)
+    short = dict(td_target="velocity", discount=0.5, eval_every=20)  # returns are complete after seven steps
+    for module, stage, extra in ((evor_bc, "bc", {}), (evor_value, "value", short)):
         settings = dict(env="robot", dataset=dataset, seeds=2, **SMALL, **extra)
         module.main(module.Args(run_dir=whole, **settings))
         with monkeypatch.context() as patch:
@@ -71,6 +75,7 @@ def test_resumed_stages_equal_uninterrupted_ones(tmp_path, dataset, monkeypatch)
         expected, found = files(whole, stage), files(parts, stage)
         assert expected["metrics.csv"] == found["metrics.csv"]
         assert expected["model.eqx"] == found["model.eqx"]
+    assert found["metrics.csv"].count(b"crps") == found["metrics.csv"].count(b"bias") == 3 * 2
 
 
 def test_run_directory_of_own_data(tmp_path, dataset):
