@@ -220,6 +220,7 @@ class Episodes:
                 ],
                 context="spawn",  # JAX is multithreaded: a forked child could inherit a held lock.
             )
+        trim_memory()  # Gymnasium builds an environment in this process, too, to ask for its spaces
 
     def run(
         self, act: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray], *, desc: str = "evaluating"
