@@ -81,6 +81,8 @@ def main(args: Args) -> list[dict[str, float]]:
         how = "by itself" if command.poll() is not None else "after SIGTERM"
         command.terminate()
         code = command.wait()
+        if rows:
+            write_csv(args.out, list(rows[0]), rows)
     _, left = psutil.wait_procs(seen.values(), timeout=10)
     late = [row for row in rows[:-1] if row["minutes"] >= args.warm_up]  # the last one may have met it ending
     if len(late) < 10:
@@ -93,7 +95,6 @@ def main(args: Args) -> list[dict[str, float]]:
         f"{slope:+.1f} MB an hour after {args.warm_up:g} minutes, {column['process_mb'].mean():,.0f} MB on average; "
         f"{len(seen)} worker processes, at most {peaks[0]:,.0f} and {peaks[1]:,.0f} MB in either half"
     )
-    write_csv(args.out, list(rows[0]), rows)
     figure, axes = figures.subplots(1, 1, width=10.0, height=3.5)
     for key, label in (("process_mb", "training process"), ("workers_mb", "worker processes")):
         axes[0][0].plot([row["minutes"] for row in rows], [row[key] for row in rows], label=label, lw=1)

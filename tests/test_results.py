@@ -207,7 +207,8 @@ def test_a_sweep_is_drawn_again_from_its_rows(here: Path, monkeypatch: pytest.Mo
         header = dict(
             stage="value", env="cube-double-play", observation_dim=3, action_dim=2, horizon=1, width=8, depth=2,
             step=70, critic="mlp", replicas=[[2, 0]], policy_sha256="ab",
-            data=dict(name="d", source="collected", sha256="cd"), args=dict(td_target=target, next_action="base"),
+            data=dict(name="d", source="collected", sha256="cd"), 
+            args=dict(td_target=target, next_action="base", steps=70),
         )  # fmt: skip
         checkpoint.save(folder.parent / "value" / "model.eqx", header, ())
         rows = [
