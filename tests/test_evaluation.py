@@ -278,6 +278,7 @@ def out_of_memory(info: dict) -> float:
     raise MemoryError("Unable to allocate 3 TiB")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium's report of the same
 def test_an_error_in_a_worker_is_that_error():
     """And all processes end. Fails if closing them stumbles over the one that has nothing more to say."""
     settings = dict(num_episodes=2, workers=2, probe=out_of_memory)
