@@ -50,4 +50,8 @@ def test_what_outlives_the_command_is_counted(tmp_path, monkeypatch, capsys):
 def test_a_command_that_ends_too_soon_is_said(tmp_path):
     (tmp_path / "script.py").write_text("raise SystemExit(3)")
     with pytest.raises(UserError, match=r"ended with 3 after .*: give it more steps"):
-        soak.main(soak.Args((str(tmp_path / "script.py"),), minutes=1.0, warm_up=0.005, interval=0.02))
+        soak.main(
+            soak.Args(
+                (str(tmp_path / "script.py"),), minutes=1.0, warm_up=0.005, interval=0.02, out=tmp_path / "soak.csv"
+            )
+        )
