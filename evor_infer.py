@@ -47,7 +47,7 @@ from common.envs import check_env, default_run_dir, parse_env, run_name
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes, episode_seed
 from common.flow import Solver
-from common.metrics import git_revision, package_versions, read_csv, sha256, write_csv, write_json
+from common.metrics import git_revision, hold_directory, package_versions, read_csv, sha256, write_csv, write_json
 from common.networks import Critic, FlowPolicy, ReturnScale, make_critic, make_policy, stratified_normal
 from common.statistics import success_interval
 from common.training import Standardizer, in_blocks, over_replicas
@@ -609,6 +609,8 @@ def main(args: Args) -> list[dict[str, Any]]:
     sweep = list(dict.fromkeys(Extraction(*point, *ode, args.independent_noise) for point in grid))
     gym_ids = [name.gym_id(task) for task, _ in replicas]
     filmed = film.open_env(gym_ids[0], args.action_noise[-1]) if args.video is not None else None
+    out = run_dir / args.out
+    _lock = hold_directory(out, "--out")  # until this function ends
     rows: list[dict[str, Any]] = []
     for noise in dict.fromkeys(args.action_noise):
         with Episodes(
@@ -636,7 +638,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     rows = [common | row for row in rows]
     by = ("env", "data_source", "action_noise", *(field.name for field in dataclasses.fields(Extraction)), "task")
     summary = summarise(rows, by)
-    out = run_dir / args.out
+    (out / "config.json").unlink(missing_ok=True)  # of the sweep before
     write_csv(out / "episodes.csv", list(rows[0]), rows)
     write_csv(out / "summary.csv", list(summary[0]), summary)
     # Last: where it stands, all that it describes does.

@@ -43,6 +43,9 @@ def run_cli(main: Callable, args_type: type, presets: Mapping[str, Mapping[str, 
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main(parse_args(args_type, presets or {}, argv))
+    except SystemExit as error:
+        leave_alone(error.code)
+        raise
     except (UserError, FloatingPointError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
@@ -51,16 +54,21 @@ def run_cli(main: Callable, args_type: type, presets: Mapping[str, Mapping[str, 
         stopped = isinstance(error, KeyboardInterrupt)
         print("interrupted." if stopped else f"error: {sentence(error)}", file=sys.stderr)
         code = 130 if stopped else 1 if isinstance(error, FloatingPointError) else 2
-        jax = sys.modules.get("jax")
-        if jax is not None and jax.distributed.is_initialized():
-            # The usual way out waits for the other processes, which wait for this one.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        leave_alone(code)
         raise SystemExit(code) from None
     finally:
         if before not in (signal.SIG_IGN, None):
             signal.signal(signal.SIGTERM, before)
+
+
+def leave_alone(code: Any) -> None:
+    """Ends this process at once, if it is one of several that run one program (`jax.distributed`): the usual way out
+    waits for the others, which wait for this one."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 def sentence(error: BaseException) -> str:

@@ -3,17 +3,21 @@
 import contextlib
 import csv
 import dataclasses
+import glob
 import hashlib
 import json
 import math
 import os
 import platform
 import subprocess
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from common.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "equinox", "optax", "diffrax", "ogbench", "gymnasium", "mujoco", "numpy", "scipy")
 FIELDS = ("stage", "env", "task", "seed", "step", "metric", "value")
@@ -65,20 +69,50 @@ def plain(value: Any) -> Any:
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary name to write to, renamed to `path` at the end, or removed if writing fails: no reader ever sees half
-    a file."""
+    a file. What a process that was killed left half written under this name is removed, if it was one of this machine
+    and ten minutes ago (containers may share a host name and not their processes)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{platform.node()}.{os.getpid()}.{path.name}")
+    here = f".{platform.node()}."
+    for left in path.parent.glob(f"{glob.escape(here)}*.{glob.escape(path.name)}"):
+        number = left.name.removeprefix(here).removesuffix(f".{path.name}")
+        with contextlib.suppress(OSError):
+            if number.isdecimal() and left.stat().st_mtime < time.time() - 600 and not _is_running(int(number)):
+                left.unlink()
+    temporary = path.with_name(f"{here}{os.getpid()}.{path.name}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_directory(path.parent)
     except OSError as error:
         if error.errno is not None:  # a full disk does not say which file it has no room for
             error.filename = error.filename or str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":  # there, signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user, or no number of a process at all
+        return True
+    return True
+
+
+def _sync_directory(path: Path) -> None:
+    """Makes a renaming last through a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sha256_path(path: Path) -> Path:
@@ -144,6 +178,19 @@ def hold(path: Path) -> Hold | None:
     except (ImportError, OSError):
         pass
     _held[key] = mine = Hold(descriptor)
+    return mine
+
+
+def hold_directory(directory: Path, flag: str) -> Hold:
+    """Makes `directory` and locks it for this process, which is going to fill it; `flag` names it on the command line.
+
+    Raises:
+        UserError: another process is filling it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    mine = hold(directory / ".lock")
+    if mine is None:
+        raise UserError(f"another process is writing to {directory}: wait for it, or pass another {flag}.")
     return mine
 
 
@@ -223,8 +270,6 @@ def start_tracking(project: str, name: str, config: Mapping[str, Any]) -> Any:
     Raises:
         UserError: `wandb` is not installed.
     """
-    from common.errors import UserError
-
     try:
         import wandb
     except ImportError:

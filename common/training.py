@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.errors import UserError
-from common.metrics import Metrics, git_revision, hold, package_versions, start_tracking, write_json
+from common.metrics import Metrics, git_revision, hold_directory, package_versions, start_tracking, write_json
 
 SAVING_SHARE = 0.05  # of the time: a run saves more often than it has to where that costs less
 
@@ -100,11 +100,14 @@ def join_hosts() -> None:
     JAX_COORDINATOR_ADDRESS (HOST:PORT of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID. The run directory and the
     data have to lie on a file system that all hosts share. Only the first process evaluates and keeps what it writes.
 
+    SIGTERM to any of them stops all after the same chunk, which is saved (`Run.train`).
+
     Raises:
         UserError: the processes cannot be found.
     """
     if jax.distributed.is_initialized():
         return
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM and tell nobody
     number, process = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     try:
         jax.distributed.initialize(
@@ -179,13 +182,26 @@ def fetch(tree: Any, replicas: int) -> Any:
     return jax.tree.map(lambda x: x[:replicas], jax.device_get(tree))
 
 
+def noted_anywhere(number: int | None) -> int | None:
+    """The signal that one of the hosts noted, if one did: they have to stop after the same chunk."""
+    if jax.process_count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.asarray(number or 0)))) or None
+
+
+def leave_hosts() -> None:
+    """Leaves the other hosts, which do so too: one that just ended would be taken for a failure."""
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
+
+
 class Signals:
     """Within `with`, SIGTERM and Ctrl-C are noted in `number`, for a loop to stop at a good place; a second one acts as
-    it would outside. So does the first where several hosts run one program, which have to stop together."""
+    it would outside."""
 
     def __init__(self):
         self.number, self._old = None, {}
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
             found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
             self._old = {number: old for number, old in found.items() if old not in (signal.SIG_IGN, None)}
 
@@ -249,7 +265,7 @@ class Run:
         self.resume_path, resume_step = None, None
         found = any((directory / name).is_file() for name in STATES)
         if found and jax.process_index() == 0:
-            self._hold(directory)
+            self._lock = hold_directory(directory, "--run-dir")
         if args.resume and found:
             stage = header["stage"]
             self.resume_path = state_to_resume(directory, stage)
@@ -278,8 +294,7 @@ class Run:
         elif jax.process_index() == 0:
             if args.resume:
                 print(f"nothing to resume in {directory}: starting.", flush=True)
-            directory.mkdir(parents=True, exist_ok=True)
-            self._hold(directory)
+            self._lock = hold_directory(directory, "--run-dir")
             # Nothing of an earlier run may be taken for this one's. (The bank says itself what it was made of.)
             for path in directory.glob("*"):
                 if path.suffix in (".json", ".csv", ".eqx", ".png") and "bank-" not in path.name:
@@ -301,11 +316,6 @@ class Run:
             resume_step=resume_step,
             track=track,
         )
-
-    def _hold(self, directory: Path) -> None:
-        self._lock = hold(directory / ".lock")
-        if self._lock is None:
-            raise UserError(f"another process is writing to {directory}: wait for it, or pass another --run-dir.")
 
     def restore(self, state: Any) -> Any:
         """The state to start from: `state`, or with `--resume` the one that was saved, if one was."""
@@ -335,8 +345,8 @@ class Run:
                 the state of the run's own replicas, on the host.
 
         Saves every `args.save_every` steps, before an evaluation, and in between where that takes little of the time.
-        SIGTERM and Ctrl-C let the chunk come to its end and save it, but for several hosts. `--resume` evaluates first
-        where an evaluation is due at its step.
+        SIGTERM and Ctrl-C let the chunk come to its end and save it, on all hosts if one gets it. `--resume` evaluates
+        first where an evaluation is due at its step.
 
         A replica of which a number is not finite is given up and reported: the others have nothing to do with it.
 
@@ -379,11 +389,12 @@ class Run:
                 # Several hosts have to decide alike, and their clocks differ.
                 cheap = jax.process_count() == 1 and saving < SAVING_SHARE * (time.monotonic() - saved_at)
                 due = step % args.save_every == 0 or step == args.steps or evaluation_due(step)
-                stop = signals.number
+                stop = noted_anywhere(signals.number)
                 if due or cheap or stop:
                     saving = self._save(step, own(state), model)
                     saved_at = time.monotonic()
                 if stop:
+                    leave_hosts()
                     print(
                         f"{signal.Signals(stop).name}: saved step {step:,} of {args.steps:,} in {self.state_path}; "
                         f"--resume goes on.",

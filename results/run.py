@@ -14,6 +14,7 @@ import dataclasses
 import importlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,8 +135,10 @@ def run(command: str, slot: float | None) -> bool:
     """
     module, _ = parse(command)
     words = shlex.split(command)[1:] + (["--resume"] if module in TRAINED else [])
+    # It stops when this process is gone, also where that was killed.
+    guard = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
     # In a session of its own, so that one signal reaches it, from here: a second one would stop it at once.
-    process = subprocess.Popen([sys.executable, "-m", module, *words], cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen([*guard, sys.executable, "-m", module, *words], cwd=ROOT, start_new_session=True)
     try:
         code = process.wait(60 * slot if slot is not None and module in TRAINED else None)
     except subprocess.TimeoutExpired:

@@ -1,15 +1,20 @@
 """The list of experiments, and the script that runs what is left of it."""
 
+import shutil
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import evor_bc
+from common import checkpoint
 from common.envs import default_run_dir
 from common.errors import UserError
 from common.training import Run
 from results import run
+from tests import processes
 from tests.helpers import tiny_dataset
 
 
@@ -85,3 +90,28 @@ def test_a_slot_that_is_over_and_a_command_that_fails(
     assert run.progress(command) == "done", "the others are run all the same"
     with pytest.raises(UserError, match="there is no experiment 'x': choose among toy"):
         run.main(run.Args(only=("x",)))
+
+
+SCRIPT = """
+from results import run
+
+flags = "--width 8 --depth 2 --batch-size 4 --chunk 100 --steps 2000000"
+run.ROOT = run.Path(".").resolve()
+run.EXPERIMENTS = {"toy": [f"evor_bc.py --env robot --dataset data.npz --run-dir run {flags}"]}
+run.main(run.Args(only=("toy",)))
+"""
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv of util-linux")
+def test_a_training_does_not_outlive_the_script_that_started_it(tmp_path: Path):
+    """Not even where that was killed."""
+    tiny_dataset(tmp_path / "data.npz")
+    state = tmp_path / "run" / "bc" / "train_state.eqx"
+    with processes.start(SCRIPT, tmp_path) as process:
+        while process.poll() is None and not state.is_file():
+            time.sleep(0.1)
+        trainings = psutil.Process(process.pid).children()
+        assert len(trainings) == 1
+        process.kill()
+        assert processes.all_end(trainings), processes.said(tmp_path)
+    assert checkpoint.complete(state)

@@ -4,6 +4,10 @@ import csv
 import dataclasses
 import json
 import math
+import os
+import platform
+import subprocess
+import time
 import types
 from pathlib import Path
 
@@ -120,6 +124,29 @@ def test_write_csv_and_json_replace_whole_files_or_nothing(tmp_path: Path):
         write_json(tmp_path / "new" / "a.json", {"x": 2, "y": object()})
     after = contents(tmp_path / "new")
     assert {name: after[name] for name in before} == before
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path):
+    """But nothing that may still be written: of a running process, of another machine, of another file, of just now."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    here = platform.node()
+    names = {
+        "killed": f".{here}.{ended.pid}.a.json",
+        "running": f".{here}.{os.getppid()}.a.json",
+        "another machine": f".other{here}.{ended.pid}.a.json",
+        "another file": f".{here}.{ended.pid}.b.json",
+        "no number": f".{here}.x.a.json",
+        "no process": f".{here}.{10**30}.a.json",
+    }
+    for name in names.values():
+        (tmp_path / name).write_text("half")
+    write_json(tmp_path / "a.json", {})
+    assert {*names.values(), "a.json"} == set(contents(tmp_path))
+    for name in names.values():
+        os.utime(tmp_path / name, (0, time.time() - 601))
+    write_json(tmp_path / "a.json", {})
+    assert {*names.values(), "a.json"} - set(contents(tmp_path)) == {names["killed"]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Whole runs: resuming, one compile, replicas over devices, and the three stages in a row on real OGBench data."""
 
+import contextlib
 import csv
 import functools
 import json
@@ -7,7 +8,9 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -19,7 +22,7 @@ import evor_value
 from common import checkpoint, training
 from common.envs import validation_path
 from common.errors import UserError
-from common.metrics import Metrics
+from common.metrics import Metrics, read_csv
 from tests.helpers import arrays, contents, tiny_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -304,12 +307,41 @@ print("devices", seen)
         np.testing.assert_allclose(metrics("alone", stage, "3"), metrics("one", stage, "3"), rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_train_together_as_one_does(tmp_path, dataset):
-    """Both stages with three seeds on two processes of one device each (one place holds a repeat), and resumed at the
-    end: the numbers of one process with one device. Only the first process evaluates and fills the run directory."""
+@contextlib.contextmanager
+def two_processes(code: str, directory: Path) -> Iterator[list[subprocess.Popen]]:
+    """Runs `code` twice, as the two processes of one program (`jax.distributed`)."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=directory,
+            env=environment | {"JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_two_processes_train_together_as_one_does(tmp_path, dataset):
+    """Both stages with three seeds on two processes of one device each (one place holds a repeat), and resumed at the
+    end: the numbers of one process with one device. Only the first process evaluates and fills the run directory."""
     settings = dict(env="robot", dataset=dataset, seeds=3, **SMALL)
     code = f"""
 import jax, evor_bc, evor_value
@@ -325,32 +357,11 @@ for stage in (evor_bc, evor_value):
     stage.main(stage.Args(run_dir=Path("two"), distributed=True, resume=True, **{settings!r}))
 print("process", jax.process_index(), "devices", len(jax.devices()), "evaluated", evaluated)
 """
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=tmp_path,
-            env=environment | {"JAX_PROCESS_ID": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
+    with two_processes(code, tmp_path) as processes:
         for i, process in enumerate(processes):
             output, _ = process.communicate(timeout=600)
             assert process.returncode == 0, output
             assert f"process {i} devices 2 evaluated {[20, 40, 20, 40] if i == 0 else []}" in output
-    finally:
-        for process in processes:
-            process.kill()
     for stage in (evor_bc, evor_value):
         stage.main(stage.Args(run_dir=tmp_path / "one", **settings))
     for stage in ("bc", "value"):
@@ -362,6 +373,39 @@ print("process", jax.process_index(), "devices", len(jax.devices()), "evaluated"
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5)
     names = {path.name for path in (tmp_path / "two").rglob("*") if path.is_file()}
     assert names == {path.name for path in (tmp_path / "one").rglob("*") if path.is_file()}
+
+
+def test_sigterm_to_one_of_two_processes_stops_and_saves_both(tmp_path, dataset):
+    """Fails if the signal is lost, as JAX's own handler loses it, if one process goes on or waits for the other, or if
+    the resumed run differs from one that was never stopped."""
+    settings = dict(env="robot", dataset=dataset, seeds=2, **SMALL | dict(save_every=60))
+    code = f"""
+import os, signal, sys, evor_bc
+from common.errors import run_cli
+from common.metrics import Metrics, read_csv
+from pathlib import Path, PosixPath
+log = Metrics.log
+def log_and_stop(self, step, *rest):
+    log(self, step, *rest)
+    if step == 20 and os.environ["JAX_PROCESS_ID"] == "1" and os.environ["RESUME"] == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+Metrics.log = log_and_stop
+args = evor_bc.Args(run_dir=Path("two"), distributed=True, resume=os.environ["RESUME"] == "1", **{settings!r})
+sys.argv = ["evor_bc.py"]
+run_cli(lambda _: evor_bc.main(args), evor_bc.Args)
+"""
+    for resume, status, step in (("0", 143, 20), ("1", 0, 60)):
+        with mock.patch.dict(os.environ, RESUME=resume), two_processes(code, tmp_path) as processes:
+            outputs = [process.communicate(timeout=600)[0] for process in processes]
+        assert [process.returncode for process in processes] == [status] * 2, outputs
+        header = checkpoint.read_header(tmp_path / "two" / "bc" / "train_state.eqx", stage="bc", remedy="")
+        assert header["step"] == step
+    evor_bc.main(evor_bc.Args(run_dir=tmp_path / "one", **settings))
+    one, two = (
+        [float(row["value"]) for row in read_csv(tmp_path / name / "bc" / "metrics.csv")] for name in ("one", "two")
+    )
+    assert len(one) == 6 * 2 * 2
+    np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-5)
 
 
 def test_the_main_job_on_collected_data_with_chunks(tmp_path, monkeypatch, capsys):
