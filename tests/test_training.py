@@ -437,12 +437,21 @@ def test_the_main_job_on_collected_data_with_chunks(tmp_path, monkeypatch, capsy
     for metric in ("bias", "crps"):
         for task in ("1", "2"):
             assert logged[metric, "20", task] == last[metric, "20", task] != logged[metric, "10", task]
-    swept = evor_infer.main(
-        evor_infer.Args(
-            env="cube-single-play", tasks=(2,), num_actions=(1, 2), num_returns=(2,), return_temperature=(0.1, 0.0),
-            eval_episodes=2,
-        )
+    sweep = evor_infer.Args(
+        env="cube-single-play", tasks=(2,), num_actions=(1, 2), num_returns=(2,), return_temperature=(0.1, 0.0),
+        eval_episodes=2,
     )  # fmt: skip
+    (run / "infer").mkdir()
+    lock = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", lock, str(run / "infer" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=r"another process is writing to .*: wait for it, or pass another --out"):
+            evor_infer.main(sweep)
+        other.kill()
+    swept = evor_infer.main(sweep)
     assert len(swept) == 4 and (run / "infer" / "sweep.png").stat().st_size > 0
     base = {row["success"] for row in swept if row["num_actions"] == 1}
     assert len(base) == 1, "the base policy does not depend on the temperature"
