@@ -50,7 +50,7 @@ from common.flow import Solver
 from common.metrics import git_revision, hold_directory, package_versions, read_csv, sha256, write_csv, write_json
 from common.networks import Critic, FlowPolicy, ReturnScale, make_critic, make_policy, stratified_normal
 from common.statistics import success_interval
-from common.training import Standardizer, in_blocks, over_replicas
+from common.training import Standardizer, hardware, in_blocks, over_replicas
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(num_actions=(1, 4), num_returns=(4,), eval_episodes=4),
@@ -653,6 +653,7 @@ def main(args: Args) -> list[dict[str, Any]]:
             critic_sha256=sha256(run_dir / "value" / "model.eqx"),
             versions=package_versions(),
             git_revision=git_revision(),
+            hardware=hardware(),
         ),
     )
     figures.sweep(summary, out / "sweep.png", title=f"{name.short} ({header['data']['source']} data)")

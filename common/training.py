@@ -1,9 +1,12 @@
 """What training loops share: replicas, learning rates, standardisation, and the loop over compiled chunks."""
 
+import collections
 import contextlib
 import functools
 import math
 import os
+import platform
+import re
 import signal
 import sys
 import tempfile
@@ -25,8 +28,17 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 from tqdm import tqdm
 
 from common import checkpoint
+from common.envs import num_cores
 from common.errors import UserError
-from common.metrics import Metrics, git_revision, hold_directory, package_versions, start_tracking, write_json
+from common.metrics import (
+    Metrics,
+    git_revision,
+    hold_directory,
+    package_versions,
+    read_json,
+    start_tracking,
+    write_json,
+)
 
 SAVING_SHARE = 0.05  # of the time: a run saves more often than it has to where that costs less
 
@@ -91,6 +103,17 @@ def in_blocks(function: Callable, *trees: Any, rows: int) -> Any:
     """
     most = 2_048 if jax.default_backend() == "cpu" else 2**19
     return jax.lax.map(lambda leaves: function(*leaves), trees, batch_size=max(1, most // rows))
+
+
+@functools.cache
+def hardware() -> str:
+    """What this process computes on, such as `2 cores of Intel Xeon Processor @ 2.60GHz, 1 NVIDIA H100`."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        processor = found[1] if found else processor
+    kinds = collections.Counter(device.device_kind for device in jax.devices() if device.platform != "cpu")
+    return ", ".join([f"{num_cores()} cores of {processor}", *(f"{number} {kind}" for kind, number in kinds.items())])
 
 
 def join_hosts() -> None:
@@ -243,8 +266,9 @@ def state_to_resume(directory: Path, stage: str) -> Path:
 class Run:
     """A run directory and the loop that fills it.
 
-    Files: `config.json` (arguments, data, git revision, versions), `metrics.csv`, `model.eqx` (what later stages load),
-    `train_state.eqx` (what `--resume` continues from, with `model.eqx` written just before it) and the one before it,
+    Files: `config.json` (arguments, data, git revision, versions, hardware, and the seconds that the run took up to its
+    last checkpoint, evaluations included), `metrics.csv`, `model.eqx` (what later stages load), `train_state.eqx` (what
+    `--resume` continues from, with `model.eqx` written just before it) and the one before it,
     `train_state.previous.eqx`. One process at a time may fill a directory. Of several hosts the first one fills it;
     what the others write goes to a temporary directory.
     """
@@ -305,7 +329,9 @@ class Run:
         self.directory = directory
         self.state_path, self.previous_path = (directory / name for name in STATES)
         self.model_path = directory / "model.eqx"
-        write_json(directory / "config.json", self.header)
+        before = read_json(directory / "config.json") if self.resume_path is not None else None
+        self._began = time.monotonic() - (before or {}).get("seconds", 0.0)
+        self._write_config()
         track = None
         if args.track and jax.process_index() == 0:
             track = start_tracking("evor", f"{header['env']}-{header['stage']}", checkpoint.plain(args))
@@ -316,6 +342,11 @@ class Run:
             resume_step=resume_step,
             track=track,
         )
+
+    def _write_config(self) -> None:
+        # Not in the checkpoints: those of equal runs are equal.
+        seconds = round(time.monotonic() - self._began, 1)
+        write_json(self.directory / "config.json", {**self.header, "hardware": hardware(), "seconds": seconds})
 
     def restore(self, state: Any) -> Any:
         """The state to start from: `state`, or with `--resume` the one that was saved, if one was."""
@@ -419,7 +450,7 @@ class Run:
                 if self.replicas[i] in self.diverged:
                     continue
                 self.diverged.append(self.replicas[i])
-                write_json(self.directory / "config.json", self.header)
+                self._write_config()
                 report = f"{metric} of (task, seed) {self.replicas[i]} is not finite before step {step:,}"
                 if len(self.diverged) == len(self.replicas):
                     raise FloatingPointError(
@@ -439,4 +470,5 @@ class Run:
         header = {**self.header, "step": step}
         checkpoint.save(self.model_path, header, model(state))
         checkpoint.save(self.state_path, header, state, previous=self.previous_path)
+        self._write_config()
         return time.monotonic() - began

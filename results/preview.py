@@ -66,6 +66,8 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         data_source=config["data"]["source"],
         data_sha256=config["data"]["sha256"],
         git_revision=config["git_revision"],
+        hardware=config.get("hardware", ""),
+        train_seconds=config.get("seconds", ""),  # of all tasks and seeds of the run together
         **{f"version_{k}": v for k, v in versions.items()},
     )
     episodes = [row for row in read_episodes(directory / "evaluation.csv") if row["step"] == args["steps"]]

@@ -54,14 +54,16 @@ def full(env: str, name: str, flags: str = "") -> str:
     )
 
 
-def sweep(name: str, flags: str, *, run: str = "tasks") -> str:
+def sweep(name: str, flags: str, *, run: str = "tasks", tasks: str = "2") -> str:
     return (
-        f"evor_infer.py --env {CUBE} --run-dir runs/{run}/{CUBE} --policy-run-dir runs/{CUBE} --tasks 2 "
+        f"evor_infer.py --env {CUBE} --run-dir runs/{run}/{CUBE} --policy-run-dir runs/{CUBE} --tasks {tasks} "
         f"--num-returns 8 {flags} --out {name}"
     )
 
 
 FRACTIONS = "0 0.001 0.003 0.01 0.03 0.1 0.3 1 inf"
+FEWER = "0 0.01 0.1 1 inf"
+SIZES = ("--width 64", "--width 128", "--width 256", "--depth 2")  # beside 4 x 512
 EXPERIMENTS: dict[str, list[str]] = {
     # For two CPU cores.
     "policies": [policy(env, "--preview" + " --steps 200000" * (env == CUBE)) for env in PREVIEW],
@@ -72,9 +74,13 @@ EXPERIMENTS: dict[str, list[str]] = {
         preview(CUBE, "cosine", "--eval-every 10000"),
         preview(CUBE, "constant", "--schedule constant --learning-rate 3e-4 --eval-every 10000"),
     ],
-    "actions": [sweep("actions", "--num-actions 1 2 4 8 16 32 64")],
+    "capacity": [preview(CUBE, "capacity" + flags.replace(" ", "-"), flags) for flags in SIZES],
+    "actions": [sweep("actions", "--num-actions 1 2 4 8 16 32 64", tasks="1 2")],
     "tau_q": [sweep("tau_q", f"--num-actions 16 --action-temperature {FRACTIONS}")],
     "tau_r": [sweep("tau_r", f"--num-actions 16 --return-temperature {FRACTIONS}", run=r) for r in ("tasks", "paper")],
+    "temperatures": [
+        sweep("temperatures", f"--num-actions 16 --return-temperature {FEWER} --action-temperature {FEWER}")
+    ],
     "noise": [sweep("noise", "--num-actions 1 16 --action-noise 0 0.1 0.2 0.4")],
     # For a GPU: `--only full-cube-double-play --slot 9`.
     **{f"full-{env}": [policy(env, f"--seeds 5 --run-dir runs/full/{env}"), full(env, env)] for env in FULL},

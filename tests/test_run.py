@@ -5,6 +5,7 @@ import dataclasses
 import json
 import operator
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -176,6 +177,7 @@ def test_a_run_leaves_its_files_and_their_provenance(tmp_path: Path):
     config = json.loads((tmp_path / "toy" / "config.json").read_text())
     assert config["args"] == dataclasses.asdict(args) | {"run_dir": str(tmp_path)}
     assert config["versions"]["jax"] == jax.__version__ and config["git_revision"]
+    assert re.fullmatch(r"\d+ cores of .+", config.pop("hardware")) and 0 <= config.pop("seconds") < 3600
     for path in (run.model_path, run.state_path):
         assert checkpoint.read_header(path, stage="toy", remedy="") == config | {"step": 12}
     assert int(run.state.step[0]) == 12
@@ -235,6 +237,17 @@ def test_resuming_refuses_what_is_not_the_same_run(tmp_path: Path):
     with pytest.raises(UserError, match="was trained on other data: start over with --overwrite instead of --resume"):
         open_run(tmp_path, Args(resume=True), sha256="def")
     assert contents(tmp_path) == before
+
+
+def test_a_resumed_run_counts_its_time_on(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Args(), until=8)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(seconds=5_000.0)))
+    train(tmp_path, Args(resume=True))
+    assert 5_000 <= json.loads((tmp_path / "config.json").read_text())["seconds"] < 10_000
+    train(tmp_path, Args(overwrite=True))
+    assert json.loads((tmp_path / "config.json").read_text())["seconds"] < 5_000
 
 
 def test_a_moved_run_can_be_resumed(tmp_path: Path):
