@@ -74,7 +74,7 @@ EXPERIMENTS: dict[str, list[str]] = {
         preview(CUBE, "cosine", "--eval-every 10000"),
         preview(CUBE, "constant", "--schedule constant --learning-rate 3e-4 --eval-every 10000"),
     ],
-    "capacity": [preview(CUBE, "capacity" + flags.replace(" ", "-"), flags) for flags in SIZES],
+    "capacity": [preview(CUBE, "capacity" + flags[1:].replace(" ", "-"), flags) for flags in SIZES],
     "actions": [sweep("actions", "--num-actions 1 2 4 8 16 32 64", tasks="1 2")],
     "tau_q": [sweep("tau_q", f"--num-actions 16 --action-temperature {FRACTIONS}")],
     "tau_r": [sweep("tau_r", f"--num-actions 16 --return-temperature {FRACTIONS}", run=r) for r in ("tasks", "paper")],
