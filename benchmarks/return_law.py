@@ -193,8 +193,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     rows = [row for row in old if identity(row) not in measured] + rows
     fields = list(dict.fromkeys(field for row in rows for field in row))
     write_csv(args.out, fields, rows)
-    args.out.with_suffix(".md").write_text(table(rows))
-    draw(rows, args.out.with_suffix(".png"))
+    report(rows, args.out)
     print(f"rows: {args.out}\ntable: {args.out.with_suffix('.md')}")
     return rows
 
@@ -281,6 +280,12 @@ def table(rows: list[dict[str, Any]]) -> str:
                 line("its distance to N(Q, sigma^2)", size, [f | dict(q_error="") for f in found], "w1_to_normal")
             )
     return "\n".join(lines) + "\n"
+
+
+def report(rows: list[dict[str, Any]], path: Path) -> None:
+    """Table and figure of the rows that stand in `path`, beside it."""
+    path.with_suffix(".md").write_text(table(rows))
+    draw(rows, path.with_suffix(".png"))
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

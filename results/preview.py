@@ -1,10 +1,12 @@
 """Gathers finished runs into one table: raw episodes, settings, calibration, provenance.
 
     python -m results.preview --runs runs/preview/*
+    python -m results.preview
 
 Each run directory is one of `evor_value.py`. Writes, beside this file, `preview_episodes.csv` (one row per evaluation
 episode of the last checkpoint), `preview_runs.csv` (one row per run, task and seed: success of EVOR and of the base
-policy alone with intervals, calibration, settings, data, versions) and `preview.md` (the table for people).
+policy alone with intervals, calibration, settings, data, versions) and `preview.md` (the table for people), which the
+second command draws again from the rows.
 Runs at another scale or on other data never belong in the same table: it refuses to mix them.
 """
 
@@ -25,7 +27,7 @@ class Args:
     """Gather runs of evor_value.py into one table."""
 
     runs: tuple[Path, ...] = ()
-    """Run directories."""
+    """Run directories; none: only draw the table of the rows that stand there."""
     name: str = "preview"
     """Prefix of the files."""
 
@@ -97,14 +99,18 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return raw, rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+SHOWN = ("success", "low", "high", "base_success", "base_low", "base_high", "mean_predicted", "mean_observed")
+SHOWN += ("correlation", "crps")
+
+
+def table(rows: list[dict[str, str]]) -> str:
     """Markdown: one line per run, task and seed."""
     lines = [
         "| data | task | target | backup | critic | K | h | EVOR | base policy alone "
         "| mean return, predicted / observed | correlation | CRPS |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in rows:
+    for r in (row | {name: float(row[name]) for name in SHOWN} for row in rows):
         cells = (
             f"{r['env']} ({r['data_source']})",
             r["task"],
@@ -137,19 +143,22 @@ def refuse_mixtures(rows: list[dict[str, Any]]) -> None:
 
 
 def main(args: Args) -> None:
-    """Writes the three files."""
-    if not args.runs:
-        raise UserError("name at least one run directory with --runs.")
-    raw, rows = [], []
-    for run in args.runs:
-        episodes, summary = gather(run)
-        raw += episodes
-        rows += summary
-    refuse_mixtures(rows)
-    write_csv(HERE / f"{args.name}_episodes.csv", list(raw[0]), raw)
-    write_csv(HERE / f"{args.name}_runs.csv", list(rows[0]), rows)
-    (HERE / f"{args.name}.md").write_text(table(rows))
-    print(table(rows))
+    """Gathers, if runs are named, and writes the table."""
+    stored = HERE / f"{args.name}_runs.csv"
+    if args.runs:
+        raw, rows = [], []
+        for run in args.runs:
+            episodes, summary = gather(run)
+            raw += episodes
+            rows += summary
+        refuse_mixtures(rows)
+        write_csv(HERE / f"{args.name}_episodes.csv", list(raw[0]), raw)
+        write_csv(stored, list(rows[0]), rows)
+    if not stored.is_file():
+        raise UserError(f"there is no {stored}: name run directories with --runs.")
+    text = table(read_csv(stored))
+    (HERE / f"{args.name}.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

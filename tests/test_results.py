@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import evor_value
@@ -13,7 +15,7 @@ from benchmarks import speed
 from common import checkpoint
 from common.errors import UserError
 from common.metrics import write_csv
-from results import baselines, preview, sweeps, tasks
+from results import baselines, draw, preview, saturation, sweeps, tasks, training
 
 
 def make_run(path: Path, args: Any, *, solved: int, policy: str = "ab", bc_steps: int = 70, task: int = 2) -> Path:
@@ -235,3 +237,92 @@ def test_a_sweep_is_drawn_again_from_its_rows(here: Path, monkeypatch: pytest.Mo
     assert (here / "sweep_tau_r.md").read_text() == text and (here / "sweep_tau_r.png").stat().st_size > 0
     with pytest.raises(UserError, match="holds no finished sweep"):
         sweeps.main(sweeps.Args("tau_r", tuple(folders)))
+
+
+def test_every_table_is_that_of_its_rows(here: Path, monkeypatch: pytest.MonkeyPatch):
+    """All tables of results/ are drawn again, in another folder, from copies of the rows: the same to the letter. Fails
+    if somebody edits a table or a row alone."""
+    folder = Path(draw.__file__).parent
+    for module in (draw, preview, sweeps, tasks, training, saturation):
+        monkeypatch.setattr(module, "HERE", here)
+    for path in (*folder.glob("*.csv"), *folder.glob("*_words.md")):
+        shutil.copy(path, here)
+    draw.main(draw.Args())
+    drawn = {path.name: path.read_text() for path in here.glob("*.md")}
+    assert len(drawn) > 14
+    assert drawn == {name: (folder / name).read_text() for name in drawn}
+    tables = {path.name for path in folder.glob("*.md")}
+    assert tables - drawn.keys() == {"inference.md", "notes.md", "quick.md", "same_data.md", "speed.md"} & tables
+
+
+def evaluated_run(path: Path, args: Any, *, solved: list[int]) -> Path:
+    """A run that was evaluated every 10 steps, with ten episodes each."""
+    make_run(path, args, solved=0)
+    rows = [
+        dict(task=2, seed=0, step=10 * (i + 1), num_actions=16, num_returns=8, episode=e, success=float(e < number),
+             length=100)
+        for i, number in enumerate(solved) for e in range(10)
+    ]  # fmt: skip
+    write_csv(path / "value" / "evaluation.csv", list(rows[0]), rows)
+    metrics = [
+        dict(task=2, seed=0, step=row["step"], metric=metric, value=row["step"] / divisor)
+        for row in rows[::10] for metric, divisor in (("bias", -10), ("crps", 4), ("loss", 1))
+    ]  # fmt: skip
+    write_csv(path / "value" / "metrics.csv", list(metrics[0]), metrics)
+    return path
+
+
+def test_curves_over_training(here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training, "HERE", here)
+    settings = dict(horizon=5, width=64, learning_rate=1e-3)
+    runs = (
+        evaluated_run(here / "a", evor_value.Args(schedule="cosine", **settings), solved=[2, 4, 6, 9]),
+        evaluated_run(here / "b", evor_value.Args(schedule="constant", **settings), solved=[5]),
+    )
+    training.main(training.Args("schedule", runs))
+    text = (here / "training_schedule.md").read_text()
+    assert "| schedule cosine | 40 | **90%** [60%, 98%] of 10 | 63% | -4.0 | 10.0 |" in text
+    assert "| schedule constant | 10 | **50%** [24%, 76%] of 10 |  | -1.0 | 2.5 |" in text
+    for run in runs:
+        shutil.rmtree(run)
+    (here / "training_schedule.png").unlink()
+    training.main(training.Args("schedule"))
+    assert (here / "training_schedule.md").read_text() == text and (here / "training_schedule.png").is_file()
+    twins = [evaluated_run(here / name, evor_value.Args(run_dir=Path(name)), solved=[1]) for name in "cd"]
+    with pytest.raises(UserError, match="two of the runs have the same settings"):
+        training.main(training.Args("schedule", tuple(twins)))
+    other = json.loads((twins[0] / "value" / "config.json").read_text()) | dict(policy_sha256="xy")
+    (twins[0] / "value" / "config.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="differ in policy_sha256"):
+        training.main(training.Args("schedule", tuple(twins)))
+    with pytest.raises(UserError, match=r"no .*missing/value/config.json"):
+        training.main(training.Args("schedule", (here / "missing",)))
+
+
+def test_the_error_of_a_selection(here: Path, monkeypatch: pytest.MonkeyPatch):
+    """Critics whose errors are independent and as large as what they agree on: half of what the chooser promises is
+    error. The largest of two normals of variance 2 lies sqrt(2 / pi) above the mean."""
+    monkeypatch.setattr(saturation, "HERE", here)
+    rng = np.random.default_rng(0)
+    states, most = 20_000, max(saturation.NUMBERS)
+    agreed, own, others = rng.normal(size=(3, states, most))
+    chooser, other = (
+        SimpleNamespace(
+            sample_actions=lambda observations, number, key: np.zeros((states, number, 2)),
+            q_value=lambda observations, actions, num_returns, key, value=value: value.ravel(),
+        )
+        for value in (agreed + own, agreed + others)
+    )
+    rows = saturation.rows_of(chooser, other, np.zeros((states, 3)), num_returns=8)
+    about = dict(env="toy", data_source="collected", td_target="shared-noise", task=2, steps=70)
+    write_csv(here / "saturation.csv", [*about, *rows[0]], [about | row for row in rows])
+    found = saturation.summary([about | row for row in rows])
+    expected = np.sqrt(2) * np.array([1 / np.sqrt(np.pi), 1.02938, 1.42360])  # means of the largest of 2, 4, 8
+    np.testing.assert_allclose(found["own"][1:4, 0], expected, atol=0.04)
+    np.testing.assert_allclose(found["others"][1:4, 0], expected / 2, atol=0.04)
+    np.testing.assert_allclose(found["error"][1:4, 0], expected / 2, atol=0.04)
+    np.testing.assert_allclose(found["own"][1, 1], 1.96 * np.std(np.maximum(*(agreed + own)[:, :2].T)
+                               - (agreed + own)[:, 0]) / np.sqrt(states), rtol=1e-6)  # fmt: skip
+    saturation.main(saturation.Args())
+    assert (here / "saturation.md").read_text().count("|\n") == 2 + len(saturation.NUMBERS)
+    assert (here / "saturation.png").is_file()

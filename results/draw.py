@@ -1,0 +1,52 @@
+"""Draws every table and figure of this folder again, from the rows beside this file.
+
+    python -m results.draw
+
+Nothing is trained or evaluated, and no run directory is needed. (`speed.md`, `inference.md` and `same_data.md` are of
+their benchmarks: timings and comparisons that are measured and written in one go.)
+"""
+
+import dataclasses
+from pathlib import Path
+
+from benchmarks import return_law
+from common.errors import run_cli
+from results import baselines, preview, saturation, sweeps, tasks, training
+
+HERE = Path(__file__).parent
+PREVIEW = ("preview", "critics", "next_actions", "target_steps")
+BASELINES = ("baselines", "backups")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Draw everything again; there is nothing to set."""
+
+
+def names(pattern: str) -> list[str]:
+    """What stands for the `*` of a pattern in the names of files of this folder."""
+    before, after = pattern.split("*")
+    return sorted(path.name.removeprefix(before).removesuffix(after) for path in HERE.glob(pattern))
+
+
+def main(args: Args) -> None:
+    """See the top of the file."""
+    for name in PREVIEW:
+        preview.main(preview.Args(name=name))
+    for name in BASELINES:
+        baselines.main(baselines.Args(name=name, append=True))
+    others = set(names("*_runs.csv")) - {*PREVIEW, *BASELINES}
+    for name in sorted(others):
+        tasks.main(tasks.Args(name=name))
+    for name in names("sweep_*_episodes.csv"):
+        sweeps.main(sweeps.Args(name))
+    for name in names("training_*_episodes.csv"):
+        training.main(training.Args(name))
+    if (HERE / "saturation.csv").is_file():
+        saturation.main(saturation.Args())
+    for path in sorted(HERE.glob("return_law*.csv")):
+        return_law.report(return_law.read_rows(path), path)
+
+
+if __name__ == "__main__":
+    run_cli(main, Args)
