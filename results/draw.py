@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks import return_law
 from common.errors import run_cli
-from results import baselines, preview, saturation, sweeps, tasks, training
+from results import baselines, candidates, preview, saturation, sweeps, tasks, training
 
 HERE = Path(__file__).parent
 PREVIEW = ("preview", "critics", "next_actions", "target_steps")
@@ -44,6 +44,8 @@ def main(args: Args) -> None:
         training.main(training.Args(name))
     if (HERE / "saturation.csv").is_file():
         saturation.main(saturation.Args())
+    if (HERE / "candidates.csv").is_file():
+        candidates.main(candidates.Args())
     for path in sorted(HERE.glob("return_law*.csv")):
         return_law.report(return_law.read_rows(path), path)
 

@@ -15,7 +15,7 @@ from benchmarks import speed
 from common import checkpoint
 from common.errors import UserError
 from common.metrics import write_csv
-from results import baselines, draw, preview, saturation, sweeps, tasks, training
+from results import baselines, candidates, draw, preview, saturation, sweeps, tasks, training
 
 
 def make_run(path: Path, args: Any, *, solved: int, policy: str = "ab", bc_steps: int = 70, task: int = 2) -> Path:
@@ -243,7 +243,7 @@ def test_every_table_is_that_of_its_rows(here: Path, monkeypatch: pytest.MonkeyP
     """All tables of results/ are drawn again, in another folder, from copies of the rows: the same to the letter. Fails
     if somebody edits a table or a row alone."""
     folder = Path(draw.__file__).parent
-    for module in (draw, preview, sweeps, tasks, training, saturation):
+    for module in (candidates, draw, preview, sweeps, tasks, training, saturation):
         monkeypatch.setattr(module, "HERE", here)
     for path in (*folder.glob("*.csv"), *folder.glob("*_words.md")):
         shutil.copy(path, here)
@@ -326,3 +326,28 @@ def test_the_error_of_a_selection(here: Path, monkeypatch: pytest.MonkeyPatch):
     saturation.main(saturation.Args())
     assert (here / "saturation.md").read_text().count("|\n") == 2 + len(saturation.NUMBERS)
     assert (here / "saturation.png").is_file()
+
+
+def test_returns_of_roll_outs():
+    """Rewards of -1 until the task is solved after two steps, of -1 and of -2 for ever where time runs out."""
+    rewards = np.array([[-1.0, -1.0, -2.0], [-1.0, -1.0, -2.0], [0.0, -1.0, -2.0]])
+    cut = np.array([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    np.testing.assert_allclose(candidates.discounted(rewards, cut, 0.9), [-1.9, -10.0, -20.0])
+
+
+def test_a_branch_starts_where_its_actions_lead():
+    actions = np.random.default_rng(0).uniform(-1, 1, (20, 2)).astype(np.float32)
+    env = candidates.Branch("pointmaze-medium-singletask-task1-v0", 3, actions)
+    first = env.reset()[0]
+    whole = candidates.Branch("pointmaze-medium-singletask-task1-v0", 3, actions[:0])
+    start = whole.reset()[0]
+    for action in actions:
+        *rest, info = whole.step(action)
+    assert info == dict(counts=True, cut=False) and rest[1] == -1.0
+    np.testing.assert_array_equal(rest[0], first)
+    assert np.abs(first - start).max() > 0.1
+    infos = [env.step(actions[0])[-1] for _ in range(1000 - 20 + 2)]
+    assert [info["cut"] for info in infos[-4:]] == [False, True, False, False]
+    assert [info["counts"] for info in infos[-4:]] == [True, True, False, False]
+    np.testing.assert_array_equal(env.reset()[0], first)
+    env.close(), whole.close()
