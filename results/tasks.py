@@ -1,12 +1,14 @@
 """The table of environments and methods: means over tasks with intervals, per-task numbers, published ones beside them.
 
     python -m results.tasks --runs runs/tasks/* runs/seeds/* runs/paper/*
+    python -m results.tasks --append --runs runs/tasks/scene-play
     python -m results.tasks
 
 The first command gathers runs of `evor_value.py` into `tasks_runs.csv` (a row per run, task and seed, with all settings
-and versions) and `tasks_episodes.csv` (a row per episode); the second only draws `tasks.md` from them again. Success is
-that of the last checkpoint. A mean of the last three evaluations stands in a column of its own, where a run has them.
-Intervals: bootstrap over seeds and episodes for means over tasks, Wilson's over episodes for one task and seed.
+and versions) and `tasks_episodes.csv` (a row per episode), the second adds a run to them (or puts it in the place of
+one of the same name), the third only draws `tasks.md` from them again. Success is that of the last checkpoint. A mean
+of the last three evaluations stands in a column of its own, where a run has them. Intervals: bootstrap over seeds and
+episodes for means over tasks, Wilson's over episodes for one task and seed.
 """
 
 import dataclasses
@@ -32,6 +34,8 @@ class Args:
     """Run directories to gather first; none: what is stored."""
     name: str = "tasks"
     """Prefix of the files."""
+    append: bool = False
+    """Add to the rows that stand there."""
 
 
 Rows = list[dict[str, str]]
@@ -41,14 +45,23 @@ def select(rows: Rows, **values: str) -> Rows:
     return [row for row in rows if all(row[key] == value for key, value in values.items())]
 
 
+def by_method(runs: Rows) -> Iterator[Rows]:
+    """The rows of each method, in the order in which they came."""
+    for method in dict.fromkeys(tuple(row[key] for key in METHOD) for row in runs):
+        yield select(runs, **dict(zip(METHOD, method, strict=True)))
+
+
 def lines(runs: Rows) -> Iterator[Rows]:
-    """The rows of each line of the table: one method, and tasks that have the same seeds."""
-    methods = dict.fromkeys(tuple(row[key] for key in METHOD) for row in runs)
-    for method in methods:
-        rows = select(runs, **dict(zip(METHOD, method, strict=True)))
-        seeds = {task: tuple(sorted(row["seed"] for row in select(rows, task=task))) for task in tasks_of(rows)}
+    """The rows of each line of the table: of one method, all tasks with the seeds that they share; then those with more
+    seeds again, with all of them."""
+    for rows in by_method(runs):
+        seeds = {task: frozenset(row["seed"] for row in select(rows, task=task)) for task in tasks_of(rows)}
+        shared = frozenset.intersection(*seeds.values())
+        if shared:
+            yield [row for row in rows if row["seed"] in shared]
         for group in dict.fromkeys(seeds.values()):
-            yield [row for row in rows if seeds[row["task"]] == group]
+            if group != shared:
+                yield [row for row in rows if seeds[row["task"]] == group]
 
 
 def tasks_of(rows: Rows) -> list[str]:
@@ -99,6 +112,7 @@ def table(runs: Rows, episodes: Rows, published: Rows) -> str:
             f"| {int(one['steps']):,} | **{evor}** | {f'{np.mean(last):.0%}' if last else ''} | {base} "
             f"| {np.mean([float(row['crps']) for row in rows]):.1f} |"
         )
+    for rows in by_method(runs):
         for row in sorted(rows, key=lambda row: (row["task"], row["seed"])):
             cells = [task_cell(float(row[f"{name}success"]), int(row["episodes"])) for name in ("", "base_")]
             singles.append(
@@ -136,8 +150,10 @@ def last_three(run: Path) -> dict[tuple[str, str], float]:
 
 def main(args: Args) -> None:
     """Gathers, if runs are named, and draws."""
+    paths = [HERE / f"{args.name}_{kind}.csv" for kind in ("runs", "episodes")]
     if args.runs:
-        raw, rows = [], []
+        kept = [read_csv(path) if args.append and path.is_file() else [] for path in paths]
+        rows, raw = ([row for row in old if row["run"] not in map(str, args.runs)] for old in kept)
         for run in args.runs:
             episodes, summary = gather(run)
             last = last_three(run)
@@ -146,12 +162,12 @@ def main(args: Args) -> None:
                 row | dict(run=str(run), last_three=last.get((str(row["task"]), str(row["seed"])), ""))
                 for row in summary
             ]
-        refuse_mixtures(rows)
-        write_csv(HERE / f"{args.name}_episodes.csv", list(raw[0]), raw)
-        write_csv(HERE / f"{args.name}_runs.csv", list(rows[0]), rows)
-    if not (HERE / f"{args.name}_runs.csv").is_file():
-        raise UserError(f"there is no {HERE / f'{args.name}_runs.csv'}: name run directories with --runs.")
-    stored = [read_csv(HERE / f"{args.name}_{kind}.csv") for kind in ("runs", "episodes")]
+        refuse_mixtures([{key: str(value) for key, value in row.items()} for row in rows])
+        for path, found in zip(paths, (rows, raw), strict=True):
+            write_csv(path, list(dict.fromkeys(key for row in found for key in row)), found)
+    if not paths[0].is_file():
+        raise UserError(f"there is no {paths[0]}: name run directories with --runs.")
+    stored = [read_csv(path) for path in paths]
     text = table(*stored, read_csv(Path(__file__).parent / "published.csv"))
     (HERE / f"{args.name}.md").write_text(text)
     print(text)

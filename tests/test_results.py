@@ -170,7 +170,8 @@ def test_speed_times_the_lines_of_the_table(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_means_over_tasks_and_seeds(here: Path, monkeypatch: pytest.MonkeyPatch):
-    """Tasks 1 and 2 with one seed share a line, task 3 with two has its own; drawing again changes nothing."""
+    """Tasks 1 to 3 share a line with the seed that all have, task 3 with two has one of its own besides; drawing again
+    changes nothing."""
     monkeypatch.setattr(tasks, "HERE", here)
     args = evor_value.Args(horizon=5, width=64)
     other = evor_value.Args(horizon=5, width=64, first_seed=1)
@@ -186,7 +187,7 @@ def test_means_over_tasks_and_seeds(here: Path, monkeypatch: pytest.MonkeyPatch)
         [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| cube")
     ]
     shared, alone = lines[:2]
-    assert shared[1:3] == ["1 2", "1"] and shared[8].startswith("**60% [") and shared[10].startswith("0% [")
+    assert shared[1:3] == ["1 2 3", "1"] and shared[8].startswith("**73% [") and shared[10].startswith("0% [")
     assert alone[1:3] == ["3", "2"] and alone[8] == "**50% [0%, 100%]**"
     assert [line[3:6] for line in lines[2:6]] == [
         ["1", "0", "80% [49%, 94%]"], ["2", "0", "40% [17%, 69%]"], ["3", "0", "100% [72%, 100%]"],
@@ -196,6 +197,14 @@ def test_means_over_tasks_and_seeds(here: Path, monkeypatch: pytest.MonkeyPatch)
     (here / "tasks.md").unlink()
     tasks.main(tasks.Args())
     assert (here / "tasks.md").read_text() == text
+    tasks.main(tasks.Args(runs=tuple(runs[:2])))
+    for run in runs[2:]:
+        tasks.main(tasks.Args(runs=(run,), append=True))
+    tasks.main(tasks.Args(runs=(runs[2],), append=True))  # in its own place
+    assert sorted((here / "tasks.md").read_text().splitlines()) == sorted(text.splitlines())
+    longer = make_run(here / "five" / "cube-double-play", evor_value.Args(steps=2_000_000), solved=1)
+    with pytest.raises(UserError, match="differ in steps"):
+        tasks.main(tasks.Args(runs=(longer,), append=True))
     with pytest.raises(UserError, match=r"no .*nothing_runs\.csv: name run directories with --runs"):
         tasks.main(tasks.Args(name="nothing"))
 
