@@ -540,10 +540,9 @@ def film_episode(agent: Agent, settings: Extraction, env: Env, path: Path, *, se
     print(f"film: {path} ({'solved' if success else 'not solved'})")
 
 
-def read_episodes(path: Path) -> list[dict[str, Any]]:
-    """Rows of an `evaluation.csv` or `episodes.csv`, with numbers as numbers."""
-    words = ("env", "data_source", "data_sha256", "solver", "independent_noise")
-    words += ("td_target", "next_action", "critic", "git_revision", "critic_sha256", "policy_sha256")  # in results/
+def read_episodes(path: Path, *, words: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows of an `evaluation.csv` or `episodes.csv`, with numbers as numbers; `words` are more columns without any."""
+    words = ("env", "data_source", "data_sha256", "solver", "independent_noise", *words)
     whole = (
         "task",
         "seed",
@@ -596,6 +595,9 @@ def main(args: Args) -> list[dict[str, Any]]:
         film.choose_renderer()
         film.make_writer(args.video)  # now, rather than after the sweep
     run_dir = args.run_dir or default_run_dir(run_name(args.env, None), quick=args.quick)
+    out = run_dir / args.out
+    if out.resolve() in {(run_dir / folder).resolve() for folder in ("", "bc", "value")}:
+        raise UserError(f"--out {args.out}: {out} is not for sweeps: name another folder.")
     seeds = () if args.seeds is None else range(args.first_seed, args.first_seed + args.seeds)
     header, replicas, agents = load_agents(run_dir, tasks=args.tasks, seeds=seeds, policy_run_dir=args.policy_run_dir)
     name = parse_env(args.env)
@@ -609,7 +611,6 @@ def main(args: Args) -> list[dict[str, Any]]:
     sweep = list(dict.fromkeys(Extraction(*point, *ode, args.independent_noise) for point in grid))
     gym_ids = [name.gym_id(task) for task, _ in replicas]
     filmed = film.open_env(gym_ids[0], args.action_noise[-1]) if args.video is not None else None
-    out = run_dir / args.out
     _lock = hold_directory(out, "--out")  # until this function ends
     rows: list[dict[str, Any]] = []
     for noise in dict.fromkeys(args.action_noise):

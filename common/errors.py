@@ -44,28 +44,38 @@ def run_cli(main: Callable, args_type: type, presets: Mapping[str, Mapping[str, 
     try:
         main(parse_args(args_type, presets or {}, argv))
     except SystemExit as error:
-        leave_alone(error.code)
+        exit_without_waiting(error.code)
         raise
     except (UserError, FloatingPointError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        if isinstance(error, RuntimeError) and not str(error).startswith("RESOURCE_EXHAUSTED"):
+        if isinstance(error, RuntimeError) and not str(error).startswith("RESOURCE_EXHAUSTED") and not _is_lost(error):
             raise
         if debug:
             traceback.print_exc()
         stopped = isinstance(error, KeyboardInterrupt)
         print("interrupted." if stopped else f"error: {sentence(error)}", file=sys.stderr)
         code = 130 if stopped else 1 if isinstance(error, FloatingPointError) else 2
-        leave_alone(code)
+        exit_without_waiting(code)
         raise SystemExit(code) from None
     finally:
         if before not in (signal.SIG_IGN, None):
             signal.signal(signal.SIGTERM, before)
 
 
-def leave_alone(code: Any) -> None:
-    """Ends this process at once, if it is one of several that run one program (`jax.distributed`): the usual way out
-    waits for the others, which wait for this one."""
+def _is_one_of_several() -> bool:
+    """Whether this is one of several processes that run one program (`jax.distributed`)."""
     jax = sys.modules.get("jax")
-    if jax is not None and jax.distributed.is_initialized():
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether `error` is how JAX says that another process of the same program is gone."""
+    full = str(error).startswith("RESOURCE_EXHAUSTED")
+    return _is_one_of_several() and isinstance(error, sys.modules["jax"].errors.JaxRuntimeError) and not full
+
+
+def exit_without_waiting(code: Any) -> None:
+    """Ends this process at once, if it is one of several: the usual way out waits for the others, which wait for it."""
+    if _is_one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
@@ -73,8 +83,10 @@ def leave_alone(code: Any) -> None:
 
 def sentence(error: BaseException) -> str:
     """What went wrong, and what to do about it."""
+    first = str(error).partition("\n")[0]
+    if _is_lost(error):
+        return f"another process of this run ended ({first}): see what it said; all of them go on with --resume."
     if isinstance(error, MemoryError | RuntimeError):
-        first = str(error).partition("\n")[0]
         return f"out of memory ({first}): use a smaller --batch-size, fewer --seeds or --num-next-actions."
     if not isinstance(error, OSError) or isinstance(error, UserError):
         return str(error)

@@ -94,14 +94,13 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def _is_running(process: int) -> bool:
-    if os.name != "posix":  # there, signal 0 is Ctrl-C
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # of another user, or no number of a process at all
-        return True
+    if os.name == "posix":  # elsewhere, signal 0 is Ctrl-C
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+        except (OSError, OverflowError):  # of another user, or no number of a process at all
+            pass
     return True
 
 

@@ -107,12 +107,12 @@ def in_blocks(function: Callable, *trees: Any, rows: int) -> Any:
 
 @functools.cache
 def hardware() -> str:
-    """What this process computes on, such as `2 cores of Intel Xeon Processor @ 2.60GHz, 1 NVIDIA H100`."""
+    """What this host computes on, such as `2 cores of Intel Xeon Processor @ 2.60GHz, 1 NVIDIA H100`."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         processor = found[1] if found else processor
-    kinds = collections.Counter(device.device_kind for device in jax.devices() if device.platform != "cpu")
+    kinds = collections.Counter(device.device_kind for device in jax.local_devices() if device.platform != "cpu")
     return ", ".join([f"{num_cores()} cores of {processor}", *(f"{number} {kind}" for kind, number in kinds.items())])
 
 
@@ -220,7 +220,7 @@ def leave_hosts() -> None:
 
 class Signals:
     """Within `with`, SIGTERM and Ctrl-C are noted in `number`, for a loop to stop at a good place; a second one acts as
-    it would outside."""
+    it would outside. One that the loop did not act on acts at the end of the `with`."""
 
     def __init__(self):
         self.number, self._old = None, {}
@@ -233,23 +233,31 @@ class Signals:
             signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        self._restore()
+        if error is None and self.number is not None:
+            signal.raise_signal(self.number)
+
+    def _restore(self) -> None:
         for number, old in self._old.items():
             signal.signal(number, old)
 
     def _note(self, number: int, frame: Any) -> None:
         self.number = number
-        self.__exit__()
+        self._restore()
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\nstopping after this chunk, which is saved then; once more stops at once.\n")
 
     @contextlib.contextmanager
     def as_outside(self) -> Iterator[None]:
-        self.__exit__()
+        self._restore()
         yield
-        self.__enter__()
+        if self.number is None:
+            self.__enter__()
 
 
+# Arguments that say where and how a run is made, and not what comes out.
+PLACES = ("run_dir", "policy_run_dir", "resume", "overwrite", "track", "distributed")
 OVER = "start over with --overwrite instead of --resume."
 STATES = ("train_state.eqx", "train_state.previous.eqx")
 
@@ -297,10 +305,7 @@ class Run:
             resume_step = old["step"]
             self.diverged += [tuple(replica) for replica in old.get("diverged", ())]
             for field, value in checkpoint.plain(args).items():
-                if (
-                    field not in ("resume", "overwrite", "track", "distributed", "run_dir", "policy_run_dir", "dataset")
-                    and old["args"].get(field) != value
-                ):
+                if field not in (*PLACES, "dataset") and old["args"].get(field) != value:
                     raise UserError(
                         f"--resume: the run in {directory} has {field} {old['args'].get(field)!r}, not {value!r}: "
                         f"pass the same arguments, or {OVER}"
@@ -329,8 +334,10 @@ class Run:
         self.directory = directory
         self.state_path, self.previous_path = (directory / name for name in STATES)
         self.model_path = directory / "model.eqx"
-        before = read_json(directory / "config.json") if self.resume_path is not None else None
-        self._began = time.monotonic() - (before or {}).get("seconds", 0.0)
+        before = (read_json(directory / "config.json") if self.resume_path is not None else None) or {}
+        self._began = time.monotonic() - before.get("seconds", 0.0)
+        used = [*filter(None, before.get("hardware", "").split("; ")), hardware()]
+        self._hardware = "; ".join(dict.fromkeys(used))  # of all that the run was trained on
         self._write_config()
         track = None
         if args.track and jax.process_index() == 0:
@@ -346,7 +353,7 @@ class Run:
     def _write_config(self) -> None:
         # Not in the checkpoints: those of equal runs are equal.
         seconds = round(time.monotonic() - self._began, 1)
-        write_json(self.directory / "config.json", {**self.header, "hardware": hardware(), "seconds": seconds})
+        write_json(self.directory / "config.json", {**self.header, "hardware": self._hardware, "seconds": seconds})
 
     def restore(self, state: Any) -> Any:
         """The state to start from: `state`, or with `--resume` the one that was saved, if one was."""
@@ -392,11 +399,31 @@ class Run:
         quiet = jax.process_index() > 0
 
         def evaluate_where_due(step: int) -> None:
-            if evaluation_due(step):
-                found = own(state)  # on all hosts: each of them takes part in the exchange
-                if jax.process_index() == 0:
+            if not evaluation_due(step):
+                return
+            found = own(state)  # on all hosts: each of them takes part in the exchange
+            if jax.process_index() == 0:
+                try:
                     with signals.as_outside():
                         evaluate(step, found)
+                except (SystemExit, KeyboardInterrupt) as error:
+                    if jax.process_count() == 1:
+                        raise
+                    signals.number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+            stop_if(noted_anywhere(signals.number), step)
+
+        def stop_if(number: int | None, step: int) -> None:
+            """Ends the run, which is saved at `step`, if a signal was noted."""
+            if number is None:
+                return
+            leave_hosts()
+            if not quiet:
+                print(
+                    f"{signal.Signals(number).name}: saved step {step:,} of {args.steps:,} in {self.state_path}; "
+                    f"--resume goes on.",
+                    file=sys.stderr,
+                )
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
         def evaluation_due(step: int) -> bool:
             return evaluate is not None and evaluate_every > 0 and step % evaluate_every == 0 and 0 < step < args.steps
@@ -424,14 +451,7 @@ class Run:
                 if due or cheap or stop:
                     saving = self._save(step, own(state), model)
                     saved_at = time.monotonic()
-                if stop:
-                    leave_hosts()
-                    print(
-                        f"{signal.Signals(stop).name}: saved step {step:,} of {args.steps:,} in {self.state_path}; "
-                        f"--resume goes on.",
-                        file=sys.stderr,
-                    )
-                    raise KeyboardInterrupt if stop == signal.SIGINT else SystemExit(128 + stop)
+                    stop_if(noted_anywhere(signals.number), step)  # one may have come meanwhile
                 evaluate_where_due(step)
         self.state = own(state)
         if first == args.steps and jax.process_index() == 0 and not checkpoint.complete(self.model_path):

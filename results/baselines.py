@@ -27,12 +27,13 @@ from benchmarks.flops import num_parameters, step_flops
 from common.errors import UserError, run_cli
 from common.metrics import read_csv, write_csv
 from common.networks import make_critic, make_policy
+from common.training import PLACES
 from evor_infer import summarise
 from results.preview import HERE, gather, refuse_mixtures
 
 NUMBERS = dict.fromkeys(("task", "seed", "episodes", "steps", "horizon", "num_actions", "parameters", "bc_steps"), int)
 NUMBERS |= dict.fromkeys(("success", "mean_predicted", "mean_observed", "correlation", "crps", "mflop"), float)
-OF_A_SEED = ("seeds", "first_seed", "run_dir", "policy_run_dir", "resume", "overwrite", "track", "distributed")
+OF_A_SEED = (*PLACES, "seeds", "first_seed")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""Draws every table and figure of this folder again, from the rows beside this file.
+"""Draws the tables and figures of this folder again, from the rows beside this file.
 
     python -m results.draw
 
-Nothing is trained or evaluated, and no run directory is needed. (`speed.md`, `inference.md` and `same_data.md` are of
-their benchmarks: timings and comparisons that are measured and written in one go.)
+Nothing is trained or evaluated, and no run directory is needed. (`speed.*`, `inference.md`, `same_data.md` and
+`soak.png` are of their benchmarks, which measure and draw in one go; `quick.md` and `notes.md` are words.)
 """
 
 import dataclasses

@@ -24,10 +24,11 @@ from common import checkpoint
 from common.envs import default_run_dir, run_name
 from common.errors import UserError, parse_args, run_cli
 from common.metrics import plain, read_csv, read_json, sha256
+from common.training import PLACES
 
 ROOT = Path(__file__).parent.parent
 TRAINED = {"evor_bc": "bc", "evor_value": "value", "baselines.critics": "value", "baselines.qc": "value"}
-ANY = ("run_dir", "policy_run_dir", "resume", "overwrite", "track", "distributed", "workers", "save_every", "video")
+ANY = (*PLACES, "workers", "save_every", "video")
 
 CUBE = "cube-double-play"
 PREVIEW = ("cube-single-play", CUBE, "pointmaze-medium-navigate")

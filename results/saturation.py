@@ -10,8 +10,11 @@ N_pi values is chosen for its error too. A second reward model, trained with ano
 data, has an error of its own and did not choose: its value of the same choice grows as far as the two agree. Their
 difference is the error of the selection. (Errors that the two models share, such as those of the data, stay in both.)
 
-The first command writes `saturation.csv`, a row per state and N_pi; the second only draws `saturation.png` and
-`saturation.md` from it, beside the success over N_pi of `sweep_actions_episodes.csv` where that stands.
+Each of the two chooses once, and both answers count; they are one pair of seeds all the same.
+
+The first command writes `saturation.csv`, a row per state, N_pi and critic that chooses; the second only draws
+`saturation.png` and `saturation.md` from it, beside the success over N_pi in `sweep_actions_episodes.csv`, where a
+sweep of the first reward model stands there.
 """
 
 import dataclasses
@@ -20,15 +23,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from common import checkpoint, data, figures, sources
 from common.envs import validation_path
 from common.errors import UserError, run_cli
-from common.metrics import read_csv, write_csv
+from common.metrics import read_csv, sha256, write_csv
+from common.training import PLACES
 from evor_infer import Agent, load_agent, read_episodes, summarise
+from results.sweeps import WORDS
 
 HERE = Path(__file__).parent
 NUMBERS = (1, 2, 4, 8, 16, 32, 64)
+MAY_DIFFER = (*PLACES, "seeds", "first_seed", "policy_seed", "tasks", "eval_every", "eval_episodes", "save_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +43,9 @@ class Args:
     """Compare what two reward models say of the action that one of them chose."""
 
     run_dir: Path | None = None
-    """Run directory of the reward model that chooses; none: draw what is stored."""
+    """Run directory of a reward model; none: draw what is stored."""
     other: Path | None = None
-    """Run directory of the one that does not, of another seed."""
+    """Run directory of one of another seed."""
     policy_run_dir: Path | None = None
     """Run directory of the base policy that both were trained with."""
     task: int = 2
@@ -49,75 +56,103 @@ class Args:
     """Draws of the return per candidate."""
 
 
-def rows_of(chooser: Agent, other: Agent, observations: np.ndarray, *, num_returns: int) -> list[dict[str, Any]]:
-    """Per state and N_pi: `own` and `others` value of the action that `chooser` chooses among the first N_pi."""
+def values_of(
+    agents: tuple[Agent, Agent], observations: Float[np.ndarray, "states observation"], *, num_returns: int
+) -> Float[np.ndarray, "two states N"]:
+    """`Q*` of the same candidates by each agent."""
     most = max(NUMBERS)
-    candidates = chooser.sample_actions(observations, most, key=jax.random.key(0))
+    candidates = agents[0].sample_actions(observations, most, key=jax.random.key(0))
     states = np.repeat(observations, most, axis=0)
     flat = candidates.reshape(len(states), -1)
-    own, others = (
-        np.asarray(agent.q_value(states, flat, num_returns=num_returns, key=jax.random.key(1))).reshape(-1, most)
-        for agent in (chooser, other)
-    )
+    found = [agent.q_value(states, flat, num_returns=num_returns, key=jax.random.key(1)) for agent in agents]
+    return np.stack([np.asarray(value).reshape(-1, most) for value in found])
+
+
+def rows_of(values: Float[np.ndarray, "two states N"]) -> list[dict[str, Any]]:
+    """Per critic that chooses, N_pi and state: what it and the other one say of its choice among the first N_pi."""
     rows = []
-    for number in NUMBERS:
-        chosen = own[:, :number].argmax(axis=1)
-        for state, i in enumerate(chosen):
-            rows.append(dict(state=state, num_actions=number, own=float(own[state, i]), others=float(others[state, i])))
+    for chooser in range(2):
+        own, others = values[chooser], values[1 - chooser]
+        for number in NUMBERS:
+            best = own[:, :number].argmax(axis=1)
+            rows += [
+                dict(chooser=chooser, num_actions=number, state=i, own=float(own[i, j]), others=float(others[i, j]))
+                for i, j in enumerate(best)
+            ]
     return rows
 
 
 def gather(args: Args) -> list[dict[str, Any]]:
-    """The rows of two runs, with what they were trained on."""
+    """The rows of two runs, with what they were trained on.
+
+    Raises:
+        UserError: the runs differ in more than their seed.
+    """
     if args.other is None or args.policy_run_dir is None:
         raise UserError("--run-dir needs --other and --policy-run-dir too.")
-    headers = [
-        checkpoint.read_header(run / "value" / "model.eqx", stage="value", remedy="train it with evor_value.py first.")
-        for run in (args.run_dir, args.other)
-    ]
+    paths = [run / "value" / "model.eqx" for run in (args.run_dir, args.other)]
+    remedy = "train it with evor_value.py first."
+    headers = [checkpoint.read_header(path, stage="value", remedy=remedy) for path in paths]
     seeds = [next((s for task, s in header["replicas"] if task == args.task), None) for header in headers]
     if None in seeds or seeds[0] == seeds[1]:
-        raise UserError(f"the runs need task {args.task} with different seeds, not {seeds}.")
-    if len({(header["policy_sha256"], header["data"]["sha256"], header["step"]) for header in headers}) > 1:
-        raise UserError("the runs differ in base policy, data or steps: their values do not compare.")
-    agents = [
+        raise UserError(f"the runs need task {args.task} with different seeds, not {seeds}: name others.")
+    policies = [header["args"].get("policy_seed") for header in headers]
+    policies = [seed if policy is None else policy for seed, policy in zip(seeds, policies, strict=True)]
+    settings = [{k: v for k, v in header["args"].items() if k not in MAY_DIFFER} for header in headers]
+    for what, (one, two) in dict(
+        base_policy=[(header["policy_sha256"], seed) for header, seed in zip(headers, policies, strict=True)],
+        data=[header["data"]["sha256"] for header in headers],
+        steps=[header["step"] for header in headers],
+        settings=settings,
+    ).items():
+        if one != two:
+            raise UserError(f"the runs differ in {what.replace('_', ' ')}: their values do not compare.")
+    agents = tuple(
         load_agent(run, task=args.task, seed=seed, policy_run_dir=args.policy_run_dir)
         for run, seed in zip((args.run_dir, args.other), seeds, strict=True)
-    ]
-    env = headers[0]["env"]
-    path, source = sources.find_files(env, None, episodes=None)
-    if sources.describe(path, source)["sha256"] != headers[0]["data"]["sha256"]:
+    )
+    header = headers[0]
+    path, source = sources.find_files(header["env"], None, episodes=None)
+    if sources.describe(path, source)["sha256"] != header["data"]["sha256"]:
         raise UserError(f"{path} is not what the runs were trained on: states of other data do not compare.")
-    held_out = data.load_trajectories(validation_path(sources.data_files(path)[0]), env=env)
-    starts = data.transition_starts(held_out.terminals, headers[0]["horizon"], where="validation data")
-    chosen = np.random.default_rng(0).choice(starts, args.states, replace=False)
-    rows = rows_of(*agents, held_out.observations[chosen], num_returns=args.num_returns)
+    held_out = data.load_trajectories(validation_path(sources.data_files(path)[0]), env=header["env"])
+    starts = data.transition_starts(held_out.terminals, header["horizon"], where="validation data")
+    if not 1 <= args.states <= len(starts):
+        raise UserError(f"--states must be between 1 and {len(starts):,}, not {args.states}.")
+    rows_used = np.random.default_rng(0).choice(starts, args.states, replace=False)
+    trajectory = np.cumsum(held_out.terminals)[rows_used]
+    values = values_of(agents, held_out.observations[rows_used], num_returns=args.num_returns)
     about = dict(
-        env=env,
-        data_source=headers[0]["data"]["source"],
-        data_sha256=headers[0]["data"]["sha256"],
-        policy_sha256=headers[0]["policy_sha256"],
-        td_target=headers[0]["args"]["td_target"],
+        env=header["env"],
+        data_source=header["data"]["source"],
+        data_sha256=header["data"]["sha256"],
+        policy_sha256=header["policy_sha256"],
+        critic_sha256=sha256(paths[0]),
+        td_target=header["args"]["td_target"],
         task=args.task,
-        steps=headers[0]["step"],
+        steps=header["step"],
         seeds=" ".join(map(str, seeds)),
         num_returns=args.num_returns,
     )
-    return [about | row for row in rows]
+    return [about | dict(trajectory=int(trajectory[row["state"]])) | row for row in rows_of(values)]
 
 
-def summary(rows: list[dict[str, str]]) -> dict[str, np.ndarray]:
-    """Means over states with the half-width of their 95% interval, relative to one candidate: (len(NUMBERS), 2)."""
-    values = {
-        name: np.array([[float(row[name]) for row in rows if int(row["num_actions"]) == n] for n in NUMBERS])
-        for name in ("own", "others")
-    }
-    gains = {name: value - value[0] for name, value in values.items()}
+def summary(rows: list[dict[str, Any]]) -> dict[str, Float[np.ndarray, "numbers 2"]]:
+    """Gains over one candidate: their mean over trajectories and the half-width of its 95% interval. States of one
+    trajectory, and the two critics that chose in them, are no independent observations: they are averaged first."""
+    trajectories = list(dict.fromkeys(row["trajectory"] for row in rows))
+    place = {trajectory: i for i, trajectory in enumerate(trajectories)}
+    sums = {name: np.zeros((len(NUMBERS), len(trajectories))) for name in ("own", "others")}
+    counts = np.zeros((len(NUMBERS), len(trajectories)))
+    for row in rows:
+        at = NUMBERS.index(int(row["num_actions"])), place[row["trajectory"]]
+        counts[at] += 1
+        for name, total in sums.items():
+            total[at] += float(row[name])
+    gains = {name: total / counts - (total / counts)[0] for name, total in sums.items()}
     gains["error"] = gains["own"] - gains["others"]
-    return {
-        name: np.stack([gain.mean(axis=1), 1.96 * gain.std(axis=1) / np.sqrt(gain.shape[1])], axis=1)
-        for name, gain in gains.items()
-    }
+    error = {name: gain.std(axis=1, ddof=1) / np.sqrt(len(trajectories)) for name, gain in gains.items()}
+    return {name: np.stack([gain.mean(axis=1), 1.96 * error[name]], axis=1) for name, gain in gains.items()}
 
 
 def main(args: Args) -> None:
@@ -131,16 +166,16 @@ def main(args: Args) -> None:
     stored = read_csv(path)
     found, first = summary(stored), stored[0]
     sweep = HERE / "sweep_actions_episodes.csv"
-    episodes = read_episodes(sweep) if sweep.is_file() else []
-    success = {
-        row["num_actions"]: row
-        for row in summarise([row for row in episodes if row["task"] == int(first["task"])], ("num_actions",))
-    }
-    number = len({row["state"] for row in stored})
+    episodes = read_episodes(sweep, words=WORDS) if sweep.is_file() else []
+    same = int(first["task"]), first["critic_sha256"]
+    own = [row for row in episodes if (row["task"], row["critic_sha256"]) == same]
+    success = {row["num_actions"]: row for row in summarise(own, ("num_actions",))}
+    number = len({row["state"] for row in stored}), len({row["trajectory"] for row in stored})
     lines = [
         f"{first['env']} ({first['data_source']} data), task {first['task']}, `{first['td_target']}`, "
-        f"{int(first['steps']):,} steps: value of the chosen action above that of one candidate, mean over {number} "
-        f"validation states with its 95% interval, in the environment's units.",
+        f"{int(first['steps']):,} steps: value of the chosen action above that of one candidate, mean over "
+        f"{number[0]:,} states of {number[1]} validation episodes with its 95% interval, in the environment's units. "
+        f"One pair of reward models, seeds {first['seeds'].replace(' ', ' and ')}; each chooses once.",
         "",
         "| N_pi | by the critic that chose | by one of another seed | error of the selection | success |",
         "|---|---|---|---|---|",

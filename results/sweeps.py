@@ -17,6 +17,7 @@ from common.metrics import read_json, write_csv
 from evor_infer import read_episodes, summarise
 
 HERE = Path(__file__).parent
+WORDS = ("td_target", "next_action", "critic", "git_revision", "critic_sha256", "policy_sha256")
 SETTINGS = ("num_actions", "num_returns", "return_temperature", "action_temperature", "action_noise")
 
 
@@ -58,7 +59,7 @@ def main(args: Args) -> None:
         write_csv(path, list(rows[0]), rows)
     if not path.is_file():
         raise UserError(f"there is no {path}: name folders with --folders.")
-    rows = read_episodes(path)
+    rows = read_episodes(path, words=WORDS)
     summary = summarise(rows, ("env", "data_source", "td_target", "task", *SETTINGS))
     swept = [name for name in SETTINGS if len({row[name] for row in summary}) > 1] or ["num_actions"]
     lines = [

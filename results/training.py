@@ -19,10 +19,13 @@ import numpy as np
 from common import figures
 from common.errors import UserError, run_cli
 from common.metrics import CALIBRATED, read_csv, write_csv
-from evor_infer import summarise
+from common.statistics import bootstrap_interval, success_interval
+from common.training import PLACES
+from evor_infer import read_episodes, summarise
 
 HERE = Path(__file__).parent
-NOT_SETTINGS = ("run_dir", "policy_run_dir", "resume", "overwrite", "track", "eval_every", "save_every", "chunk")
+WORDS = ("label", "policy_sha256", "git_revision", "hardware", "train_seconds")
+NOT_SETTINGS = (*PLACES, "eval_every", "save_every", "chunk")
 Rows = list[dict[str, Any]]
 
 
@@ -54,15 +57,19 @@ def gather(runs: tuple[Path, ...]) -> tuple[Rows, Rows]:
     """Episodes and metrics of all evaluations of the runs.
 
     Raises:
-        UserError: a run is not there or was not evaluated, or the runs' data or base policies differ.
+        UserError: a run is not there or was not evaluated, some of it diverged, or the runs' data, base policies or
+            replicas differ.
     """
     paths = [run / "value" / name for run in runs for name in ("config.json", "evaluation.csv", "metrics.csv")]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"there is no {missing[0]}: name run directories of evor_value.py that were evaluated.")
     configs = [json.loads((run / "value" / "config.json").read_text()) for run in runs]
-    for field in ("env", "policy_sha256", "diverged"):
-        if len({str(config.get(field, [])) for config in configs}) > 1:
+    lost = [run for run, config in zip(runs, configs, strict=True) if config.get("diverged")]
+    if lost:
+        raise UserError(f"{lost[0]}: some replicas diverged: its numbers are not those of all seeds.")
+    for field in ("env", "policy_sha256", "replicas"):
+        if len({str(config[field]) for config in configs}) > 1:
             raise UserError(f"the runs differ in {field}: they share no figure.")
     if len({config["data"]["sha256"] for config in configs}) > 1:
         raise UserError("the runs were trained on different data: they share no figure.")
@@ -80,6 +87,8 @@ def gather(runs: tuple[Path, ...]) -> tuple[Rows, Rows]:
         )
         keep = ("task", "seed", "step", "num_actions", "num_returns", "episode", "success", "length")
         found = [row for row in read_csv(run / "value" / "evaluation.csv") if row["num_actions"] != "1"]
+        if not found:
+            raise UserError(f"{run} was evaluated with one action alone, the base policy: name others.")
         episodes += [about | {name: row[name] for name in keep} for row in found]
         found = [row for row in read_csv(run / "value" / "metrics.csv") if row["metric"] in CALIBRATED]
         metrics += [
@@ -89,28 +98,40 @@ def gather(runs: tuple[Path, ...]) -> tuple[Rows, Rows]:
     return episodes, metrics
 
 
-def curves(episodes: Rows, metrics: Rows) -> dict[str, list[dict[str, float]]]:
+def interval(rows: Rows) -> tuple[float, float]:
+    """95% interval of the mean success: Wilson's over episodes for one task and seed, else by bootstrap over seeds and
+    episodes of each task."""
+    by_task: dict[int, dict[int, list[float]]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], {}).setdefault(row["seed"], []).append(row["success"])
+    groups = [np.array(list(seeds.values())) for seeds in by_task.values()]
+    if sum(map(len, groups)) == 1:
+        return success_interval(groups[0].sum(), groups[0].size)
+    return bootstrap_interval(groups)
+
+
+def curves(episodes: Rows, metrics: Rows) -> dict[str, list[dict[str, Any]]]:
     """Per label, a point per evaluation: step, success with its interval, and means of the metrics over replicas."""
-    numbers = [row | dict(step=int(row["step"]), success=float(row["success"])) for row in episodes]
-    numbers = [row | dict(length=float(row["length"])) for row in numbers]
-    found: dict[str, list[dict[str, float]]] = {}
-    for point in summarise(numbers, ("label", "step")):
+    found: dict[str, list[dict[str, Any]]] = {}
+    for point in summarise(episodes, ("label", "step")):
+        key = point["label"], point["step"]
+        low, high = interval([row for row in episodes if (row["label"], row["step"]) == key])
+        point |= dict(low=low, high=high)
         for name in CALIBRATED:
-            values = [
-                float(row["value"])
-                for row in metrics
-                if (row["label"], int(row["step"]), row["metric"]) == (point["label"], point["step"], name)
-            ]
-            point[name] = float(np.mean(values)) if values else float("nan")
+            same = [row for row in metrics if (row["label"], int(row["step"])) == key and row["metric"] == name]
+            point[name] = float(np.mean([float(row["value"]) for row in same])) if same else float("nan")
         found.setdefault(point["label"], []).append(point)
     return {label: sorted(points, key=lambda point: point["step"]) for label, points in found.items()}
 
 
-def table(points: dict[str, list[dict[str, float]]], first: dict[str, str]) -> str:
+def table(points: dict[str, list[dict[str, Any]]], episodes: Rows) -> str:
     """Markdown: the last evaluation of each run, and the mean of its last three."""
-    tasks = f"{first['env']} ({first['data_source']} data)"
+    tasks, seeds, actions = (
+        ", ".join(map(str, sorted({row[name] for row in episodes}))) for name in ("task", "seed", "num_actions")
+    )
+    data = f"{episodes[0]['env']} ({episodes[0]['data_source']} data)"
     lines = [
-        f"{tasks}, one base policy; best of {first['num_actions']} actions.",
+        f"{data}, task {tasks}, seed {seeds}; best of {actions} actions.",
         "",
         "| run | steps | success | mean of the last three evaluations | bias | CRPS |",
         "|---|---|---|---|---|---|",
@@ -125,7 +146,7 @@ def table(points: dict[str, list[dict[str, float]]], first: dict[str, str]) -> s
     return "\n".join(lines) + "\n"
 
 
-def draw(points: dict[str, list[dict[str, float]]], path: Path, *, title: str) -> None:
+def draw(points: dict[str, list[dict[str, Any]]], path: Path, *, title: str) -> None:
     """Success, bias and CRPS over gradient steps, a line per run."""
     figure, axes = figures.subplots(1, 3, width=13.0, height=3.5)
     for label, found in points.items():
@@ -155,9 +176,9 @@ def main(args: Args) -> None:
             write_csv(path, list(rows[0]), rows)
     if not paths[0].is_file():
         raise UserError(f"there is no {paths[0]}: name run directories with --runs.")
-    episodes, metrics = (read_csv(path) for path in paths)
-    points = curves(episodes, metrics)
-    text = table(points, episodes[0])
+    episodes = read_episodes(paths[0], words=WORDS)
+    points = curves(episodes, read_csv(paths[1]))
+    text = table(points, episodes)
     (HERE / f"training_{args.name}.md").write_text(text)
     if max(map(len, points.values())) > 1:
         title = f"{episodes[0]['env']} ({episodes[0]['data_source']} data)"

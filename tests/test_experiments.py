@@ -1,5 +1,6 @@
 """The list of experiments, and the script that runs what is left of it."""
 
+import contextlib
 import shutil
 import sys
 import time
@@ -111,7 +112,12 @@ def test_a_training_does_not_outlive_the_script_that_started_it(tmp_path: Path):
         while process.poll() is None and not state.is_file():
             time.sleep(0.1)
         trainings = psutil.Process(process.pid).children()
-        assert len(trainings) == 1
-        process.kill()
-        assert processes.all_end(trainings), processes.said(tmp_path)
+        try:
+            assert len(trainings) == 1
+            process.kill()
+            assert processes.all_end(trainings), processes.said(tmp_path)
+        finally:
+            for training in trainings:  # in a session of its own
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    training.kill()
     assert checkpoint.complete(state)

@@ -306,6 +306,47 @@ def test_a_signal_saves_the_chunk_that_it_interrupts(tmp_path: Path, number: int
     assert arrays(tmp_path / "stopped/model.eqx") == arrays(tmp_path / "whole/model.eqx")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("at", [8, 12])
+def test_a_signal_while_saving_stops_there(
+    tmp_path: Path, number: int, at: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    """Before an evaluation that is due at step 8, and at the end: fails if the evaluation begins, or if the loop ends
+    as though nothing had been."""
+    calls, save = [], Run._save
+
+    def save_and_signal(run: Run, step: int, *rest: Any) -> float:
+        seconds = save(run, step, *rest)
+        if step == at:
+            signal.raise_signal(number)
+        return seconds
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_save", save_and_signal)
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+            train(tmp_path, Args(), evaluate=lambda step, state: calls.append(step), evaluate_every=4)
+    assert calls == [step for step in (4, 8) if step < at]
+    assert f"saved step {at} of 12" in capfd.readouterr().err
+    train(tmp_path, Args(resume=True), evaluate=lambda step, state: calls.append(step), evaluate_every=4)
+    assert calls == [4, 8]
+
+
+def test_a_signal_that_nobody_acted_on_acts_at_the_end():
+    """And after one that was noted, a second acts at once, also after an evaluation."""
+    with pytest.raises(KeyboardInterrupt), training.Signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.number == signal.SIGINT
+    with pytest.raises(ZeroDivisionError), training.Signals():
+        signal.raise_signal(signal.SIGINT)
+        raise ZeroDivisionError
+    with pytest.raises(KeyboardInterrupt), training.Signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        with signals.as_outside():
+            pass
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second was noted only")
+
+
 def test_ignored_signals_stay_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As for a background job of a script, which Ctrl-C in the foreground must not stop."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -376,30 +376,38 @@ print("process", jax.process_index(), "devices", len(jax.devices()), "evaluated"
 
 
 def test_sigterm_to_one_of_two_processes_stops_and_saves_both(tmp_path, dataset):
-    """Fails if the signal is lost, as JAX's own handler loses it, if one process goes on or waits for the other, or if
-    the resumed run differs from one that was never stopped."""
+    """The second one is stopped at step 20, then the first in an evaluation at step 40. Fails if a signal is lost, as
+    JAX's own handler loses it, if one process goes on or waits for the other, or if the resumed run's numbers differ
+    from those of one process that was never stopped by more than rounding."""
     settings = dict(env="robot", dataset=dataset, seeds=2, **SMALL | dict(save_every=60))
     code = f"""
 import os, signal, sys, evor_bc
 from common.errors import run_cli
-from common.metrics import Metrics, read_csv
+from common.metrics import Metrics
+from common.training import Run
 from pathlib import Path, PosixPath
-log = Metrics.log
+attempt, log, train = int(os.environ["ATTEMPT"]), Metrics.log, Run.train
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
 def log_and_stop(self, step, *rest):
     log(self, step, *rest)
-    if step == 20 and os.environ["JAX_PROCESS_ID"] == "1" and os.environ["RESUME"] == "0":
-        os.kill(os.getpid(), signal.SIGTERM)
-Metrics.log = log_and_stop
-args = evor_bc.Args(run_dir=Path("two"), distributed=True, resume=os.environ["RESUME"] == "1", **{settings!r})
+    if step == 20 and os.environ["JAX_PROCESS_ID"] == "1":
+        stop()
+def train_and_evaluate(*args, **keywords):
+    return train(*args, **keywords | dict(evaluate=lambda *_: attempt == 1 and stop(), evaluate_every=40))
+Metrics.log, Run.train = log_and_stop, train_and_evaluate
+args = evor_bc.Args(run_dir=Path("two"), distributed=True, resume=attempt > 0, **{settings!r})
 sys.argv = ["evor_bc.py"]
 run_cli(lambda _: evor_bc.main(args), evor_bc.Args)
 """
-    for resume, status, step in (("0", 143, 20), ("1", 0, 60)):
-        with mock.patch.dict(os.environ, RESUME=resume), two_processes(code, tmp_path) as processes:
+    for attempt, (status, step) in enumerate(((143, 20), (143, 40), (0, 60))):
+        with mock.patch.dict(os.environ, ATTEMPT=str(attempt)), two_processes(code, tmp_path) as processes:
             outputs = [process.communicate(timeout=600)[0] for process in processes]
         assert [process.returncode for process in processes] == [status] * 2, outputs
         header = checkpoint.read_header(tmp_path / "two" / "bc" / "train_state.eqx", stage="bc", remedy="")
-        assert header["step"] == step
+        assert header["step"] == step and not any("Traceback" in output for output in outputs), outputs
+        saved = f"SIGTERM: saved step {step} of 60 in two/bc/train_state.eqx; --resume goes on."
+        assert [saved in output for output in outputs] == [status > 0, False], outputs
     evor_bc.main(evor_bc.Args(run_dir=tmp_path / "one", **settings))
     one, two = (
         [float(row["value"]) for row in read_csv(tmp_path / name / "bc" / "metrics.csv")] for name in ("one", "two")
