@@ -6,9 +6,9 @@
 
 The first command gathers runs of `evor_value.py` into `tasks_runs.csv` (a row per run, task and seed, with all settings
 and versions) and `tasks_episodes.csv` (a row per episode), the second adds a run to them (or puts it in the place of
-one of the same name), the third only draws `tasks.md` from them again. Success is that of the last checkpoint. A mean
-of the last three evaluations stands in a column of its own, where a run has them. Intervals: bootstrap over seeds and
-episodes for means over tasks, Wilson's over episodes for one task and seed.
+one of the same name), the third only draws `tasks.md` and a figure per environment from them again. Success is that of
+the last checkpoint. A mean of the last three evaluations stands in a column of its own, where a run has them.
+Intervals: bootstrap over seeds and episodes for means over tasks, Wilson's over episodes for one task and seed.
 """
 
 import dataclasses
@@ -17,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+from common import figures
 from common.errors import UserError, run_cli
 from common.metrics import read_csv, write_csv
 from common.statistics import bootstrap_interval, success_interval
+from evor_infer import summarise
 from results.preview import gather, refuse_mixtures
 
 HERE = Path(__file__).parent
@@ -133,6 +135,21 @@ def table(runs: Rows, episodes: Rows, published: Rows) -> str:
     return "\n".join([*means, "", "Per task and seed:", "", *singles, "", note, "", *others]) + "\n"
 
 
+def draw(runs: Rows, episodes: Rows, name: str) -> None:
+    """Success per task, of the line with the most tasks of each environment: `NAME_ENV.png`."""
+    for env in dict.fromkeys(row["env"] for row in runs):
+        rows = max(lines(select(runs, env=env)), key=lambda rows: len(tasks_of(rows)))
+        replicas = {(row["run"], row["task"], row["seed"]) for row in rows}
+        own = [
+            row | dict(success=float(row["success"]), length=int(row["length"]), num_actions=int(row["num_actions"]))
+            for row in episodes
+            if (row["run"], row["task"], row["seed"]) in replicas
+        ]
+        one = rows[0]
+        title = f"{env} ({one['data_source']} data), {one['td_target']}, {int(one['steps']):,} steps"
+        figures.success(summarise(own, ("task", "num_actions")), HERE / f"{name}_{env}.png", title=title)
+
+
 def last_three(run: Path) -> dict[tuple[str, str], float]:
     """Mean success of the last three evaluations, where there are three, by (task, seed)."""
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
@@ -170,6 +187,7 @@ def main(args: Args) -> None:
     stored = [read_csv(path) for path in paths]
     text = table(*stored, read_csv(Path(__file__).parent / "published.csv"))
     (HERE / f"{args.name}.md").write_text(text)
+    draw(*stored, args.name)
     print(text)
 
 

@@ -195,7 +195,9 @@ def test_means_over_tasks_and_seeds(here: Path, monkeypatch: pytest.MonkeyPatch)
     ]  # fmt: skip
     assert lines[6] == ["cube-double-play", "74%", "DSRL, chunks of 5", "released data of QAM, 12 seeds"]
     (here / "tasks.md").unlink()
+    (here / "tasks_cube-double-play.png").unlink()
     tasks.main(tasks.Args())
+    assert (here / "tasks_cube-double-play.png").is_file()
     assert (here / "tasks.md").read_text() == text
     tasks.main(tasks.Args(runs=tuple(runs[:2])))
     for run in runs[2:]:
