@@ -794,8 +794,8 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
     ) -> Float16[np.ndarray, "policies longest K chunk"]:
         """The next-action bank of a file; the first draw is kept beside the base policy."""
         many = len(files) > 1
-        seed = "" if args.policy_seed is None else f"-seed-{args.policy_seed}"
-        name = f"bank-{args.num_next_actions}{seed}" + f"-{file.stem}" * many
+        seeds = "-".join(map(str, args.policy_seeds))
+        name = f"bank-{args.num_next_actions}-seeds-{seeds}" + f"-{file.stem}" * many
         if args.next_action == "dataset" or args.own_policy:
             return np.zeros((len(args.policy_seeds), longest, 0, dims["action_dim"] * args.horizon), np.float16)
         bank = make_bank(

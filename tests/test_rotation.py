@@ -103,7 +103,7 @@ def test_copies_of_one_file_train_as_that_file_does(tmp_path: Path):
     copies = train(tmp_path, tmp_path / "copies", "two")
     assert alone == copies and len(alone["bc"]) == len(alone["value"]) == 6
     banks = sorted(path.name for path in (tmp_path / "two" / "bc").glob("bank-*"))
-    assert banks == ["bank-2-a.eqx", "bank-2-b.eqx"]
+    assert banks == ["bank-2-seeds-0-a.eqx", "bank-2-seeds-0-b.eqx"]
 
 
 def test_files_of_different_lengths_share_one_program_and_every_row(tmp_path: Path):
@@ -196,8 +196,8 @@ def test_a_file_that_changed_is_another_dataset(tmp_path: Path):
     evor_bc.main(evor_bc.Args(**settings))
     evor_value.main(evor_value.Args(**settings))
     again = {path.name: path.read_bytes() for path in (tmp_path / "run" / "bc").glob("bank-*")}
-    assert banks.keys() == again.keys() == {"bank-4-a.eqx", "bank-4-b.eqx"}
-    assert banks["bank-4-b.eqx"] != again["bank-4-b.eqx"]
+    assert banks.keys() == again.keys() == {"bank-4-seeds-0-a.eqx", "bank-4-seeds-0-b.eqx"}
+    assert banks["bank-4-seeds-0-b.eqx"] != again["bank-4-seeds-0-b.eqx"]
 
 
 def test_returns_are_bounded_by_the_rewards_of_all_files(tmp_path: Path):

@@ -175,7 +175,7 @@ def test_bank_is_reused_only_with_what_it_was_made_of(tmp_path, dataset):
     evor_bc.main(evor_bc.Args(**settings))
     args = evor_value.Args(**settings, overwrite=True)
     evor_value.main(args)
-    bank = tmp_path / "r" / "bc" / "bank-4.eqx"
+    bank = tmp_path / "r" / "bc" / "bank-4-seeds-0.eqx"
     stamp = bank.stat().st_mtime_ns
     evor_value.main(args)
     assert bank.stat().st_mtime_ns == stamp
@@ -200,7 +200,7 @@ def test_the_bank_is_drawn_anew_when_asked(tmp_path, dataset, monkeypatch):
     evor_value.main(evor_value.Args(run_dir=tmp_path / "r", **settings))
     assert [draw for draw, _ in banks] == [0, 1, 2]
     assert not np.array_equal(banks[0][1], banks[1][1]) and not np.array_equal(banks[1][1], banks[2][1])
-    assert [path.name for path in (tmp_path / "r" / "bc").glob("bank-*")] == ["bank-4.eqx"]
+    assert [path.name for path in (tmp_path / "r" / "bc").glob("bank-*")] == ["bank-4-seeds-0.eqx"]
     whole = files(tmp_path / "r", "value")
     evor_value.main(evor_value.Args(run_dir=tmp_path / "r", overwrite=True, **settings | {"redraw_bank": 0}))
     never, often = (
