@@ -98,7 +98,7 @@ def record(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(8.0, 4.0), layout="tight")
     observation, step, done, success = seeded_reset(env, seed), 0, False, 0.0
-    with writer.saving(figure, str(path), dpi=80):
+    with writer.saving(figure, str(path), dpi=64):
         while not done:
             chunk, draws, others = decide(observation, step)
             for action in chunk:

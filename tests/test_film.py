@@ -44,7 +44,7 @@ def test_a_frame_for_every_second_step_and_one_decision_a_chunk(tmp_path: Path):
     assert success == 1.0 and asked == [(0.0, 0), (3.0, 3), (6.0, 6)] and env.drawn == [0, 2, 4, 6, 7]
     with Image.open(tmp_path / "films" / "a.gif") as found:
         # Four, and the last one for a second; Pillow may join equal ones.
-        assert 5 <= found.n_frames <= 19 and found.size == (640, 320)
+        assert 5 <= found.n_frames <= 19 and found.size == (512, 256)
 
 
 def test_without_ffmpeg_a_gif_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
