@@ -4,7 +4,8 @@
     python -m results.sweeps --name tau_r
 
 A folder is what `evor_infer.py --out` filled. The first command gathers them into `sweep_NAME_episodes.csv`, a row per
-episode with every setting and where it comes from; the second only draws `sweep_NAME.md` and `sweep_NAME.png` from it.
+episode with every setting and where it comes from; the second only draws `sweep_NAME.md` and `sweep_NAME.png` from it:
+lines, or a heat map where two settings of one reward model and task were swept.
 """
 
 import dataclasses
@@ -74,7 +75,12 @@ def main(args: Args) -> None:
         )
     (HERE / f"sweep_{args.name}.md").write_text("\n".join(lines) + "\n")
     title = f"{summary[0]['env']} ({summary[0]['data_source']} data), {rows[0]['steps']:,} steps"
-    figures.sweep(summary, HERE / f"sweep_{args.name}.png", title=title, by=("td_target", "task"))
+    path = HERE / f"sweep_{args.name}.png"
+    if len(swept) == 2 and len({(row["td_target"], row["task"]) for row in summary}) == 1:
+        title += f", {summary[0]['td_target']}, task {summary[0]['task']}"
+        figures.heat_map(summary, path, x=swept[0], y=swept[1], title=title)
+    else:
+        figures.sweep(summary, path, title=title, by=("td_target", "task"))
     print("\n".join(lines))
 
 

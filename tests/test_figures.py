@@ -68,6 +68,20 @@ def test_sweep_of_a_single_point_draws_it(tmp_path: Path, drawn: list):
     assert [axis.get_xlabel() for axis in drawn[0].axes] == ["num_actions"]
 
 
+def test_heat_map_puts_each_success_into_its_cell(tmp_path: Path, drawn: list):
+    values = {(0.0, 0.1): 0.25, (0.0, 1.0): 0.5, (float("inf"), 0.1): 0.75}
+    summary = [dict(a=a, b=b, success=success) for (a, b), success in values.items()]
+    figures.heat_map(summary, tmp_path / "a.png", x="a", y="b", title="toy")
+    axis = drawn[0].axes[0]
+    np.testing.assert_array_equal(axis.images[0].get_array().filled(-1), [[25, 75], [50, -1]])
+    assert {(*text.get_position(), text.get_text()) for text in axis.texts} == {
+        (0, 0, "25"),
+        (1, 0, "75"),
+        (0, 1, "50"),
+    }
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "inf"]
+
+
 def test_calibration_draws_bins_and_shares(tmp_path: Path, drawn: list):
     levels = np.array([0.1, 0.5, 0.9])
     means = np.linspace(-3, 0, 30)
