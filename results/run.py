@@ -79,6 +79,9 @@ EXPERIMENTS: dict[str, list[str]] = {
     "actions": [sweep("actions", "--num-actions 1 2 4 8 16 32 64", tasks="1 2")],
     "tau_q": [sweep("tau_q", f"--num-actions 16 --action-temperature {FRACTIONS}")],
     "tau_r": [sweep("tau_r", f"--num-actions 16 --return-temperature {FRACTIONS}", run=r) for r in ("tasks", "paper")],
+    "tau_r_tasks": [
+        sweep("tau_r_tasks", "--num-actions 16 --return-temperature 0.03 0.1", tasks="1 2 3 4 5"),
+    ],
     "temperatures": [
         sweep("temperatures", f"--num-actions 16 --return-temperature {FEWER} --action-temperature {FEWER}")
     ],
