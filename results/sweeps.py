@@ -5,7 +5,7 @@
 
 A folder is what `evor_infer.py --out` filled. The first command gathers them into `sweep_NAME_episodes.csv`, a row per
 episode with every setting and where it comes from; the second only draws `sweep_NAME.md` and `sweep_NAME.png` from it:
-lines, or a heat map where two settings of one reward model and task were swept.
+lines, or a heat map where both temperatures of one reward model and task were swept.
 """
 
 import dataclasses
@@ -76,7 +76,10 @@ def main(args: Args) -> None:
     (HERE / f"sweep_{args.name}.md").write_text("\n".join(lines) + "\n")
     title = f"{summary[0]['env']} ({summary[0]['data_source']} data), {rows[0]['steps']:,} steps"
     path = HERE / f"sweep_{args.name}.png"
-    if len(swept) == 2 and len({(row["td_target"], row["task"]) for row in summary}) == 1:
+    if (
+        swept == ["return_temperature", "action_temperature"]
+        and len({(r["td_target"], r["task"]) for r in summary}) == 1
+    ):
         title += f", {summary[0]['td_target']}, task {summary[0]['task']}"
         figures.heat_map(summary, path, x=swept[0], y=swept[1], title=title)
     else:
