@@ -112,7 +112,8 @@ class Args:
     policy_seed: int | None = None
     """The base policy that all seeds share, by its seed; each seed's own by default."""
     resume: bool = False
-    """Continue from the last checkpoint in the run directory."""
+    """Continue from the last checkpoint in the run directory. Settings of the evaluation may be others then; of a run
+    that is complete, only the evaluation is done again."""
     overwrite: bool = False
     """Start anew where a run stands already."""
     track: bool = False
@@ -214,6 +215,12 @@ class Args:
     @property
     def method(self) -> str:
         return self.td_target
+
+    @property
+    def evaluation_only(self) -> tuple[str, ...]:
+        """Settings that training does not depend on: `--resume` may change them, and then evaluates anew."""
+        names = ("eval_episodes", "num_actions", "num_returns", "action_temperature")
+        return names if self.next_action == "softmax" else (*names, "return_temperature")
 
     @property
     def own_policy(self) -> bool:
@@ -870,9 +877,10 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
     evaluation_path = run.directory / "evaluation.csv"
     rows: list[dict[str, Any]] = []
     if run.resume_path is not None and evaluation_path.is_file():
-        # One at the step that the run goes on from is done anew.
-        done = int(np.max(state.step))
+        # One at the step that the run goes on from is done anew; earlier ones with other settings would mix with it.
+        done, own = int(np.max(state.step)), dataclasses.asdict(settings)
         rows = [row for row in evor_infer.read_episodes(evaluation_path) if row["step"] < done]
+        rows = [row for row in rows if all(row[name] == value for name, value in own.items())]
 
     def check_calibration(step: int, state: Any) -> list[Calibration]:
         found = calibrate(args, agents(state), good_pairs(), validation, tasks)

@@ -304,8 +304,9 @@ class Run:
             old = checkpoint.read_header(self.resume_path, stage=stage, remedy=OVER)
             resume_step = old["step"]
             self.diverged += [tuple(replica) for replica in old.get("diverged", ())]
+            may_differ = (*PLACES, "dataset", *getattr(args, "evaluation_only", ()))
             for field, value in checkpoint.plain(args).items():
-                if field not in (*PLACES, "dataset") and old["args"].get(field) != value:
+                if field not in may_differ and old["args"].get(field) != value:
                     raise UserError(
                         f"--resume: the run in {directory} has {field} {old['args'].get(field)!r}, not {value!r}: "
                         f"pass the same arguments, or {OVER}"

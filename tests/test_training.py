@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import json
 import os
@@ -264,6 +265,11 @@ def test_the_main_job_trains_finishes_or_refuses_the_base_policy(tmp_path, datas
         evor_value.main(evor_value.Args(**settings, policy_run_dir=tmp_path / "elsewhere"))
 
 
+def test_the_softmax_backup_trains_with_the_return_temperature():
+    assert "return_temperature" in evor_value.Args().evaluation_only
+    assert "return_temperature" not in evor_value.Args(next_action="softmax").evaluation_only
+
+
 def test_replicas_equal_runs_of_their_own_on_any_number_of_devices(tmp_path, dataset):
     """Five seeds of both stages: on four virtual devices (two of the eight places hold repeats), on one, and one of the
     seeds alone. The metrics of every step agree up to the order of float additions, and the work is really spread."""
@@ -463,3 +469,13 @@ def test_the_main_job_on_collected_data_with_chunks(tmp_path, monkeypatch, capsy
     assert len(swept) == 4 and (run / "infer" / "sweep.png").stat().st_size > 0
     base = {row["success"] for row in swept if row["num_actions"] == 1}
     assert len(base) == 1, "the base policy does not depend on the temperature"
+
+    # The same model, evaluated with another number of actions: no row of the earlier settings stays.
+    before = (run / "value" / "model.eqx").read_bytes()
+    evor_value.main(dataclasses.replace(args, resume=True, num_actions=3))
+    rows = evor_infer.read_episodes(run / "value" / "evaluation.csv")
+    assert sorted({(row["step"], row["num_actions"]) for row in rows}) == [(20, 1), (20, 3)]
+    assert json.loads((run / "value" / "config.json").read_text())["args"]["num_actions"] == 3
+    assert (run / "value" / "model.eqx").read_bytes() == before
+    with pytest.raises(UserError, match="has return_temperature 0.1, not 0.5"):  # the softmax backup trains with it
+        evor_value.main(dataclasses.replace(args, resume=True, return_temperature=0.5))
