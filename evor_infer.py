@@ -85,7 +85,7 @@ class Args:
     """N_pi: candidates from the base policy (32: the paper's)."""
     num_returns: tuple[int, ...] = (16,)
     """N: draws of the reward-to-go per candidate (ours)."""
-    return_temperature: tuple[float, ...] = (0.1,)
+    return_temperature: tuple[float, ...] = (0.03,)
     """tau_R as a fraction of the return range (ours); inf scores by the mean, 0 by the largest draw."""
     action_temperature: tuple[float, ...] = (0.0,)
     """tau_Q as a fraction of the return range (ours); 0 takes the best candidate."""
@@ -127,7 +127,7 @@ class Extraction(eqx.Module):
 
     num_actions: int = eqx.field(static=True, default=32)
     num_returns: int = eqx.field(static=True, default=16)
-    return_temperature: float = 0.1
+    return_temperature: float = 0.03
     action_temperature: float = 0.0
     flow_steps: int = eqx.field(static=True, default=10)
     solver: Solver = eqx.field(static=True, default="euler")
@@ -452,7 +452,7 @@ class Agent:
         actions: Float[Array | np.ndarray, "batch *chunk"],
         *,
         num_returns: int = 16,
-        return_temperature: float = 0.1,
+        return_temperature: float = 0.03,
         key: PRNGKeyArray,
         **settings,
     ) -> Float[Array, " batch"]:

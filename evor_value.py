@@ -196,7 +196,7 @@ class Args:
     """N_pi at evaluation (32: the paper's)."""
     num_returns: int = 16
     """N at evaluation (ours)."""
-    return_temperature: float = 0.1
+    return_temperature: float = 0.03
     """tau_R, in the softmax backup and at evaluation, as a fraction of the return range (ours)."""
     action_temperature: float = 0.0
     """tau_Q at evaluation, as a fraction of the return range (ours)."""

@@ -64,6 +64,7 @@ def sweep(name: str, flags: str, *, run: str = "tasks", tasks: str = "2") -> str
 
 FRACTIONS = "0 0.001 0.003 0.01 0.03 0.1 0.3 1 inf"
 FEWER = "0 0.01 0.1 1 inf"
+AT = "--return-temperature 0.1"  # what was the default when these were run
 SIZES = ("--width 64", "--width 128", "--width 256", "--depth 2")  # beside 4 x 512
 EXPERIMENTS: dict[str, list[str]] = {
     # For two CPU cores.
@@ -76,8 +77,8 @@ EXPERIMENTS: dict[str, list[str]] = {
         preview(CUBE, "constant", "--schedule constant --learning-rate 3e-4 --eval-every 10000"),
     ],
     "capacity": [preview(CUBE, "capacity" + flags[1:].replace(" ", "-"), flags) for flags in SIZES],
-    "actions": [sweep("actions", "--num-actions 1 2 4 8 16 32 64", tasks="1 2")],
-    "tau_q": [sweep("tau_q", f"--num-actions 16 --action-temperature {FRACTIONS}")],
+    "actions": [sweep("actions", f"--num-actions 1 2 4 8 16 32 64 {AT}", tasks="1 2")],
+    "tau_q": [sweep("tau_q", f"--num-actions 16 --action-temperature {FRACTIONS} {AT}")],
     "tau_r": [sweep("tau_r", f"--num-actions 16 --return-temperature {FRACTIONS}", run=r) for r in ("tasks", "paper")],
     "tau_r_tasks": [
         sweep("tau_r_tasks", "--num-actions 16 --return-temperature 0.03 0.1", tasks="1 2 3 4 5"),
@@ -85,7 +86,7 @@ EXPERIMENTS: dict[str, list[str]] = {
     "temperatures": [
         sweep("temperatures", f"--num-actions 16 --return-temperature {FEWER} --action-temperature {FEWER}")
     ],
-    "noise": [sweep("noise", "--num-actions 1 16 --action-noise 0 0.1 0.2 0.4")],
+    "noise": [sweep("noise", f"--num-actions 1 16 --action-noise 0 0.1 0.2 0.4 {AT}")],
     # For a GPU: `--only full-cube-double-play --slot 9`.
     **{f"full-{env}": [policy(env, f"--seeds 5 --run-dir runs/full/{env}"), full(env, env)] for env in FULL},
     "full-scene-play-sparse": [full("scene-play", "scene-play-sparse", "--reward sparse")],
