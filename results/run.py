@@ -55,9 +55,9 @@ def full(env: str, name: str, flags: str = "") -> str:
     )
 
 
-def sweep(name: str, flags: str, *, run: str = "tasks", tasks: str = "2") -> str:
+def sweep(name: str, flags: str, *, run: str = "tasks", tasks: str = "2", env: str = CUBE) -> str:
     return (
-        f"evor_infer.py --env {CUBE} --run-dir runs/{run}/{CUBE} --policy-run-dir runs/{CUBE} --tasks {tasks} "
+        f"evor_infer.py --env {env} --run-dir runs/{run}/{env} --policy-run-dir runs/{env} --tasks {tasks} "
         f"--num-returns 8 {flags} --out {name}"
     )
 
@@ -81,7 +81,8 @@ EXPERIMENTS: dict[str, list[str]] = {
     "tau_q": [sweep("tau_q", f"--num-actions 16 --action-temperature {FRACTIONS} {AT}")],
     "tau_r": [sweep("tau_r", f"--num-actions 16 --return-temperature {FRACTIONS}", run=r) for r in ("tasks", "paper")],
     "tau_r_tasks": [
-        sweep("tau_r_tasks", "--num-actions 16 --return-temperature 0.03 0.1", tasks="1 2 3 4 5"),
+        sweep("tau_r_tasks", "--num-actions 16 --return-temperature 0.03 0.1", tasks="1 2 3 4 5", env=env)
+        for env in ("cube-single-play", CUBE)
     ],
     "temperatures": [
         sweep("temperatures", f"--num-actions 16 --return-temperature {FEWER} --action-temperature {FEWER}")
@@ -134,7 +135,9 @@ def progress(command: str) -> str:
         return "not begun"
     step = checkpoint.read_header(model, stage=TRAINED[module], remedy="")["step"]
     rows = read_csv(directory / "evaluation.csv") if (directory / "evaluation.csv").is_file() else []
-    evaluated = not getattr(args, "eval_episodes", 0) or str(args.steps) in {row["step"] for row in rows}
+    # One that was begun with other settings of the evaluation has left rows of the old ones.
+    own = [row for row in rows if float(row["return_temperature"]) == args.return_temperature]
+    evaluated = not getattr(args, "eval_episodes", 0) or str(args.steps) in {row["step"] for row in own}
     return "done" if step == args.steps and evaluated else f"step {step:,} of {args.steps:,}"
 
 
