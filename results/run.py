@@ -69,9 +69,9 @@ SIZES = ("--width 64", "--width 128", "--width 256", "--depth 2")  # beside 4 x 
 EXPERIMENTS: dict[str, list[str]] = {
     # For two CPU cores.
     "policies": [policy(env, "--preview" + " --steps 200000" * (env == CUBE)) for env in PREVIEW],
-    "tasks": [preview(env, "tasks", "--tasks 1 2 3 4 5") for env in PREVIEW],
-    "seeds": [preview(env, "seeds", "--first-seed 1 --policy-seed 0") for env in PREVIEW],
-    "paper": [preview(env, "paper", "--td-target paper") for env in PREVIEW],
+    "tasks": [preview(env, "tasks", f"--tasks 1 2 3 4 5 {AT}") for env in PREVIEW],
+    "seeds": [preview(env, "seeds", f"--first-seed 1 --policy-seed 0 {AT}") for env in PREVIEW],
+    "paper": [preview(env, "paper", f"--td-target paper {AT}") for env in PREVIEW],
     "schedule": [
         preview(CUBE, "cosine", "--eval-every 10000"),
         preview(CUBE, "constant", "--schedule constant --learning-rate 3e-4 --eval-every 10000"),
