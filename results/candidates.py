@@ -33,6 +33,8 @@ from evor_infer import Agent, load_agent
 HERE = Path(__file__).parent
 ENVIRONMENTS = 16  # stepped side by side
 
+READOUT = dict(num_returns=8, return_temperature=0.1)  # of `saturation.csv` and the film too
+
 
 @dataclasses.dataclass(frozen=True)
 class Args:
@@ -97,7 +99,7 @@ def walk(agent: Agent, gym_id: str, seed: int, steps: int) -> tuple[np.ndarray, 
         observation = seeded_reset(env, seed)
         while len(actions) < steps:
             key = jax.random.fold_in(jax.random.key(0), len(actions))
-            chunk = agent.act(observation[None].astype(np.float32), key=key, num_actions=16, num_returns=8)[0]
+            chunk = agent.act(observation[None].astype(np.float32), key=key, num_actions=16, **READOUT)[0]
             for action in np.asarray(chunk)[: steps - len(actions)]:
                 observation, _, terminated, truncated, _ = env.step(action)
                 actions.append(action)
@@ -146,7 +148,8 @@ def gather(args: Args) -> list[dict[str, Any]]:
     one = observation[None].astype(np.float32)
     candidates = np.asarray(agent.sample_actions(one, args.num_actions, key=jax.random.key(2))[0])
     many = np.repeat(one, len(candidates), axis=0)
-    order = np.argsort(np.asarray(agent.q_value(many, candidates, key=jax.random.key(3))))
+    tau_r = READOUT["return_temperature"]
+    order = np.argsort(np.asarray(agent.q_value(many, candidates, return_temperature=tau_r, key=jax.random.key(3))))
     picked = candidates[order[np.linspace(0, len(order) - 1, args.shown).round().astype(int)]]
     draws = np.asarray(agent.sample_returns(many[: args.shown], picked, args.rollouts, key=jax.random.key(4)))
     chunks = np.repeat(picked.reshape(args.shown, agent.horizon, -1), args.rollouts, axis=0)

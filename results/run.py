@@ -28,10 +28,12 @@ from common.training import PLACES
 
 ROOT = Path(__file__).parent.parent
 TRAINED = {"evor_bc": "bc", "evor_value": "value", "baselines.critics": "value", "baselines.qc": "value"}
+READOUT = ("num_returns", "return_temperature", "action_temperature")
 ANY = (*PLACES, "workers", "save_every", "video")
 
 CUBE = "cube-double-play"
-PREVIEW = ("cube-single-play", CUBE, "pointmaze-medium-navigate")
+MAZE = "pointmaze-medium-navigate"
+PREVIEW = ("cube-single-play", CUBE, MAZE)
 FULL = ("pointmaze-large-navigate", "cube-single-play", CUBE, "scene-play", "puzzle-3x3-play")
 HORIZON = dict.fromkeys((CUBE, "scene-play", "puzzle-3x3-play"), "--horizon 5")
 POLICY = {CUBE: "--ignore-observations 6 7 8 9 10 11"}  # joint velocities, see the README
@@ -69,9 +71,14 @@ SIZES = ("--width 64", "--width 128", "--width 256", "--depth 2")  # beside 4 x 
 EXPERIMENTS: dict[str, list[str]] = {
     # For two CPU cores.
     "policies": [policy(env, "--preview" + " --steps 200000" * (env == CUBE)) for env in PREVIEW],
-    "tasks": [preview(env, "tasks", f"--tasks 1 2 3 4 5 {AT}") for env in PREVIEW],
-    "seeds": [preview(env, "seeds", f"--first-seed 1 --policy-seed 0 {AT}") for env in PREVIEW],
-    "paper": [preview(env, "paper", f"--td-target paper {AT}") for env in PREVIEW],
+    "tasks": [preview(env, "tasks", "--tasks 1 2 3 4 5") for env in PREVIEW],
+    "seeds": [preview(env, "seeds", "--first-seed 1 --policy-seed 0") for env in PREVIEW],
+    "paper": [preview(env, "paper", "--td-target paper") for env in PREVIEW],
+    "maze": [
+        preview(MAZE, "discount", f"--discount 0.995 {AT}"),
+        preview(MAZE, "softmax", f"--next-action softmax --discount 0.995 {AT}"),
+        preview(MAZE, "softmax99", f"--next-action softmax {AT}"),
+    ],
     "schedule": [
         preview(CUBE, "cosine", "--eval-every 10000"),
         preview(CUBE, "constant", "--schedule constant --learning-rate 3e-4 --eval-every 10000"),
@@ -135,8 +142,8 @@ def progress(command: str) -> str:
         return "not begun"
     step = checkpoint.read_header(model, stage=TRAINED[module], remedy="")["step"]
     rows = read_csv(directory / "evaluation.csv") if (directory / "evaluation.csv").is_file() else []
-    # One that was begun with other settings of the evaluation has left rows of the old ones.
-    own = [row for row in rows if float(row["return_temperature"]) == args.return_temperature]
+    # Rows of other settings were left by an evaluation that was stopped before its end.
+    own = [row for row in rows if all(float(row[name]) == getattr(args, name) for name in READOUT)]
     evaluated = not getattr(args, "eval_episodes", 0) or str(args.steps) in {row["step"] for row in own}
     return "done" if step == args.steps and evaluated else f"step {step:,} of {args.steps:,}"
 

@@ -12,7 +12,8 @@ difference is the error of the selection. (Errors that the two models share, suc
 
 Each of the two chooses once, and both answers count; they are one pair of seeds all the same.
 
-The first command writes `saturation.csv`, a row per state, N_pi and critic that chooses; the second only draws
+The first command writes `saturation.csv`, a row per validation episode, N_pi and critic that chooses (its states are no
+independent observations), the mean over its states; the second only draws
 `saturation.png` and `saturation.md` from it, beside the success over N_pi in `sweep_actions_episodes.csv`, where a
 sweep of the first reward model stands there.
 """
@@ -23,7 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from common import checkpoint, data, figures, sources
 from common.envs import validation_path
@@ -54,30 +55,43 @@ class Args:
     """Validation states."""
     num_returns: int = 8
     """Draws of the return per candidate."""
+    return_temperature: float = 0.03
+    """tau_R, as a fraction of the return range."""
 
 
 def values_of(
-    agents: tuple[Agent, Agent], observations: Float[np.ndarray, "states observation"], *, num_returns: int
+    agents: tuple[Agent, Agent], observations: Float[np.ndarray, "states observation"], **settings: float
 ) -> Float[np.ndarray, "two states N"]:
     """`Q*` of the same candidates by each agent."""
     most = max(NUMBERS)
     candidates = agents[0].sample_actions(observations, most, key=jax.random.key(0))
     states = np.repeat(observations, most, axis=0)
     flat = candidates.reshape(len(states), -1)
-    found = [agent.q_value(states, flat, num_returns=num_returns, key=jax.random.key(1)) for agent in agents]
+    found = [agent.q_value(states, flat, key=jax.random.key(1), **settings) for agent in agents]
     return np.stack([np.asarray(value).reshape(-1, most) for value in found])
 
 
-def rows_of(values: Float[np.ndarray, "two states N"]) -> list[dict[str, Any]]:
-    """Per critic that chooses, N_pi and state: what it and the other one say of its choice among the first N_pi."""
+def rows_of(values: Float[np.ndarray, "two states N"], trajectory: Int[np.ndarray, " states"]) -> list[dict[str, Any]]:
+    """Per critic that chooses, N_pi and trajectory: what it and the other one say of its choices among the first N_pi,
+    on average over the trajectory's states."""
+    names, place = np.unique(trajectory, return_inverse=True)
+    counts = np.bincount(place)
     rows = []
     for chooser in range(2):
-        own, others = values[chooser], values[1 - chooser]
         for number in NUMBERS:
-            best = own[:, :number].argmax(axis=1)
+            best = values[chooser, :, :number].argmax(axis=1)
+            chosen = np.take_along_axis(values, best[None, :, None], axis=2)[..., 0]
+            means = [np.bincount(place, one) / counts for one in (chosen[chooser], chosen[1 - chooser])]
             rows += [
-                dict(chooser=chooser, num_actions=number, state=i, own=float(own[i, j]), others=float(others[i, j]))
-                for i, j in enumerate(best)
+                dict(
+                    trajectory=int(name),
+                    chooser=chooser,
+                    num_actions=number,
+                    states=int(count),
+                    own=own,
+                    others=others,
+                )
+                for name, count, own, others in zip(names, counts, *(mean.tolist() for mean in means), strict=True)
             ]
     return rows
 
@@ -121,7 +135,8 @@ def gather(args: Args) -> list[dict[str, Any]]:
         raise UserError(f"--states must be between 1 and {len(starts):,}, not {args.states}.")
     rows_used = np.random.default_rng(0).choice(starts, args.states, replace=False)
     trajectory = np.cumsum(held_out.terminals)[rows_used]
-    values = values_of(agents, held_out.observations[rows_used], num_returns=args.num_returns)
+    readout = dict(num_returns=args.num_returns, return_temperature=args.return_temperature)
+    values = values_of(agents, held_out.observations[rows_used], **readout)
     about = dict(
         env=header["env"],
         data_source=header["data"]["source"],
@@ -132,14 +147,14 @@ def gather(args: Args) -> list[dict[str, Any]]:
         task=args.task,
         steps=header["step"],
         seeds=" ".join(map(str, seeds)),
-        num_returns=args.num_returns,
+        **readout,
     )
-    return [about | dict(trajectory=int(trajectory[row["state"]])) | row for row in rows_of(values)]
+    return [about | row for row in rows_of(values, trajectory)]
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Float[np.ndarray, "numbers 2"]]:
-    """Gains over one candidate: their mean over trajectories and the half-width of its 95% interval. States of one
-    trajectory, and the two critics that chose in them, are no independent observations: they are averaged first."""
+    """Gains over one candidate: their mean over trajectories and the half-width of its 95% interval. The two critics
+    that chose in a trajectory are no independent observations: they are averaged first."""
     trajectories = list(dict.fromkeys(row["trajectory"] for row in rows))
     place = {trajectory: i for i, trajectory in enumerate(trajectories)}
     sums = {name: np.zeros((len(NUMBERS), len(trajectories))) for name in ("own", "others")}
@@ -170,7 +185,8 @@ def main(args: Args) -> None:
     same = int(first["task"]), first["critic_sha256"]
     own = [row for row in episodes if (row["task"], row["critic_sha256"]) == same]
     success = {row["num_actions"]: row for row in summarise(own, ("num_actions",))}
-    number = len({row["state"] for row in stored}), len({row["trajectory"] for row in stored})
+    states = {row["trajectory"]: int(row["states"]) for row in stored}
+    number = sum(states.values()), len(states)
     lines = [
         f"{first['env']} ({first['data_source']} data), task {first['task']}, `{first['td_target']}`, "
         f"{int(first['steps']):,} steps: value of the chosen action above that of one candidate, mean over "

@@ -17,6 +17,8 @@ from common.errors import UserError
 from common.metrics import write_csv
 from results import baselines, candidates, draw, preview, saturation, sweeps, tasks, training
 
+ROOT = Path(__file__).parent.parent
+
 
 def make_run(path: Path, args: Any, *, solved: int, policy: str = "ab", bc_steps: int = 70, task: int = 2) -> Path:
     """A finished run of two episodes with one action, none solved, and ten with sixteen, `solved` of them solved."""
@@ -328,11 +330,13 @@ def test_the_error_of_a_selection(here: Path, monkeypatch: pytest.MonkeyPatch):
         )
         for error in errors
     )
-    rows = saturation.rows_of(saturation.values_of(agents, np.zeros((states, 3)), num_returns=8))
-    assert len(rows) == 2 * states * len(saturation.NUMBERS)
+    values = saturation.values_of(agents, np.zeros((states, 3)), num_returns=8)
+    rows = saturation.rows_of(values, np.arange(states) // 10)
+    assert len(rows) == 2 * (states // 10) * len(saturation.NUMBERS)
+    assert {row["states"] for row in rows} == {10}
     about = dict(env="toy", data_source="collected", td_target="shared-noise", task=2, steps=70, seeds="0 1")
     about |= dict(critic_sha256="12")
-    rows = [about | dict(trajectory=row["state"] // 10) | row for row in rows]
+    rows = [about | row for row in rows]
     found = saturation.summary(rows)
     expected = np.sqrt(2) * np.array([1 / np.sqrt(np.pi), 1.02938, 1.42360])  # means of the largest of 2, 4, 8
     np.testing.assert_allclose(found["own"][1:4, 0], expected, atol=0.05)
@@ -377,3 +381,12 @@ def test_a_branch_starts_where_its_actions_lead():
     assert [info["counts"] for info in infos[-4:]] == [True, True, False, False]
     np.testing.assert_array_equal(env.reset()[0], first)
     env.close(), whole.close()
+
+
+@pytest.mark.parametrize(("name", "alone"), [("tau_r_tasks", (39, 16)), ("tau_r_tasks_single", (9, 6))])
+def test_the_readme_counts_the_episodes_that_one_temperature_alone_solves(name: str, alone: tuple[int, int]):
+    solved: dict[str, set] = {}
+    for row in read_csv(ROOT / "results" / f"sweep_{name}_episodes.csv"):
+        found = solved.setdefault(row["return_temperature"], set())
+        found |= {(row["task"], row["episode"])} if float(row["success"]) else set()
+    assert (len(solved["0.03"] - solved["0.1"]), len(solved["0.1"] - solved["0.03"])) == alone
