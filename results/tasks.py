@@ -25,7 +25,7 @@ from evor_infer import summarise
 from results.preview import gather, refuse_mixtures
 
 HERE = Path(__file__).parent
-METHOD = ("env", "horizon", "td_target", "next_action", "critic", "steps")
+METHOD = ("env", "horizon", "td_target", "next_action", "critic", "discount", "steps", "return_temperature")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +95,13 @@ def task_cell(rate: float, episodes: int) -> str:
 def table(runs: Rows, episodes: Rows, published: Rows) -> str:
     """Markdown: the means over tasks, then every task, then what others published."""
     means = [
-        "| data | tasks | seeds | target | backup | critic | h | steps | EVOR | last three evaluations "
-        "| base policy alone | CRPS |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| data | tasks | seeds | target | backup | critic | h | discount | tau_R | steps | EVOR "
+        "| last three evaluations | base policy alone | CRPS |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     singles = [
-        "| data | target | backup | task | seed | EVOR | base policy alone |",
-        "|---|---|---|---|---|---|---|",
+        "| data | target | backup | discount | task | seed | EVOR | base policy alone |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for rows in lines(runs):
         one = rows[0]
@@ -111,6 +111,7 @@ def table(runs: Rows, episodes: Rows, published: Rows) -> str:
         means.append(
             f"| {one['env']} ({one['data_source']}) | {' '.join(tasks_of(rows))} | {len(seeds)} "
             f"| `{one['td_target']}` | `{one['next_action']}` | {one['critic']} | {one['horizon']} "
+            f"| {one['discount']} | {one['return_temperature']} "
             f"| {int(one['steps']):,} | **{evor}** | {f'{np.mean(last):.0%}' if last else ''} | {base} "
             f"| {np.mean([float(row['crps']) for row in rows]):.1f} |"
         )
@@ -118,7 +119,8 @@ def table(runs: Rows, episodes: Rows, published: Rows) -> str:
         for row in sorted(rows, key=lambda row: (row["task"], row["seed"])):
             cells = [task_cell(float(row[f"{name}success"]), int(row["episodes"])) for name in ("", "base_")]
             singles.append(
-                f"| {row['env']} | `{row['td_target']}` | `{row['next_action']}` | {row['task']} | {row['seed']} "
+                f"| {row['env']} | `{row['td_target']}` | `{row['next_action']}` "
+                f"| {row['discount']} | {row['task']} | {row['seed']} "
                 f"| {' | '.join(cells)} |"
             )
     environments = {row["env"] for row in runs}

@@ -14,7 +14,7 @@ from baselines import critics, qc
 from benchmarks import speed
 from common import checkpoint
 from common.errors import UserError
-from common.metrics import write_csv
+from common.metrics import read_csv, write_csv
 from results import baselines, candidates, draw, preview, saturation, sweeps, tasks, training
 
 ROOT = Path(__file__).parent.parent
@@ -189,9 +189,9 @@ def test_means_over_tasks_and_seeds(here: Path, monkeypatch: pytest.MonkeyPatch)
         [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| cube")
     ]
     shared, alone = lines[:2]
-    assert shared[1:3] == ["1 2 3", "1"] and shared[8].startswith("**73% [") and shared[10].startswith("0% [")
-    assert alone[1:3] == ["3", "2"] and alone[8] == "**50% [0%, 100%]**"
-    assert [line[3:6] for line in lines[2:6]] == [
+    assert shared[1:3] == ["1 2 3", "1"] and shared[10].startswith("**73% [") and shared[12].startswith("0% [")
+    assert alone[1:3] == ["3", "2"] and alone[10] == "**50% [0%, 100%]**"
+    assert [line[4:7] for line in lines[2:6]] == [
         ["1", "0", "80% [49%, 94%]"], ["2", "0", "40% [17%, 69%]"], ["3", "0", "100% [72%, 100%]"],
         ["3", "1", "0% [0%, 28%]"],
     ]  # fmt: skip
