@@ -6,7 +6,8 @@ Trains critics on the probes of `benchmarks/probes.py`: stage 2's with each TD t
 of `baselines/critics.py`. Says, averaged over a probe's state-action pairs, and over seeds with their range,
 
     W1      the Wasserstein-1 distance to the exact law,
-    Q*      the error of the log-mean-exp that stage 3 ranks actions by, at its default temperature and number of draws,
+    Q*      the error of the log-mean-exp that stage 3 ranks actions by, at tau_R = 0.1 of the return range and its
+            default number of draws,
 
 in the probe's units, beside parameters and counted FLOPs. For `paper` also the distance to N(Q, sigma^2), sigma the
 noise. With `--every` it does so over training, under one learning-rate schedule (a number on the way is not that of a
@@ -35,6 +36,7 @@ from common.networks import CRITIC_FIELDS, Critic, ReturnScale, stratified_norma
 
 FLOWS = ("paper", "independent-noise", "shared-noise", "velocity")
 METHODS = (*FLOWS, "scalar", "c51", "qr")
+RETURN_TEMPERATURE = 0.1  # of Q*
 NUMBERS = dict.fromkeys(("w1", "w1_to_normal", "mean_error", "q_error", "mflop"), float)
 NUMBERS |= dict.fromkeys(("parameters", "width", "step"), int)
 
@@ -112,12 +114,11 @@ def training_args(args: Args, method: str, probe: probes.Probe) -> evor_value.Ar
 
 def q_errors(critic: Critic, scale: ReturnScale, probe: probes.Probe, *, flow_steps: int) -> np.ndarray:
     """|Q* - exact log-mean-exp|, averaged over the probe's queries; one number per seed."""
-    defaults = evor_infer.Extraction()
-    temperature = defaults.return_temperature * return_range(probe)
+    temperature = RETURN_TEMPERATURE * return_range(probe)
     errors = []
     for (state, action), (values, weights) in probe.laws.items():
         x, a = jax.nn.one_hot(state, probe.num_states), jax.numpy.array([action])
-        noise = stratified_normal(defaults.num_returns)
+        noise = stratified_normal(evor_infer.Extraction().num_returns)
 
         def score(critic, scale, x=x, a=a, noise=noise):
             limit = dict(temperature=temperature / scale.scale, flow_steps=flow_steps)
@@ -255,7 +256,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"W1 distance to the exact law of the reward-to-go: mean over {len(seeds)} seeds (range), after {steps} "
         f"steps. Where nothing else is said: noise standard deviation {Args.noise_std:g}, {Args.flow_steps} Euler "
-        f"steps, K = {Args.num_next_actions} next actions per transition. Q*: error of the log-mean-exp, all probes.",
+        f"steps, K = {Args.num_next_actions} next actions per transition. Q*: error of the log-mean-exp, all "
+        f"probes, at tau_R = {RETURN_TEMPERATURE:g} of the return range.",
         "",
         "| method | hidden layers | parameters | MFLOP per step | " + " | ".join(names) + " | Q* |",
         "|---|---|---|---|" + "---|" * len(names) + "---|",

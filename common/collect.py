@@ -446,16 +446,16 @@ def _collect(dataset_name: str, recipe: Recipe, train_path: Path, seed: int, wor
                 try:
                     for done in as_completed([pool.submit(_collect_block, job) for job in jobs]):
                         bar.update(done.result())
-                except BaseException as error:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    for process in set(multiprocessing.active_children()).difference(others):
-                        process.terminate()  # else the pool waits for the blocks that they are collecting
-                    if not isinstance(error, BrokenProcessPool):
-                        raise
+                except BrokenProcessPool:  # which has ended the other processes
                     raise UserError(
                         "a collecting process died: if memory ran out, free some, or pass fewer --workers to "
                         "common.collect; then run it again: the blocks that are done are kept."
                     ) from None
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    for process in set(multiprocessing.active_children()).difference(others):
+                        process.terminate()  # else the pool waits for the blocks that they are collecting
+                    raise
 
     write_json(train_path.with_suffix(".json"), description)
     for path, some in files.items():

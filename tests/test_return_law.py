@@ -32,7 +32,7 @@ def test_errors_of_a_critic_that_is_known():
     found = return_law.measure(return_law.Args(), Known(values, weights), scale, probe)
     np.testing.assert_allclose(found["w1"], [0.0, 0.6, 1.0], atol=0.01)
     np.testing.assert_allclose(found["mean_error"], [0.0, 0.6, 0.0], atol=0.01)
-    tau = 0.1 * return_law.return_range(probe)  # 2
+    tau = return_law.RETURN_TEMPERATURE * return_law.return_range(probe)  # 2
     exact = tau * np.log(np.cosh(1 / tau))
     wrong = tau * np.log(0.2 * np.exp(-1 / tau) + 0.8 * np.exp(1 / tau))
     np.testing.assert_allclose(found["q_error"], [0.0, wrong - exact, exact], atol=1e-5)
