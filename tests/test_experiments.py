@@ -10,9 +10,11 @@ import psutil
 import pytest
 
 import evor_bc
+import evor_value
 from common import checkpoint
 from common.envs import default_run_dir
 from common.errors import UserError
+from common.metrics import write_csv
 from common.training import Run
 from results import run
 from tests import processes
@@ -77,6 +79,27 @@ def test_what_was_stopped_goes_on_and_what_is_done_is_skipped(
     model = args.run_dir / "bc" / "model.eqx"
     model.write_bytes(model.read_bytes()[:-5])
     assert run.progress(command) == "not begun"
+
+
+def test_an_evaluation_of_other_settings_is_not_the_one_that_was_asked_for(tmp_path: Path):
+    """Rows of another temperature stand where an evaluation anew was stopped before its end."""
+    dataset = tiny_dataset(tmp_path / "data.npz")
+    flags = "--width 8 --depth 2 --batch-size 4 --steps 20 --chunk 10"
+    flags = f"--env robot --dataset {dataset} --run-dir {tmp_path / 'run'} {flags}"
+    evor_bc.main(run.parse(f"evor_bc.py {flags}")[1])
+    command = f"evor_value.py {flags} --return-temperature 0.1"
+    _, args = run.parse(command)
+    evor_value.main(args)
+    row = dict(step=20, num_returns=args.num_returns, return_temperature=0.1, action_temperature=0.0)
+    for changes, found in (
+        ({}, "done"),
+        (dict(step=10), "step 20 of 20"),
+        (dict(return_temperature=0.03), "step 20 of 20"),
+        (dict(action_temperature=0.1), "step 20 of 20"),
+        (dict(num_returns=args.num_returns + 1), "step 20 of 20"),
+    ):
+        write_csv(tmp_path / "run" / "value" / "evaluation.csv", list(row), [row | changes])
+        assert run.progress(command) == found, changes
 
 
 def test_a_slot_that_is_over_and_a_command_that_fails(
