@@ -91,6 +91,7 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             | {k: evor[k] for k in ("success", "low", "high", "episodes")}
             | dict(base_success=base["success"], base_low=base["low"], base_high=base["high"])
             | {k: round(found[k], 4) for k in ("mean_predicted", "mean_observed", "correlation", "crps")}
+            | {k: round(value, 4) for k, value in found.items() if k.startswith("below_")}
             | settings
         )
     keep = ("env", "run", "td_target", "next_action", "critic", "horizon", "data_sha256", "git_revision")

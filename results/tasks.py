@@ -152,6 +152,45 @@ def draw(runs: Rows, episodes: Rows, name: str) -> None:
         figures.success(summarise(own, ("task", "num_actions")), HERE / f"{name}_{env}.png", title=title)
 
 
+def reliability(runs: Rows) -> tuple[list[str], dict[str, dict[float, float]]]:
+    """The tasks that all reward models of one environment share, and per kind of model the share of observed returns
+    below each predicted quantile, a mean over these tasks and the seeds. Only of backups that model the policy that
+    made the data."""
+    kinds: dict[str, Rows] = {}
+    for row in runs:
+        if row["next_action"] != "softmax" and row.get("below_0.5"):
+            label = f"{row['td_target']}, {row['critic']}, horizon {row['horizon']}, discount {row['discount']}"
+            kinds.setdefault(label, []).append(row)
+    shared = set.intersection(*(set(tasks_of(rows)) for rows in kinds.values())) if kinds else set()
+    found = {}
+    for label, rows in kinds.items() if shared else ():
+        levels = [key for key in rows[0] if key.startswith("below_")]
+        found[label] = {
+            float(key.removeprefix("below_")): np.mean([float(row[key]) for row in rows if row["task"] in shared])
+            for key in levels
+        }
+    return sorted(shared), found
+
+
+def draw_calibration(runs: Rows, path: Path) -> None:
+    """Predicted quantiles against the share of observed returns below them, a panel per environment."""
+    panels = {env: reliability(select(runs, env=env)) for env in dict.fromkeys(row["env"] for row in runs)}
+    panels = {env: (shared, found) for env, (shared, found) in panels.items() if found}
+    if not panels:
+        return
+    figure, axes = figures.subplots(1, len(panels), width=4.2 * len(panels), height=3.8)
+    for axis, (env, (shared, found)) in zip(axes[0], panels.items(), strict=True):
+        axis.plot([0, 1], [0, 1], "k:", lw=1)
+        for label, points in found.items():
+            axis.plot(list(points), list(points.values()), "o-", ms=3, lw=1, label=label)
+        axis.set(xlabel="predicted quantile", ylabel="share of observed returns below", xlim=(0, 1), ylim=(0, 1))
+        source = select(runs, env=env)[0]["data_source"]
+        axis.set_title(f"{env} ({source} data), task {' '.join(shared)}", fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, loc="lower right")
+    figures.save(figure, path)
+
+
 def last_three(run: Path) -> dict[tuple[str, str], float]:
     """Mean success of the last three evaluations, where there are three, by (task, seed)."""
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
@@ -190,6 +229,7 @@ def main(args: Args) -> None:
     text = table(*stored, read_csv(Path(__file__).parent / "published.csv"))
     (HERE / f"{args.name}.md").write_text(text)
     draw(*stored, args.name)
+    draw_calibration(stored[0], HERE / f"{args.name}_calibration.png")
     print(text)
 
 

@@ -124,14 +124,19 @@ def curves(episodes: Rows, metrics: Rows) -> dict[str, list[dict[str, Any]]]:
     return {label: sorted(points, key=lambda point: point["step"]) for label, points in found.items()}
 
 
-def table(points: dict[str, list[dict[str, Any]]], episodes: Rows) -> str:
-    """Markdown: the last evaluation of each run, and the mean of its last three."""
+def about(episodes: Rows) -> str:
+    """What all runs have in common."""
     tasks, seeds, actions = (
         ", ".join(map(str, sorted({row[name] for row in episodes}))) for name in ("task", "seed", "num_actions")
     )
     data = f"{episodes[0]['env']} ({episodes[0]['data_source']} data)"
+    return f"{data}, task {tasks}, seed {seeds}; best of {actions} actions"
+
+
+def table(points: dict[str, list[dict[str, Any]]], episodes: Rows) -> str:
+    """Markdown: the last evaluation of each run, and the mean of its last three."""
     lines = [
-        f"{data}, task {tasks}, seed {seeds}; best of {actions} actions.",
+        f"{about(episodes)}.",
         "",
         "| run | steps | success | mean of the last three evaluations | bias | CRPS |",
         "|---|---|---|---|---|---|",
@@ -159,11 +164,12 @@ def draw(points: dict[str, list[dict[str, Any]]], path: Path, *, title: str) -> 
     axes[0][0].set(ylabel="success (%)", ylim=(-3, 103))
     axes[0][1].set(ylabel="bias of the predicted mean")
     axes[0][1].axhline(0.0, color="k", lw=0.5)
-    axes[0][2].set(ylabel="CRPS of the predictions", ylim=(0, None))
+    axes[0][2].set(ylabel="CRPS of the predictions")
+    axes[0][2].set_ylim(0, 1.1 * max(point["crps"] for found in points.values() for point in found))
     for axis in axes[0]:
         axis.set(xlabel="gradient steps")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    axes[0][0].legend(fontsize=7)
     figure.suptitle(title)
     figures.save(figure, path)
 
@@ -181,8 +187,7 @@ def main(args: Args) -> None:
     text = table(points, episodes)
     (HERE / f"training_{args.name}.md").write_text(text)
     if max(map(len, points.values())) > 1:
-        title = f"{episodes[0]['env']} ({episodes[0]['data_source']} data)"
-        draw(points, HERE / f"training_{args.name}.png", title=title)
+        draw(points, HERE / f"training_{args.name}.png", title=about(episodes))
     print(text)
 
 

@@ -41,6 +41,7 @@ def make_run(path: Path, args: Any, *, solved: int, policy: str = "ab", bc_steps
     ]  # fmt: skip
     write_csv(path / "value" / "evaluation.csv", list(rows[0]), rows)
     numbers = dict(mean_predicted=-10.0 - seed, mean_observed=-12.0, correlation=0.5, crps=3.0)
+    numbers["below_0.5"] = 0.4
     calibration = [dict(task=task, seed=seed, metric=metric, value=value) for metric, value in numbers.items()]
     write_csv(path / "value" / "calibration.csv", list(calibration[0]), calibration)
     return path
@@ -199,7 +200,7 @@ def test_means_over_tasks_and_seeds(here: Path, monkeypatch: pytest.MonkeyPatch)
     (here / "tasks.md").unlink()
     (here / "tasks_cube-double-play.png").unlink()
     tasks.main(tasks.Args())
-    assert (here / "tasks_cube-double-play.png").is_file()
+    assert (here / "tasks_cube-double-play.png").is_file() and (here / "tasks_calibration.png").is_file()
     assert (here / "tasks.md").read_text() == text
     tasks.main(tasks.Args(runs=tuple(runs[:2])))
     for run in runs[2:]:
@@ -211,6 +212,26 @@ def test_means_over_tasks_and_seeds(here: Path, monkeypatch: pytest.MonkeyPatch)
         tasks.main(tasks.Args(runs=(longer,), append=True))
     with pytest.raises(UserError, match=r"no .*nothing_runs\.csv: name run directories with --runs"):
         tasks.main(tasks.Args(name="nothing"))
+
+
+def test_calibration_over_the_tasks_that_all_models_share():
+    """Task 1 alone was trained with both targets: the mean of its two seeds, beside the one of `paper`. Fails if a
+    softmax backup, whose policy did not make the data, counts."""
+
+    def row(task: str, below: float, **changes: str) -> dict[str, str]:
+        settings = dict(td_target="shared-noise", next_action="base", critic="mlp", horizon="1", discount="0.99")
+        return settings | {"task": task, "below_0.1": "0.1", "below_0.5": str(below)} | changes
+
+    runs = [
+        row("1", 0.2), row("1", 0.4, seed="1"), row("2", 0.9), row("1", 0.7, td_target="paper"),
+        row("1", 1.0, next_action="softmax"), row("1", 0.5, critic="trunk", **{"below_0.5": ""}),
+    ]  # fmt: skip
+    shared, found = tasks.reliability(runs)
+    assert shared == ["1"] and found == {
+        "shared-noise, mlp, horizon 1, discount 0.99": pytest.approx({0.1: 0.1, 0.5: 0.3}),
+        "paper, mlp, horizon 1, discount 0.99": pytest.approx({0.1: 0.1, 0.5: 0.7}),
+    }
+    assert tasks.reliability([row("1", 0.2), row("2", 0.2, td_target="paper")]) == ([], {})
 
 
 def test_a_sweep_is_drawn_again_from_its_rows(here: Path, monkeypatch: pytest.MonkeyPatch):
