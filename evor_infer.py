@@ -31,6 +31,7 @@ import dataclasses
 import functools
 import itertools
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -590,6 +591,7 @@ def check_args(args: Args) -> None:
 
 def main(args: Args) -> list[dict[str, Any]]:
     """Evaluates every combination of the lists; returns the summary rows."""
+    began = time.monotonic()
     check_args(args)
     if args.video is not None:
         film.choose_renderer()
@@ -655,6 +657,7 @@ def main(args: Args) -> list[dict[str, Any]]:
             versions=package_versions(),
             git_revision=git_revision(),
             hardware=hardware(),
+            seconds=round(time.monotonic() - began, 1),
         ),
     )
     figures.sweep(summary, out / "sweep.png", title=f"{name.short} ({header['data']['source']} data)")

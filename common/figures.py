@@ -106,12 +106,21 @@ def calibration(
     save(figure, path)
 
 
+SAYS = {
+    "num_actions": "N_pi, candidate actions",
+    "num_returns": "N, returns per candidate",
+    "return_temperature": "tau_R, share of the return range",
+    "action_temperature": "tau_Q, share of the return range",
+    "action_noise": "standard deviation of the action noise",
+}
+
+
 def sweep(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str, by: Sequence[str] = ("task",)) -> None:
     """Success over each swept setting that takes more than one value; a line for each value of the columns `by` and of
     the other settings."""
     names = ("num_actions", "num_returns", "return_temperature", "action_temperature", "action_noise")
     swept = [n for n in names if len({row[n] for row in summary}) > 1] or ["num_actions"]
-    figure, axes = subplots(1, len(swept), width=4.5 * len(swept), height=3.3)
+    figure, axes = subplots(1, len(swept), width=4.8 * len(swept), height=3.8)
     for axis, name in zip(axes[0], swept, strict=True):
         others = [n for n in (*names, *by) if n != name]
         shown = [n for n in others if n in by or n in swept]
@@ -127,11 +136,12 @@ def sweep(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str, by: S
             y = np.array([100 * row["success"] for row in rows])
             error = np.abs(np.array([[100 * row["low"], 100 * row["high"]] for row in rows]).T - y)
             axis.errorbar(x, y, error, marker="o", ms=3, lw=1, capsize=2, label=label)
-        axis.set(xlabel=name, ylabel="success (%)", ylim=(-3, 103), xticks=range(len(values)))
-        axis.set_xticklabels([f"{v:g}" for v in values])
+        axis.set(xlabel=SAYS.get(name, name), ylabel="success (%)", ylim=(-3, 103), xticks=range(len(values)))
+        axis.set_xticklabels([f"{v:g}" for v in values], rotation=30 if len(values) > 7 else 0)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=6)
-    figure.suptitle(title)
+    # Beside the axes: nothing is covered, however many lines there are.
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.suptitle(title, fontsize=10)
     save(figure, path)
 
 
@@ -147,7 +157,7 @@ def heat_map(summary: Sequence[Mapping[str, Any]], path: Path, *, x: str, y: str
     for i, j in np.argwhere(np.isfinite(success)):
         color = "black" if success[i, j] > 60 else "white"
         axis.text(j, i, f"{success[i, j]:.0f}", ha="center", va="center", color=color, fontsize=8)
-    axis.set(xlabel=x, ylabel=y, xticks=range(len(columns)), yticks=range(len(rows)))
+    axis.set(xlabel=SAYS.get(x, x), ylabel=SAYS.get(y, y), xticks=range(len(columns)), yticks=range(len(rows)))
     axis.set_xticklabels([f"{value:g}" for value in columns])
     axis.set_yticklabels([f"{value:g}" for value in rows])
     axis.set_title(title, fontsize=8)

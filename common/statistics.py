@@ -62,3 +62,16 @@ def bootstrap_interval(
     tail = (1.0 - confidence) / 2
     low, high = np.quantile(means, [tail, 1.0 - tail])
     return float(low), float(high)
+
+
+def mean_interval(groups: Sequence[Float[np.ndarray, "_ _"]]) -> tuple[float, float]:
+    """95% interval of the mean success over groups (tasks), each an array (seeds, episodes) of zeros and ones.
+
+    Wilson's over episodes for one task and one seed, and where all episodes ended alike, of which a bootstrap makes an
+    empty interval; else by bootstrap over seeds and episodes. With two or three seeds that is too short: how much seeds
+    differ is then hardly known.
+    """
+    ended = np.concatenate([np.ravel(group) for group in groups])
+    if sum(map(len, groups)) == 1 or len(np.unique(ended)) == 1:
+        return success_interval(ended.sum(), ended.size)
+    return bootstrap_interval(groups)

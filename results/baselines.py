@@ -3,11 +3,12 @@
     python -m benchmarks.speed --groups baselines --out runs/speed-baselines
     python -m results.baselines --runs runs/baselines/* --speed runs/speed-baselines/speed.csv
 
-Runs that differ in their seed alone are one line: successes of all their episodes, with Wilson's 95% interval. (The
-interval knows of episodes, not of seeds; these stand beside it.) Milliseconds and the share of the machine's rate are
-those of `benchmarks.speed`, where all steps were timed in turn. Writes, beside this file, `baselines_episodes.csv` (one
-row per evaluation episode), `baselines_runs.csv` (one per run and seed, with its settings, data and versions),
-`baselines_speed.csv`, and `baselines.md` (the table, drawn from those rows, with the words of `baselines_words.md`).
+Runs that differ in their seed alone are one line: successes of all their episodes with a 95% interval, Wilson's for one
+seed, else by bootstrap over seeds and episodes; the seeds stand beside it. Milliseconds and the share of the machine's
+rate are those of `benchmarks.speed`, where all steps were timed in turn. Writes, beside this file,
+`baselines_episodes.csv` (one row per evaluation episode), `baselines_runs.csv` (one per run and seed, with settings,
+data and versions), `baselines_speed.csv`, and `baselines.md` (the table, drawn from those rows, with the words of
+`baselines_words.md`).
 `--append` adds runs to the rows that stand there; with no runs it only draws them anew. Refuses runs of different
 environments, tasks or scales, on different data or base policies, and lines whose seeds had different settings.
 """
@@ -27,8 +28,8 @@ from benchmarks.flops import num_parameters, step_flops
 from common.errors import UserError, run_cli
 from common.metrics import read_csv, write_csv
 from common.networks import make_critic, make_policy
+from common.statistics import mean_interval
 from common.training import PLACES
-from evor_infer import summarise
 from results.preview import HERE, gather, refuse_mixtures
 
 NUMBERS = dict.fromkeys(("task", "seed", "episodes", "steps", "horizon", "num_actions", "parameters", "bc_steps"), int)
@@ -125,7 +126,16 @@ def line(members: list[dict[str, Any]], episodes: list[dict[str, Any]], timed: d
     method, backup, horizon = setting(members[0])
     runs = {(row["run"], row["seed"]) for row in members}
     own = [row | dict(base=row["num_actions"] == 1) for row in episodes if (row["run"], row["seed"]) in runs]
-    pooled = {row["base"]: row for row in summarise(own, ("base",))}
+
+    def pooled(base: bool) -> tuple[str, str]:
+        successes: dict[int, list[float]] = {}
+        for row in own:
+            if row["base"] == base:
+                successes.setdefault(row["seed"], []).append(row["success"])
+        found = np.array(list(successes.values()))
+        low, high = mean_interval([found])
+        return f"{found.mean():.0%}", f"[{low:.0%}, {high:.0%}]"
+
     mean = {name: np.mean([row[name] for row in members])
             for name in ("mean_predicted", "mean_observed", "correlation", "crps")}  # fmt: skip
     cells = (
@@ -133,9 +143,9 @@ def line(members: list[dict[str, Any]], episodes: list[dict[str, Any]], timed: d
         backup,
         horizon,
         members[0]["num_actions"],
-        "**{success:.0%}** [{low:.0%}, {high:.0%}]".format(**pooled[False]),
+        "**{}** {}".format(*pooled(base=False)),
         ", ".join(f"{row['success']:.0%}" for row in sorted(members, key=lambda row: row["seed"])),
-        "{success:.0%} [{low:.0%}, {high:.0%}]".format(**pooled[True]),
+        "{} {}".format(*pooled(base=True)),
         f"{members[0]['parameters']:,}",
         f"{members[0]['mflop']:,.0f}",
         f"{float(timed['ms']):.1f}" if timed else "",

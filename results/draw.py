@@ -11,11 +11,10 @@ from pathlib import Path
 
 from benchmarks import return_law
 from common.errors import run_cli
+from common.metrics import read_csv
 from results import baselines, candidates, preview, saturation, sweeps, tasks, training
 
 HERE = Path(__file__).parent
-PREVIEW = ("preview", "critics", "next_actions", "target_steps")
-BASELINES = ("baselines", "backups")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +30,15 @@ def names(pattern: str) -> list[str]:
 
 def main(args: Args) -> None:
     """See the top of the file."""
-    for name in PREVIEW:
-        preview.main(preview.Args(name=name))
-    for name in BASELINES:
-        baselines.main(baselines.Args(name=name, append=True))
-    others = set(names("*_runs.csv")) - {*PREVIEW, *BASELINES}
-    for name in sorted(others):
-        tasks.main(tasks.Args(name=name))
+    for name in names("*_runs.csv"):
+        # Which module gathered them is told by the columns that it alone writes.
+        columns = read_csv(HERE / f"{name}_runs.csv")[0]
+        if "last_three" in columns:
+            tasks.main(tasks.Args(name=name))
+        elif "settings" in columns:
+            baselines.main(baselines.Args(name=name, append=True))
+        else:
+            preview.main(preview.Args(name=name))
     for name in names("sweep_*_episodes.csv"):
         sweeps.main(sweeps.Args(name))
     for name in names("training_*_episodes.csv"):

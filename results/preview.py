@@ -20,6 +20,8 @@ from common.metrics import read_csv, write_csv
 from evor_infer import read_episodes, summarise
 
 HERE = Path(__file__).parent
+FILES = ("config.json", "evaluation.csv", "calibration.csv")
+READOUT = ("num_returns", "return_temperature", "action_temperature")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Args:
 def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Episodes of the last checkpoint and one summary row per task and seed."""
     directory = run / "value"
+    missing = [path for path in map(directory.joinpath, FILES) if not path.is_file()]
+    if missing:
+        raise UserError(f"there is no {missing[0]}: name run directories of evor_value.py that came to their end.")
     config = json.loads((directory / "config.json").read_text())
     args, versions = config["args"], config["versions"]
     if config.get("diverged"):
@@ -48,6 +53,10 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         td_target=args["td_target"],
         next_action=args["next_action"],
         critic=args["critic"],
+        width=args["width"],
+        depth=args["depth"],
+        batch_size=args["batch_size"],
+        tau=args["tau"],
         head_width=args["head_width"],
         head_depth=args["head_depth"],
         target_steps=args["target_steps"],
@@ -72,7 +81,14 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         train_seconds=config.get("seconds", ""),  # of all tasks and seeds of the run together
         **{f"version_{k}": v for k, v in versions.items()},
     )
-    episodes = [row for row in read_episodes(directory / "evaluation.csv") if row["step"] == args["steps"]]
+    episodes = [
+        row
+        for row in read_episodes(directory / "evaluation.csv")
+        if row["step"] == args["steps"]
+        and row["num_actions"] in (1, args["num_actions"])
+        # Rows of other settings are left where an evaluation anew was stopped.
+        and all(row.get(name, args[name]) == float(args[name]) for name in READOUT)
+    ]
     if {row["num_actions"] == 1 for row in episodes} != {True, False}:
         raise UserError(f"{run} has no evaluation of its last checkpoint, or none of several actions: let it finish.")
     by_method = {

@@ -25,10 +25,10 @@ from common.envs import default_run_dir, run_name
 from common.errors import UserError, parse_args, run_cli
 from common.metrics import plain, read_csv, read_json, sha256
 from common.training import PLACES
+from results.preview import READOUT
 
 ROOT = Path(__file__).parent.parent
 TRAINED = {"evor_bc": "bc", "evor_value": "value", "baselines.critics": "value", "baselines.qc": "value"}
-READOUT = ("num_returns", "return_temperature", "action_temperature")
 ANY = (*PLACES, "workers", "save_every", "video")
 
 CUBE = "cube-double-play"
@@ -66,7 +66,6 @@ def sweep(name: str, flags: str, *, run: str = "tasks", tasks: str = "2", env: s
 
 
 FRACTIONS = "0 0.001 0.003 0.01 0.03 0.1 0.3 1 inf"
-FEWER = "0 0.01 0.1 1 inf"
 AT = "--return-temperature 0.1"  # what was the default when these were run
 SIZES = ("--width 64", "--width 128", "--width 256", "--depth 2")  # beside 4 x 512
 EXPERIMENTS: dict[str, list[str]] = {
@@ -91,14 +90,17 @@ EXPERIMENTS: dict[str, list[str]] = {
     ],
     "capacity": [preview(CUBE, "capacity" + flags[1:].replace(" ", "-"), flags) for flags in SIZES],
     "actions": [sweep("actions", f"--num-actions 1 2 4 8 16 32 64 {AT}", tasks="1 2")],
-    "tau_q": [sweep("tau_q", f"--num-actions 16 --action-temperature {FRACTIONS} {AT}")],
+    "tau_q": [sweep("tau_q", f"--num-actions 16 --action-temperature {FRACTIONS}")],
     "tau_r": [sweep("tau_r", f"--num-actions 16 --return-temperature {FRACTIONS}", run=r) for r in ("tasks", "paper")],
     "tau_r_tasks": [
         sweep("tau_r_tasks", "--num-actions 16 --return-temperature 0.03 0.1", tasks="1 2 3 4 5", env=env)
         for env in ("cube-single-play", CUBE)
     ],
     "temperatures": [
-        sweep("temperatures", f"--num-actions 16 --return-temperature {FEWER} --action-temperature {FEWER}")
+        sweep(
+            "temperatures",
+            "--num-actions 16 --return-temperature 0 0.01 0.03 0.1 inf --action-temperature 0 0.003 0.01 0.03 0.1",
+        )
     ],
     "noise": [sweep("noise", f"--num-actions 1 16 --action-noise 0 0.1 0.2 0.4 {AT}")],
     # For a GPU: `--only full-cube-double-play --slot 9`.
@@ -136,7 +138,7 @@ def progress(command: str) -> str:
     config = read_json(directory / "config.json")
     if config is None:
         return "not begun"
-    if any(config["args"].get(field) != value for field, value in plain(args).items() if field not in ANY):
+    if any(config.get("args", {}).get(field) != value for field, value in plain(args).items() if field not in ANY):
         return "other arguments"
     if config.get("policy_sha256") and not (policy.is_file() and sha256(policy) == config["policy_sha256"]):
         return "another base policy"

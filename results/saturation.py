@@ -1,4 +1,4 @@
-"""Why more candidates stop helping: what the choosing critic promises, and what a critic of another seed makes of it.
+"""What more candidates promise: the gain that the choosing critic sees, and what a critic of another seed sees of it.
 
     python -m results.saturation --run-dir runs/tasks/cube-double-play --other runs/seeds/cube-double-play \
         --policy-run-dir runs/cube-double-play --task 2
@@ -189,8 +189,9 @@ def main(args: Args) -> None:
     number = sum(states.values()), len(states)
     lines = [
         f"{first['env']} ({first['data_source']} data), task {first['task']}, `{first['td_target']}`, "
-        f"{int(first['steps']):,} steps: value of the chosen action above that of one candidate, mean over "
-        f"{number[0]:,} states of {number[1]} validation episodes with its 95% interval, in the environment's units. "
+        f"{int(first['steps']):,} steps: value of the chosen action above that of one candidate. Mean over "
+        f"{number[1]} validation episodes of the means of their states, {number[0]:,} in all, with its 95% interval, "
+        f"in the environment's units. "
         f"One pair of reward models, seeds {first['seeds'].replace(' ', ' and ')}; each chooses once.",
         "",
         "| N_pi | by the critic that chose | by one of another seed | error of the selection | success |",
@@ -205,10 +206,16 @@ def main(args: Args) -> None:
     says = dict(
         own="by the critic that chose", others="by a critic of another seed", error="difference: error of the selection"
     )
-    for name, label in says.items():
+    for i, (name, label) in enumerate(says.items()):
         mean, half = found[name].T
-        axes[0][0].errorbar(NUMBERS, mean, half, marker="o", ms=3, lw=1, capsize=2, label=label)
-    axes[0][0].set(ylabel="value of the choice above one candidate", title=f"{first['env']}, task {first['task']}")
+        axes[0][0].errorbar(
+            np.array(NUMBERS) * 1.05 ** (i - 1), mean, half, marker="o", ms=3, lw=1, capsize=2, label=label
+        )
+    tau_r, title = (
+        float(first["return_temperature"]),
+        f"{first['env']} ({first['data_source']} data), task {first['task']}",
+    )
+    axes[0][0].set(ylabel=f"gain in Q* (return), tau_R {tau_r:g}", title=title)
     if success:
         y = np.array([100 * row["success"] for row in success.values()])
         ends = np.array([[100 * row["low"], 100 * row["high"]] for row in success.values()]).T

@@ -5,20 +5,37 @@
 
 A folder is what `evor_infer.py --out` filled. The first command gathers them into `sweep_NAME_episodes.csv`, a row per
 episode with every setting and where it comes from; the second only draws `sweep_NAME.md` and `sweep_NAME.png` from it:
-lines, or a heat map where both temperatures of one reward model and task were swept.
+lines, or a heat map where both temperatures of one reward model and task were swept. Intervals: Wilson's over episodes
+for one seed, else by bootstrap over seeds and episodes.
 """
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common import checkpoint, figures
 from common.errors import UserError, run_cli
-from common.metrics import read_json, write_csv
+from common.metrics import read_json, sha256, write_csv
+from common.statistics import mean_interval
 from evor_infer import read_episodes, summarise
 
 HERE = Path(__file__).parent
 WORDS = ("td_target", "next_action", "critic", "git_revision", "critic_sha256", "policy_sha256")
+WORDS += ("hardware", "version_python", "version_jax", "version_mujoco")
+ALIKE = (
+    "env",
+    "data_sha256",
+    "steps",
+    "next_action",
+    "critic",
+    "horizon",
+    "discount",
+    "flow_steps",
+    "solver",
+    "eval_seed",
+)
 SETTINGS = ("num_actions", "num_returns", "return_temperature", "action_temperature", "action_noise")
 
 
@@ -37,15 +54,22 @@ def gather(folder: Path) -> list[dict[str, Any]]:
     config = read_json(folder / "config.json")
     if config is None or not (folder / "episodes.csv").is_file():
         raise UserError(f"{folder} holds no finished sweep of evor_infer.py: name its --out folder.")
-    value = checkpoint.read_header(folder.parent / "value" / "model.eqx", stage="value", remedy="train it first.")
+    model = folder.parent / "value" / "model.eqx"
+    value = checkpoint.read_header(model, stage="value", remedy="train it first.")
+    if sha256(model) != config["critic_sha256"]:
+        raise UserError(f"{model} is not what {folder} evaluated: run evor_infer.py again.")
     about = dict(
         td_target=value["args"].get("td_target", ""),
         next_action=value["args"]["next_action"],
         critic=value["critic"],
         steps=value["step"],
+        horizon=value["horizon"],
+        discount=value["args"]["discount"],
         git_revision=config["git_revision"],
         critic_sha256=config["critic_sha256"],
         policy_sha256=config["policy_sha256"] or "",
+        hardware=config["hardware"],
+        **{f"version_{name}": config["versions"][name] for name in ("python", "jax", "mujoco")},
     )
     return [about | row for row in read_episodes(folder / "episodes.csv")]
 
@@ -55,13 +79,24 @@ def main(args: Args) -> None:
     path = HERE / f"sweep_{args.name}_episodes.csv"
     if args.folders:
         rows = [row for folder in args.folders for row in gather(folder)]
-        if len({(row["data_sha256"], row["steps"]) for row in rows}) > 1:
-            raise UserError("the folders' reward models differ in data or steps: they share no figure.")
+        for field in ALIKE:
+            if len({row[field] for row in rows}) > 1:
+                raise UserError(f"the folders' evaluations differ in {field}: they share no figure.")
+        models = [(row["td_target"], row["task"], row["seed"], row["critic_sha256"]) for row in rows]
+        if len({model[:3] for model in models}) < len(set(models)) or len(set(args.folders)) < len(args.folders):
+            raise UserError("two of the folders are of one target, task and seed: name one of them.")
         write_csv(path, list(rows[0]), rows)
     if not path.is_file():
         raise UserError(f"there is no {path}: name folders with --folders.")
     rows = read_episodes(path, words=WORDS)
-    summary = summarise(rows, ("env", "data_source", "td_target", "task", *SETTINGS))
+    by = ("env", "data_source", "td_target", "task", *SETTINGS)
+    summary = summarise(rows, by)
+    for one in summary if len({row["seed"] for row in rows}) > 1 else ():
+        seeds: dict[int, list[float]] = {}
+        for row in rows:
+            if all(row[name] == one[name] for name in by):
+                seeds.setdefault(row["seed"], []).append(row["success"])
+        one["low"], one["high"] = mean_interval([np.array(list(seeds.values()))])
     swept = [name for name in SETTINGS if len({row[name] for row in summary}) > 1] or ["num_actions"]
     lines = [
         f"| data | target | task | {' | '.join(swept)} | success | episodes |",

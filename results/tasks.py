@@ -8,7 +8,8 @@ The first command gathers runs of `evor_value.py` into `tasks_runs.csv` (a row p
 and versions) and `tasks_episodes.csv` (a row per episode), the second adds a run to them (or puts it in the place of
 one of the same name), the third only draws `tasks.md` and a figure per environment from them again. Success is that of
 the last checkpoint. A mean of the last three evaluations stands in a column of its own, where a run has them.
-Intervals: bootstrap over seeds and episodes for means over tasks, Wilson's over episodes for one task and seed.
+Intervals: bootstrap over seeds and episodes for means over tasks, Wilson's over episodes for one task and seed. Runs
+that differ in a setting which the table does not show are refused: `results.training` draws those.
 """
 
 import dataclasses
@@ -20,12 +21,15 @@ import numpy as np
 from common import figures
 from common.errors import UserError, run_cli
 from common.metrics import read_csv, write_csv
-from common.statistics import bootstrap_interval, success_interval
+from common.statistics import mean_interval, success_interval
 from evor_infer import summarise
 from results.preview import gather, refuse_mixtures
 
 HERE = Path(__file__).parent
 METHOD = ("env", "horizon", "td_target", "next_action", "critic", "discount", "steps", "return_temperature")
+ALIKE = ("head_width", "head_depth", "width", "depth", "batch_size", "tau", "target_steps", "return_width")
+ALIKE += ("num_next_actions", "backup_temperature", "learning_rate", "schedule", "num_actions", "num_returns")
+ALIKE += ("action_temperature", "ignored_observations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,25 @@ class Args:
 
 
 Rows = list[dict[str, str]]
+
+
+def refuse(runs: Rows) -> None:
+    """Raises `UserError` for runs that share no table, or one that was named twice."""
+    refuse_mixtures(runs)
+    for env in dict.fromkeys(row["env"] for row in runs):
+        for field in ALIKE:
+            found = {row[field]: row["run"] for row in select(runs, env=env) if row.get(field, "") != ""}
+            if len(found) > 1:
+                raise UserError(f"{' and '.join(list(found.values())[:2])} differ in {field}, which the table hides.")
+    for rows in by_method(runs):
+        seen: dict[tuple[str, str], str] = {}
+        for row in rows:
+            key = row["task"], row["seed"]
+            if key in seen:
+                raise UserError(
+                    f"{seen[key]} and {row['run']} have the same settings, task and seed: name one of them."
+                )
+            seen[key] = row["run"]
 
 
 def select(rows: Rows, **values: str) -> Rows:
@@ -83,7 +106,7 @@ def success_arrays(rows: Rows, episodes: Rows, *, base: bool) -> list[np.ndarray
 
 
 def mean_cell(arrays: list[np.ndarray]) -> str:
-    low, high = bootstrap_interval(arrays)
+    low, high = mean_interval(arrays)
     return f"{np.mean([array.mean() for array in arrays]):.0%} [{low:.0%}, {high:.0%}]"
 
 
@@ -100,8 +123,8 @@ def table(runs: Rows, episodes: Rows, published: Rows) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     singles = [
-        "| data | target | backup | discount | task | seed | EVOR | base policy alone |",
-        "|---|---|---|---|---|---|---|---|",
+        "| data | target | backup | discount | tau_R | task | seed | EVOR | base policy alone |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for rows in lines(runs):
         one = rows[0]
@@ -120,7 +143,7 @@ def table(runs: Rows, episodes: Rows, published: Rows) -> str:
             cells = [task_cell(float(row[f"{name}success"]), int(row["episodes"])) for name in ("", "base_")]
             singles.append(
                 f"| {row['env']} | `{row['td_target']}` | `{row['next_action']}` "
-                f"| {row['discount']} | {row['task']} | {row['seed']} "
+                f"| {row['discount']} | {row['return_temperature']} | {row['task']} | {row['seed']} "
                 f"| {' | '.join(cells)} |"
             )
     environments = {row["env"] for row in runs}
@@ -138,9 +161,11 @@ def table(runs: Rows, episodes: Rows, published: Rows) -> str:
 
 
 def draw(runs: Rows, episodes: Rows, name: str) -> None:
-    """Success per task, of the line with the most tasks of each environment: `NAME_ENV.png`."""
+    """Success per task, of the line with the most tasks of each environment, and of these with the highest success:
+    `NAME_ENV.png`."""
     for env in dict.fromkeys(row["env"] for row in runs):
-        rows = max(lines(select(runs, env=env)), key=lambda rows: len(tasks_of(rows)))
+        found = lines(select(runs, env=env))
+        rows = max(found, key=lambda rows: (len(tasks_of(rows)), np.mean([float(row["success"]) for row in rows])))
         replicas = {(row["run"], row["task"], row["seed"]) for row in rows}
         own = [
             row | dict(success=float(row["success"]), length=int(row["length"]), num_actions=int(row["num_actions"]))
@@ -148,7 +173,10 @@ def draw(runs: Rows, episodes: Rows, name: str) -> None:
             if (row["run"], row["task"], row["seed"]) in replicas
         ]
         one = rows[0]
-        title = f"{env} ({one['data_source']} data), {one['td_target']}, {int(one['steps']):,} steps"
+        title = (
+            f"{env} ({one['data_source']} data)\n{one['td_target']}, {one['next_action']}, horizon {one['horizon']}, "
+        )
+        title += f"discount {one['discount']}, tau_R {one['return_temperature']}, {int(one['steps']):,} steps"
         figures.success(summarise(own, ("task", "num_actions")), HERE / f"{name}_{env}.png", title=title)
 
 
@@ -220,7 +248,7 @@ def main(args: Args) -> None:
                 row | dict(run=str(run), last_three=last.get((str(row["task"]), str(row["seed"])), ""))
                 for row in summary
             ]
-        refuse_mixtures([{key: str(value) for key, value in row.items()} for row in rows])
+        refuse([{key: str(value) for key, value in row.items()} for row in rows])
         for path, found in zip(paths, (rows, raw), strict=True):
             write_csv(path, list(dict.fromkeys(key for row in found for key in row)), found)
     if not paths[0].is_file():

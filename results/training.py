@@ -19,7 +19,7 @@ import numpy as np
 from common import figures
 from common.errors import UserError, run_cli
 from common.metrics import CALIBRATED, read_csv, write_csv
-from common.statistics import bootstrap_interval, success_interval
+from common.statistics import mean_interval
 from common.training import PLACES
 from evor_infer import read_episodes, summarise
 
@@ -89,6 +89,8 @@ def gather(runs: tuple[Path, ...]) -> tuple[Rows, Rows]:
         found = [row for row in read_csv(run / "value" / "evaluation.csv") if row["num_actions"] != "1"]
         if not found:
             raise UserError(f"{run} was evaluated with one action alone, the base policy: name others.")
+        if max(int(row["step"]) for row in found) < config["args"]["steps"]:
+            raise UserError(f"{run} has no evaluation of its last checkpoint: let it finish, with --resume.")
         episodes += [about | {name: row[name] for name in keep} for row in found]
         found = [row for row in read_csv(run / "value" / "metrics.csv") if row["metric"] in CALIBRATED]
         metrics += [
@@ -99,15 +101,11 @@ def gather(runs: tuple[Path, ...]) -> tuple[Rows, Rows]:
 
 
 def interval(rows: Rows) -> tuple[float, float]:
-    """95% interval of the mean success: Wilson's over episodes for one task and seed, else by bootstrap over seeds and
-    episodes of each task."""
+    """95% interval of the mean success over tasks."""
     by_task: dict[int, dict[int, list[float]]] = {}
     for row in rows:
         by_task.setdefault(row["task"], {}).setdefault(row["seed"], []).append(row["success"])
-    groups = [np.array(list(seeds.values())) for seeds in by_task.values()]
-    if sum(map(len, groups)) == 1:
-        return success_interval(groups[0].sum(), groups[0].size)
-    return bootstrap_interval(groups)
+    return mean_interval([np.array(list(seeds.values())) for seeds in by_task.values()])
 
 
 def curves(episodes: Rows, metrics: Rows) -> dict[str, list[dict[str, Any]]]:

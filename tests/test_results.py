@@ -14,14 +14,14 @@ from baselines import critics, qc
 from benchmarks import speed
 from common import checkpoint
 from common.errors import UserError
-from common.metrics import read_csv, write_csv
+from common.metrics import read_csv, sha256, write_csv
 from results import baselines, candidates, draw, preview, saturation, sweeps, tasks, training
 
 ROOT = Path(__file__).parent.parent
 
 
 def make_run(path: Path, args: Any, *, solved: int, policy: str = "ab", bc_steps: int = 70, task: int = 2) -> Path:
-    """A finished run of two episodes with one action, none solved, and ten with sixteen, `solved` of them solved."""
+    """A finished run of two episodes with one action, none solved, and ten with the best, `solved` of them solved."""
     base = path.parent / f"{path.name}-base"
     for folder in (path / "value", base / "bc"):
         folder.mkdir(parents=True)
@@ -36,8 +36,8 @@ def make_run(path: Path, args: Any, *, solved: int, policy: str = "ab", bc_steps
     (path / "value" / "config.json").write_text(json.dumps(config))
     rows = [
         dict(env="cube-double-play", data_source="collected", step=args.steps, task=task, seed=seed, num_actions=n,
-             num_returns=8, episode=i, success=float(n > 1 and i < solved), length=100, total=-50.0)
-        for n in (1, 16) for i in range(2 if n == 1 else 10)
+             num_returns=args.num_returns, episode=i, success=float(n > 1 and i < solved), length=100, total=-50.0)
+        for n in (1, args.num_actions) for i in range(2 if n == 1 else 10)
     ]  # fmt: skip
     write_csv(path / "value" / "evaluation.csv", list(rows[0]), rows)
     numbers = dict(mean_predicted=-10.0 - seed, mean_observed=-12.0, correlation=0.5, crps=3.0)
@@ -89,7 +89,7 @@ def test_seeds_share_a_line_and_settings_do_not(here: Path):
     # (37 + 25 + 2 + 1) 64 of the first layer, three more, the output, four times LayerNorm's 128
     parameters = 65 * 64 + 3 * 65 * 64 + 65 + 4 * 128
     assert (
-        f"| `shared-noise, mlp` | base | 5 | 32 | **60%** [39%, 78%] | 80%, 40% | 0% [0%, 49%] | {parameters:,} |"
+        f"| `shared-noise, mlp` | base | 5 | 32 | **60%** [30%, 90%] | 80%, 40% | 0% [0%, 49%] | {parameters:,} |"
         in (text)
     )
     assert "| 7.0 | 50% | -10.5 / -12.0 | 0.50 | 3.0 |" in text
@@ -152,6 +152,20 @@ def test_what_differs_shares_no_line(here: Path, changes: dict, of_run: dict, se
         baselines.main(baselines.Args(runs=runs))
 
 
+def test_only_rows_of_the_settings_that_a_run_names_count(here: Path):
+    """An evaluation anew at another temperature, stopped half-way, leaves the rows of the one before."""
+    run = make_run(here / "run", evor_value.Args(horizon=5, width=64), solved=8)
+    path = run / "value" / "evaluation.csv"
+    rows = [row | dict(return_temperature=evor_value.Args.return_temperature) for row in read_csv(path)]
+    write_csv(path, list(rows[0]), rows)
+    assert preview.gather(run)[1][0]["success"] == 0.8
+    write_csv(path, list(rows[0]), [row | dict(return_temperature=0.5) for row in rows])
+    with pytest.raises(UserError, match="no evaluation of its last checkpoint"):
+        preview.gather(run)
+    with pytest.raises(UserError, match=r"no .*nothing/value/config\.json: name run directories"):
+        preview.gather(here / "nothing")
+
+
 def test_preview_refuses_an_unfinished_run(here: Path):
     run = make_run(here / "a", evor_value.Args(), solved=8)
     text = (run / "value" / "evaluation.csv").read_text()
@@ -191,8 +205,8 @@ def test_means_over_tasks_and_seeds(here: Path, monkeypatch: pytest.MonkeyPatch)
     ]
     shared, alone = lines[:2]
     assert shared[1:3] == ["1 2 3", "1"] and shared[10].startswith("**73% [") and shared[12].startswith("0% [")
-    assert alone[1:3] == ["3", "2"] and alone[10] == "**50% [0%, 100%]**"
-    assert [line[4:7] for line in lines[2:6]] == [
+    assert alone[1:3] == ["3", "2"] and alone[10] == "**50% [0%, 100%]**" and alone[12] == "0% [0%, 49%]"
+    assert [line[5:8] for line in lines[2:6]] == [
         ["1", "0", "80% [49%, 94%]"], ["2", "0", "40% [17%, 69%]"], ["3", "0", "100% [72%, 100%]"],
         ["3", "1", "0% [0%, 28%]"],
     ]  # fmt: skip
@@ -207,6 +221,11 @@ def test_means_over_tasks_and_seeds(here: Path, monkeypatch: pytest.MonkeyPatch)
         tasks.main(tasks.Args(runs=(run,), append=True))
     tasks.main(tasks.Args(runs=(runs[2],), append=True))  # in its own place
     assert sorted((here / "tasks.md").read_text().splitlines()) == sorted(text.splitlines())
+    with pytest.raises(UserError, match="have the same settings, task and seed: name one of them"):
+        tasks.main(tasks.Args(runs=(*runs, runs[0])))
+    narrow = make_run(here / "six" / "cube-double-play", evor_value.Args(horizon=5, width=8), solved=1, task=4)
+    with pytest.raises(UserError, match=r"one/cube-double-play and .*six/cube-double-play differ in width"):
+        tasks.main(tasks.Args(runs=(runs[0], narrow)))
     longer = make_run(here / "five" / "cube-double-play", evor_value.Args(steps=2_000_000), solved=1)
     with pytest.raises(UserError, match="differ in steps"):
         tasks.main(tasks.Args(runs=(longer,), append=True))
@@ -244,17 +263,19 @@ def test_a_sweep_is_drawn_again_from_its_rows(here: Path, monkeypatch: pytest.Mo
             stage="value", env="cube-double-play", observation_dim=3, action_dim=2, horizon=1, width=8, depth=2,
             step=70, critic="mlp", replicas=[[2, 0]], policy_sha256="ab",
             data=dict(name="d", source="collected", sha256="cd"), 
-            args=dict(td_target=target, next_action="base", steps=70),
+            args=dict(td_target=target, next_action="base", steps=70, discount=0.99),
         )  # fmt: skip
-        checkpoint.save(folder.parent / "value" / "model.eqx", header, ())
+        model = folder.parent / "value" / "model.eqx"
+        checkpoint.save(model, header, ())
         rows = [
             dict(env="cube-double-play", data_source="collected", data_sha256="cd", task=2, seed=0, num_actions=16,
                  num_returns=8, return_temperature=temperature, action_temperature=0.0, action_noise=0.0, episode=i,
-                 success=float(i < solved), length=10)
+                 success=float(i < solved), length=10, flow_steps=10, solver="euler", eval_seed=0)
             for temperature in (0.1, float("inf")) for i in range(4)
         ]  # fmt: skip
         write_csv(folder / "episodes.csv", list(rows[0]), rows)
-        config = dict(git_revision="12", critic_sha256="34", policy_sha256="ab")
+        config = dict(git_revision="12", critic_sha256=sha256(model), policy_sha256="ab", hardware="a GPU")
+        config["versions"] = dict(python="3", jax="1", mujoco="2")
         (folder / "config.json").write_text(json.dumps(config))
         folders.append(folder)
     sweeps.main(sweeps.Args("tau_r", tuple(folders)))
@@ -264,6 +285,22 @@ def test_a_sweep_is_drawn_again_from_its_rows(here: Path, monkeypatch: pytest.Mo
         [" `shared-noise` ", " 2 ", " 0.1 ", " **75%** [30%, 95%] "],
         [" `shared-noise` ", " 2 ", " inf ", " **75%** [30%, 95%] "],
     ]  # fmt: skip
+    with pytest.raises(UserError, match="two of the folders are of one target, task and seed"):
+        sweeps.main(sweeps.Args("tau_r", (*folders, folders[0])))
+    stored = (here / "sweep_tau_r_episodes.csv").read_text()
+    assert ",a GPU," in stored
+    config = json.loads((folders[0] / "config.json").read_text())
+    (folders[0] / "config.json").write_text(json.dumps(config | dict(critic_sha256="another")))
+    with pytest.raises(UserError, match=r"is not what .* evaluated"):
+        sweeps.main(sweeps.Args("tau_r", tuple(folders)))
+    (folders[0] / "config.json").write_text(json.dumps(config))
+    header = checkpoint.read_header(folders[0].parent / "value" / "model.eqx", stage="value", remedy="")
+    softmax = header | dict(args=header["args"] | dict(next_action="softmax"))
+    checkpoint.save(folders[0].parent / "value" / "model.eqx", softmax, ())
+    changed = dict(critic_sha256=sha256(folders[0].parent / "value" / "model.eqx"))
+    (folders[0] / "config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(UserError, match="differ in next_action"):
+        sweeps.main(sweeps.Args("tau_r", tuple(folders)))
     for folder in folders:
         shutil.rmtree(folder.parent)
     (here / "sweep_tau_r.png").unlink()
@@ -310,19 +347,22 @@ def test_curves_over_training(here: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(training, "HERE", here)
     settings = dict(horizon=5, width=64, learning_rate=1e-3)
     runs = (
-        evaluated_run(here / "a", evor_value.Args(schedule="cosine", **settings), solved=[2, 4, 6, 9]),
-        evaluated_run(here / "b", evor_value.Args(schedule="constant", **settings), solved=[5]),
+        evaluated_run(here / "a", evor_value.Args(schedule="cosine", steps=40, **settings), solved=[2, 4, 6, 9]),
+        evaluated_run(here / "b", evor_value.Args(schedule="constant", steps=10, **settings), solved=[5]),
     )
     training.main(training.Args("schedule", runs))
     text = (here / "training_schedule.md").read_text()
-    assert "| schedule cosine | 40 | **90%** [60%, 98%] of 10 | 63% | -4.0 | 10.0 |" in text
-    assert "| schedule constant | 10 | **50%** [24%, 76%] of 10 |  | -1.0 | 2.5 |" in text
+    assert "| steps 40, schedule cosine | 40 | **90%** [60%, 98%] of 10 | 63% | -4.0 | 10.0 |" in text
+    assert "| steps 10, schedule constant | 10 | **50%** [24%, 76%] of 10 |  | -1.0 | 2.5 |" in text
     for run in runs:
         shutil.rmtree(run)
     (here / "training_schedule.png").unlink()
     training.main(training.Args("schedule"))
     assert (here / "training_schedule.md").read_text() == text and (here / "training_schedule.png").is_file()
-    twins = [evaluated_run(here / name, evor_value.Args(run_dir=Path(name)), solved=[1]) for name in "cd"]
+    twins = [evaluated_run(here / name, evor_value.Args(steps=10, run_dir=Path(name)), solved=[1]) for name in "cd"]
+    longer = evaluated_run(here / "e", evor_value.Args(steps=20), solved=[1])
+    with pytest.raises(UserError, match="no evaluation of its last checkpoint"):
+        training.main(training.Args("schedule", (twins[0], longer)))
     with pytest.raises(UserError, match="two of the runs have the same settings"):
         training.main(training.Args("schedule", tuple(twins)))
     other = json.loads((twins[0] / "value" / "config.json").read_text()) | dict(policy_sha256="xy")
@@ -356,7 +396,7 @@ def test_the_error_of_a_selection(here: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(rows) == 2 * (states // 10) * len(saturation.NUMBERS)
     assert {row["states"] for row in rows} == {10}
     about = dict(env="toy", data_source="collected", td_target="shared-noise", task=2, steps=70, seeds="0 1")
-    about |= dict(critic_sha256="12")
+    about |= dict(critic_sha256="12", return_temperature=0.1)
     rows = [about | row for row in rows]
     found = saturation.summary(rows)
     expected = np.sqrt(2) * np.array([1 / np.sqrt(np.pi), 1.02938, 1.42360])  # means of the largest of 2, 4, 8
