@@ -73,15 +73,13 @@ EXPERIMENTS: dict[str, list[str]] = {
     "policies": [policy(env, "--preview" + " --steps 200000" * (env == CUBE)) for env in PREVIEW],
     "tasks": [preview(env, "tasks", "--tasks 1 2 3 4 5") for env in PREVIEW],
     "seeds": [preview(env, "seeds", "--first-seed 1 --policy-seed 0") for env in PREVIEW],
-    "paper": [preview(env, "paper", "--td-target paper") for env in PREVIEW],
+    "paper": [preview(env, "paper", "--td-target paper") for env in PREVIEW[:2]],
     "maze": [
-        preview(MAZE, "maze", f"{IMPROVED} --tasks 1 2 3 4 5"),
-        preview(MAZE, "maze-seeds", f"{IMPROVED} --first-seed 1 --policy-seed 0"),
-        preview(MAZE, "maze-paper", f"{IMPROVED} --td-target paper"),
+        preview(MAZE, "softmax", f"{IMPROVED} {AT}"),  # task 1; about 20 minutes each
+        *(preview(MAZE, f"softmax-{task}", f"{IMPROVED} {AT} --tasks {task}") for task in (2, 3, 4, 5)),
     ],
     "maze_backup": [
         preview(MAZE, "discount", f"--discount 0.995 {AT}"),
-        preview(MAZE, "softmax", f"{IMPROVED} {AT}"),
         preview(MAZE, "softmax99", f"--next-action softmax {AT}"),
     ],
     "schedule": [
@@ -96,6 +94,11 @@ EXPERIMENTS: dict[str, list[str]] = {
         sweep("tau_r_tasks", "--num-actions 16 --return-temperature 0.03 0.1", tasks="1 2 3 4 5", env=env)
         for env in ("cube-single-play", CUBE)
     ],
+    "tau_q_tasks": [
+        sweep("tau_q_tasks", "--num-actions 16 --action-temperature 0 0.003 0.01", run=run, tasks=tasks, env=env)
+        for run, tasks in (("tasks", "1 2 3 4 5"), ("seeds", "2"))
+        for env in PREVIEW[:2]
+    ],
     "temperatures": [
         sweep(
             "temperatures",
@@ -104,7 +107,10 @@ EXPERIMENTS: dict[str, list[str]] = {
     ],
     "noise": [sweep("noise", f"--num-actions 1 16 --action-noise 0 0.1 0.2 0.4 {AT}")],
     # For a GPU: `--only full-cube-double-play --slot 9`.
-    **{f"full-{env}": [policy(env, f"--seeds 5 --run-dir runs/full/{env}"), full(env, env)] for env in FULL},
+    **{
+        f"full-{env}": [policy(env, f"--seeds 5 --run-dir runs/full/{env}"), full(env, env, IMPROVED * ("maze" in env))]
+        for env in FULL
+    },
     "full-scene-play-sparse": [full("scene-play", "scene-play-sparse", "--reward sparse")],
 }
 
