@@ -3,7 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Number of banked next actions (K = 4 is runs/preview/double-shared-noise-base), and the paper's MLP for a critic.
+# Number of banked next actions (K = 4 is runs/preview/double-shared-noise-base, double-4 and double-trunk in the stored
+# rows), and the paper's MLP for a critic.
 for K in 1 2 8; do
   python evor_value.py --env cube-double-play --preview --return-temperature 0.1 --horizon 5 --num-next-actions $K --run-dir runs/next_actions/double-$K --policy-run-dir runs/cube-double-play
 done
