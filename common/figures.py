@@ -120,7 +120,7 @@ def sweep(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str, by: S
     the other settings."""
     names = ("num_actions", "num_returns", "return_temperature", "action_temperature", "action_noise")
     swept = [n for n in names if len({row[n] for row in summary}) > 1] or ["num_actions"]
-    figure, axes = subplots(1, len(swept), width=4.8 * len(swept), height=3.8)
+    figure, axes = subplots(1, len(swept), width=5.6 * len(swept), height=3.8)
     for axis, name in zip(axes[0], swept, strict=True):
         others = [n for n in (*names, *by) if n != name]
         shown = [n for n in others if n in by or n in swept]
@@ -139,8 +139,8 @@ def sweep(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str, by: S
         axis.set(xlabel=SAYS.get(name, name), ylabel="success (%)", ylim=(-3, 103), xticks=range(len(values)))
         axis.set_xticklabels([f"{v:g}" for v in values], rotation=30 if len(values) > 7 else 0)
         axis.grid(alpha=0.3)
-    # Beside the axes: nothing is covered, however many lines there are.
-    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+        # Beside the axis: nothing is covered, however many lines there are.
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.suptitle(title, fontsize=10)
     save(figure, path)
 

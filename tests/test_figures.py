@@ -57,7 +57,7 @@ def test_success_draws_both_policies_of_each_task_with_intervals(tmp_path: Path,
 def test_sweep_draws_one_panel_per_setting_that_varies(tmp_path: Path, drawn: list):
     rows = [summary_row(2, n, n / 20, num_returns=m) for n in (1, 4, 16) for m in (2, 8)]
     figures.sweep(rows, tmp_path / "a.png", title="a run")
-    assert [axis.get_xlabel() for axis in drawn[0].axes] == ["num_actions", "num_returns"]
+    assert [axis.get_xlabel() for axis in drawn[0].axes] == ["N_pi, candidate actions", "N, returns per candidate"]
     curves = [container.lines[0].get_ydata().tolist() for container in drawn[0].axes[0].containers]
     assert curves == [pytest.approx([5, 20, 80])] * 2
     assert len(drawn[0].axes[1].containers) == 3
@@ -65,7 +65,7 @@ def test_sweep_draws_one_panel_per_setting_that_varies(tmp_path: Path, drawn: li
 
 def test_sweep_of_a_single_point_draws_it(tmp_path: Path, drawn: list):
     figures.sweep([summary_row(2, 16, 0.5)], tmp_path / "a.png", title="a run")
-    assert [axis.get_xlabel() for axis in drawn[0].axes] == ["num_actions"]
+    assert [axis.get_xlabel() for axis in drawn[0].axes] == ["N_pi, candidate actions"]
 
 
 def test_heat_map_puts_each_success_into_its_cell(tmp_path: Path, drawn: list):
