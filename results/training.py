@@ -6,7 +6,7 @@
 The first command gathers runs of `evor_value.py` into `training_NAME_episodes.csv` (a row per episode of every
 evaluation with several actions) and `training_NAME_metrics.csv` (`bias` and `crps` of the predictions at each of them,
 against the Monte-Carlo returns of validation states); the second only draws `training_NAME.md` and, where runs were
-evaluated more than once, `training_NAME.png` from them. A run is named by the settings in which it differs from others.
+all evaluated more than once, `training_NAME.png` from them. A run is named by the settings in which it differs from others.
 """
 
 import dataclasses
@@ -184,7 +184,7 @@ def main(args: Args) -> None:
     points = curves(episodes, read_csv(paths[1]))
     text = table(points, episodes)
     (HERE / f"training_{args.name}.md").write_text(text)
-    if max(map(len, points.values())) > 1:
+    if min(map(len, points.values())) > 1:
         draw(points, HERE / f"training_{args.name}.png", title=about(episodes))
     print(text)
 

@@ -348,18 +348,21 @@ def test_curves_over_training(here: Path, monkeypatch: pytest.MonkeyPatch):
     settings = dict(horizon=5, width=64, learning_rate=1e-3)
     runs = (
         evaluated_run(here / "a", evor_value.Args(schedule="cosine", steps=40, **settings), solved=[2, 4, 6, 9]),
-        evaluated_run(here / "b", evor_value.Args(schedule="constant", steps=10, **settings), solved=[5]),
+        evaluated_run(here / "b", evor_value.Args(schedule="constant", steps=20, **settings), solved=[3, 5]),
     )
     training.main(training.Args("schedule", runs))
     text = (here / "training_schedule.md").read_text()
     assert "| steps 40, schedule cosine | 40 | **90%** [60%, 98%] of 10 | 63% | -4.0 | 10.0 |" in text
-    assert "| steps 10, schedule constant | 10 | **50%** [24%, 76%] of 10 |  | -1.0 | 2.5 |" in text
+    assert "| steps 20, schedule constant | 20 | **50%** [24%, 76%] of 10 |  | -2.0 | 5.0 |" in text
     for run in runs:
         shutil.rmtree(run)
     (here / "training_schedule.png").unlink()
     training.main(training.Args("schedule"))
     assert (here / "training_schedule.md").read_text() == text and (here / "training_schedule.png").is_file()
     twins = [evaluated_run(here / name, evor_value.Args(steps=10, run_dir=Path(name)), solved=[1]) for name in "cd"]
+    narrow = evaluated_run(here / "f", evor_value.Args(steps=10, width=8), solved=[1])
+    training.main(training.Args("width", (twins[0], narrow)))
+    assert (here / "training_width.md").is_file() and not (here / "training_width.png").exists()
     longer = evaluated_run(here / "e", evor_value.Args(steps=20), solved=[1])
     with pytest.raises(UserError, match="no evaluation of its last checkpoint"):
         training.main(training.Args("schedule", (twins[0], longer)))
