@@ -5,8 +5,8 @@
 
 The first command gathers runs of `evor_value.py` into `training_NAME_episodes.csv` (a row per episode of every
 evaluation with several actions) and `training_NAME_metrics.csv` (`bias` and `crps` of the predictions at each of them,
-against the Monte-Carlo returns of validation states); the second only draws `training_NAME.md` and, where runs were
-all evaluated more than once, `training_NAME.png` from them. A run is named by the settings in which it differs from others.
+against the Monte-Carlo returns of validation states); the second only draws `training_NAME.md` from them and, where all
+runs were evaluated more than once, `training_NAME.png`. A run is named by the settings in which it differs from others.
 """
 
 import dataclasses
