@@ -15,6 +15,7 @@ from benchmarks import speed
 from common import checkpoint
 from common.errors import UserError
 from common.metrics import read_csv, sha256, write_csv
+from common.statistics import success_interval
 from results import baselines, candidates, draw, preview, saturation, sweeps, tasks, training
 
 ROOT = Path(__file__).parent.parent
@@ -454,3 +455,36 @@ def test_the_readme_counts_the_episodes_that_one_temperature_alone_solves(name: 
         found = solved.setdefault(row["return_temperature"], set())
         found |= {(row["task"], row["episode"])} if float(row["success"]) else set()
     assert (len(solved["0.03"] - solved["0.1"]), len(solved["0.1"] - solved["0.03"])) == alone
+
+
+def test_the_readmes_headline_table_is_that_of_the_rows():
+    """Each of its cells is recomputed from the episodes, with Wilson's interval; the means with that of tasks.md."""
+    found = {}
+    for row in read_csv(ROOT / "results" / "tasks_episodes.csv"):
+        if row["env"] == "cube-double-play" and row["next_action"] == "base":
+            key = row["td_target"], row["seed"], row["task"], row["num_actions"] != "1"
+            found.setdefault(key, []).append(float(row["success"]))
+    readme = (ROOT / "README.md").read_text()
+    number = 0
+    for label, target, seed in (
+        ("base policy alone", "shared-noise", "0"),
+        ("EVOR, seed 0", "shared-noise", "0"),
+        ("EVOR, seed 1 on the same base policy", "shared-noise", "1"),
+        ("`paper` target, seed 0", "paper", "0"),
+    ):
+        (line,) = [line for line in readme.splitlines() if line.startswith(f"| {label} |")]
+        *cells, mean = (cell.strip() for cell in line.split("|")[2:-1])
+        for task, cell in zip("12345", cells, strict=True):
+            episodes = found.get((target, seed, task, label != "base policy alone"), [])
+            if not cell:
+                assert not episodes
+                continue
+            low, high = success_interval(sum(episodes), len(episodes))
+            expected = f"{np.mean(episodes):.0%} [{100 * low:.0f}, {100 * high:.0f}]"
+            assert cell == (expected if "[" in cell else expected.split()[0])
+            number += 1
+        if mean:
+            rate = mean.split("%")[0].strip("*")
+            ends = "%, ".join(mean.split("[")[1].rstrip("]").split(", "))
+            assert f"{rate}% [{ends}%]" in (ROOT / "results" / "tasks.md").read_text()
+    assert number == 12
