@@ -107,9 +107,9 @@ def test_the_interval_of_a_mean_is_never_empty():
     """Wilson's for one task and seed, and for outcomes that are all alike (250 failures: z^2 / (n + z^2) at most); two
     seeds or two tasks are drawn anew."""
     one = (np.arange(50) < 30).astype(float)[None]
-    assert mean_interval([one]) == success_interval(30, 50)
+    assert mean_interval([one]) == success_interval(30.0, 50)
     low, high = mean_interval([np.zeros((1, 50))] * 5)
     assert low == 0.0 and high == pytest.approx(1.96**2 / (250 + 1.96**2), rel=1e-3)
-    assert mean_interval([np.ones((3, 50))]) == success_interval(150, 150)
+    assert mean_interval([np.ones((3, 50))]) == success_interval(150.0, 150)
     for groups in ([np.concatenate([one, 1 - one])], [one, np.zeros((1, 50))]):
         assert mean_interval(groups) == bootstrap_interval(groups)
