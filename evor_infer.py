@@ -88,7 +88,7 @@ class Args:
     """N: draws of the reward-to-go per candidate (ours)."""
     return_temperature: tuple[float, ...] = (0.03,)
     """tau_R as a fraction of the return range (ours); inf scores by the mean, 0 by the largest draw."""
-    action_temperature: tuple[float, ...] = (0.0,)
+    action_temperature: tuple[float, ...] = (0.003,)
     """tau_Q as a fraction of the return range (ours); 0 takes the best candidate."""
     flow_steps: int = 10
     """Steps of both flows (ours)."""
@@ -129,7 +129,7 @@ class Extraction(eqx.Module):
     num_actions: int = eqx.field(static=True, default=32)
     num_returns: int = eqx.field(static=True, default=16)
     return_temperature: float = 0.03
-    action_temperature: float = 0.0
+    action_temperature: float = 0.003
     flow_steps: int = eqx.field(static=True, default=10)
     solver: Solver = eqx.field(static=True, default="euler")
     independent_noise: bool = eqx.field(static=True, default=False)

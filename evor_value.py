@@ -198,8 +198,8 @@ class Args:
     """N at evaluation (ours)."""
     return_temperature: float = 0.03
     """tau_R, in the softmax backup and at evaluation, as a fraction of the return range (ours)."""
-    action_temperature: float = 0.0
-    """tau_Q at evaluation, as a fraction of the return range (ours)."""
+    action_temperature: float = 0.003
+    """tau_Q at evaluation, as a fraction of the return range (ours); 0 takes the best candidate."""
     flow_steps: int = 10
     """Euler steps of the policy's and the evaluated reward model's flow (ours)."""
 

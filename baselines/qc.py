@@ -67,6 +67,8 @@ class Args(critics.Args):
     """N at evaluation; --num-next-actions by default."""
     next_action: Literal["base", "dataset", "softmax"] = "softmax"
     """softmax is QC's: with --backup-temperature 0, the best of N. The others need --policy frozen."""
+    action_temperature: float = 0.0
+    """tau_Q at evaluation; 0 is QC's: the best of N."""
     ensemble: int = 2
     """Critics, whose mean is the value."""
 

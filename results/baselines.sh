@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 python evor_bc.py --env cube-double-play --preview --steps 200000 --ignore-observations 6 7 8 9 10 11 --run-dir runs/cube-double-play-h1
 
 # EVOR and its critic without the flow: two seeds of the reward model on one base policy, one bank.
-common="--env cube-double-play --preview --return-temperature 0.1 --horizon 5 --steps 30000 --seeds 2 --policy-run-dir runs/cube-double-play --policy-seed 0"
+common="--env cube-double-play --preview --return-temperature 0.1 --action-temperature 0 --horizon 5 --steps 30000 --seeds 2 --policy-run-dir runs/cube-double-play --policy-seed 0"
 for backup in base softmax; do
   for target in paper shared-noise; do
     python evor_value.py $common --td-target $target --next-action $backup --run-dir runs/baselines/$target-$backup
@@ -18,12 +18,12 @@ for backup in base softmax; do
 done
 
 # QC's value learning on the same base policies.
-python -m baselines.qc --env cube-double-play --preview --return-temperature 0.1 --horizon 5 --steps 30000 --policy-run-dir runs/cube-double-play --run-dir runs/baselines/qc-h5-n32
-python -m baselines.qc --env cube-double-play --preview --return-temperature 0.1 --horizon 1 --steps 30000 --policy-run-dir runs/cube-double-play-h1 --num-next-actions 4 --run-dir runs/baselines/qc-h1-n4
+python -m baselines.qc --env cube-double-play --preview --return-temperature 0.1 --action-temperature 0 --horizon 5 --steps 30000 --policy-run-dir runs/cube-double-play --run-dir runs/baselines/qc-h5-n32
+python -m baselines.qc --env cube-double-play --preview --return-temperature 0.1 --action-temperature 0 --horizon 1 --steps 30000 --policy-run-dir runs/cube-double-play-h1 --num-next-actions 4 --run-dir runs/baselines/qc-h1-n4
 
 # The same models ranked by the mean of their returns; the summaries, each with its run, are results/baselines_readout.csv.
 for critic in shared-noise qr c51; do
-  python evor_infer.py --env cube-double-play --run-dir runs/baselines/$critic-base --num-actions 16 --num-returns 8 --return-temperature 0.1 inf --out readout
+  python evor_infer.py --env cube-double-play --run-dir runs/baselines/$critic-base --num-actions 16 --num-returns 8 --return-temperature 0.1 inf --action-temperature 0 --out readout
 done
 
 python -m benchmarks.speed --groups baselines --rounds 2 --steps 5 --out runs/speed-baselines
@@ -34,7 +34,7 @@ python -m results.baselines --runs runs/baselines/*/ --speed runs/speed-baseline
 # Between the one-step and the greedy backup, one seed: the data's action, a softmax of 4 at a temperature of 4 units of
 # return (0.02 of their range), the best of 4. The stored rows have a base policy trained anew, by the command in
 # results/preview.sh on another machine.
-common="--env cube-double-play --preview --return-temperature 0.1 --horizon 5 --steps 30000 --policy-run-dir runs/cube-double-play --policy-seed 0"
+common="--env cube-double-play --preview --return-temperature 0.1 --action-temperature 0 --horizon 5 --steps 30000 --policy-run-dir runs/cube-double-play --policy-seed 0"
 for settings in "base" "dataset --next-action dataset" "softmax --next-action softmax"; do
   read -r name flags <<< "$settings"
   python evor_value.py $common $flags --run-dir runs/backups/shared-noise-$name

@@ -14,16 +14,16 @@ python -m benchmarks.base_policy --env cube-double-play --run-dir runs/cube-doub
 
 # Reward models: the published target and the default one, each with the base and the softmax backup.
 for target in shared-noise paper; do
-  python evor_value.py --env cube-single-play --preview --return-temperature 0.1 --tasks 2 1 4 --td-target $target --run-dir runs/preview/single-$target-base --policy-run-dir runs/cube-single-play
-  python evor_value.py --env cube-single-play --preview --return-temperature 0.1 --td-target $target --next-action softmax --run-dir runs/preview/single-$target-softmax --policy-run-dir runs/cube-single-play
+  python evor_value.py --env cube-single-play --preview --return-temperature 0.1 --action-temperature 0 --tasks 2 1 4 --td-target $target --run-dir runs/preview/single-$target-base --policy-run-dir runs/cube-single-play
+  python evor_value.py --env cube-single-play --preview --return-temperature 0.1 --action-temperature 0 --td-target $target --next-action softmax --run-dir runs/preview/single-$target-softmax --policy-run-dir runs/cube-single-play
   for backup in base softmax; do
-    python evor_value.py --env cube-double-play --preview --return-temperature 0.1 --horizon 5 --td-target $target --next-action $backup --run-dir runs/preview/double-$target-$backup --policy-run-dir runs/cube-double-play
+    python evor_value.py --env cube-double-play --preview --return-temperature 0.1 --action-temperature 0 --horizon 5 --td-target $target --next-action $backup --run-dir runs/preview/double-$target-$backup --policy-run-dir runs/cube-double-play
   done
 done
 
 # The default target with four Euler steps in the bootstrap instead of ten.
-python evor_value.py --env cube-single-play --preview --return-temperature 0.1 --tasks 2 1 4 --target-steps 4 --run-dir runs/target_steps/single-shared-noise-base-4-steps --policy-run-dir runs/cube-single-play
-python evor_value.py --env cube-double-play --preview --return-temperature 0.1 --horizon 5 --target-steps 4 --run-dir runs/target_steps/double-shared-noise-base-4-steps --policy-run-dir runs/cube-double-play
+python evor_value.py --env cube-single-play --preview --return-temperature 0.1 --action-temperature 0 --tasks 2 1 4 --target-steps 4 --run-dir runs/target_steps/single-shared-noise-base-4-steps --policy-run-dir runs/cube-single-play
+python evor_value.py --env cube-double-play --preview --return-temperature 0.1 --action-temperature 0 --horizon 5 --target-steps 4 --run-dir runs/target_steps/double-shared-noise-base-4-steps --policy-run-dir runs/cube-double-play
 
 python -m results.preview --runs runs/preview/*
 python -m results.preview --name target_steps --runs runs/target_steps/*

@@ -66,7 +66,8 @@ def sweep(name: str, flags: str, *, run: str = "tasks", tasks: str = "2", env: s
 
 
 FRACTIONS = "0 0.001 0.003 0.01 0.03 0.1 0.3 1 inf"
-AT = "--return-temperature 0.1"  # what was the default when these were run
+GREEDY = "--action-temperature 0"  # the best candidate: the default when these were run
+AT = f"--return-temperature 0.1 {GREEDY}"  # the default before
 SIZES = ("--width 64", "--width 128", "--width 256", "--depth 2")  # beside 4 x 512
 EXPERIMENTS: dict[str, list[str]] = {
     # For two CPU cores.
@@ -75,23 +76,28 @@ EXPERIMENTS: dict[str, list[str]] = {
     "seeds": [preview(env, "seeds", "--first-seed 1 --policy-seed 0") for env in PREVIEW],
     "paper": [preview(env, "paper", "--td-target paper") for env in PREVIEW[:2]],
     "maze": [
-        preview(MAZE, "softmax", f"{IMPROVED} {AT}"),  # task 1; about 20 minutes each
-        *(preview(MAZE, f"softmax-{task}", f"{IMPROVED} {AT} --tasks {task}") for task in (2, 3, 4, 5)),
+        preview(MAZE, "softmax", f"{IMPROVED} --return-temperature 0.1"),  # task 1; about 20 minutes each
+        *(
+            preview(MAZE, f"softmax-{task}", f"{IMPROVED} --return-temperature 0.1 --tasks {task}")
+            for task in (2, 3, 4, 5)
+        ),
     ],
     "maze_backup": [
-        preview(MAZE, "discount", f"--discount 0.995 {AT}"),
-        preview(MAZE, "softmax99", f"--next-action softmax {AT}"),
+        preview(MAZE, "discount", "--discount 0.995 --return-temperature 0.1"),
+        preview(MAZE, "softmax99", "--next-action softmax --return-temperature 0.1"),
     ],
     "schedule": [
-        preview(CUBE, "cosine", "--eval-every 10000"),
-        preview(CUBE, "constant", "--schedule constant --learning-rate 3e-4 --eval-every 10000"),
+        preview(CUBE, "cosine", f"--eval-every 10000 {GREEDY}"),
+        preview(CUBE, "constant", f"--schedule constant --learning-rate 3e-4 --eval-every 10000 {GREEDY}"),
     ],
-    "capacity": [preview(CUBE, "capacity" + flags[1:].replace(" ", "-"), flags) for flags in SIZES],
+    "capacity": [preview(CUBE, "capacity" + flags[1:].replace(" ", "-"), f"{flags} {GREEDY}") for flags in SIZES],
     "actions": [sweep("actions", f"--num-actions 1 2 4 8 16 32 64 {AT}", tasks="1 2")],
     "tau_q": [sweep("tau_q", f"--num-actions 16 --action-temperature {FRACTIONS}")],
-    "tau_r": [sweep("tau_r", f"--num-actions 16 --return-temperature {FRACTIONS}", run=r) for r in ("tasks", "paper")],
+    "tau_r": [
+        sweep("tau_r", f"--num-actions 16 --return-temperature {FRACTIONS} {GREEDY}", run=r) for r in ("tasks", "paper")
+    ],
     "tau_r_tasks": [
-        sweep("tau_r_tasks", "--num-actions 16 --return-temperature 0.03 0.1", tasks="1 2 3 4 5", env=env)
+        sweep("tau_r_tasks", f"--num-actions 16 --return-temperature 0.03 0.1 {GREEDY}", tasks="1 2 3 4 5", env=env)
         for env in ("cube-single-play", CUBE)
     ],
     "tau_q_tasks": [

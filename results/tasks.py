@@ -26,10 +26,11 @@ from evor_infer import summarise
 from results.preview import gather, refuse_mixtures
 
 HERE = Path(__file__).parent
-METHOD = ("env", "horizon", "td_target", "next_action", "critic", "discount", "steps", "return_temperature")
+METHOD = ("env", "horizon", "td_target", "next_action", "critic", "discount", "steps")
+METHOD += ("return_temperature", "action_temperature")
 ALIKE = ("head_width", "head_depth", "width", "depth", "batch_size", "tau", "target_steps", "return_width")
 ALIKE += ("num_next_actions", "backup_temperature", "learning_rate", "schedule", "num_actions", "num_returns")
-ALIKE += ("action_temperature", "ignored_observations")
+ALIKE += ("ignored_observations",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +119,13 @@ def task_cell(rate: float, episodes: int) -> str:
 def table(runs: Rows, episodes: Rows, published: Rows) -> str:
     """Markdown: the means over tasks, then every task, then what others published."""
     means = [
-        "| data | tasks | seeds | target | backup | critic | h | discount | tau_R | steps | EVOR "
+        "| data | tasks | seeds | target | backup | critic | h | discount | tau_R | tau_Q | steps | EVOR "
         "| last three evaluations | base policy alone | CRPS |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     singles = [
-        "| data | target | backup | discount | tau_R | task | seed | EVOR | base policy alone |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| data | target | backup | discount | tau_R | tau_Q | task | seed | EVOR | base policy alone |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for rows in lines(runs):
         one = rows[0]
@@ -134,17 +135,17 @@ def table(runs: Rows, episodes: Rows, published: Rows) -> str:
         means.append(
             f"| {one['env']} ({one['data_source']}) | {' '.join(tasks_of(rows))} | {len(seeds)} "
             f"| `{one['td_target']}` | `{one['next_action']}` | {one['critic']} | {one['horizon']} "
-            f"| {one['discount']} | {one['return_temperature']} "
+            f"| {one['discount']} | {one['return_temperature']} | {one['action_temperature']} "
             f"| {int(one['steps']):,} | **{evor}** | {f'{np.mean(last):.0%}' if last else ''} | {base} "
             f"| {np.mean([float(row['crps']) for row in rows]):.1f} |"
         )
     for rows in by_method(runs):
         for row in sorted(rows, key=lambda row: (row["task"], row["seed"])):
             cells = [task_cell(float(row[f"{name}success"]), int(row["episodes"])) for name in ("", "base_")]
+            names = ("discount", "return_temperature", "action_temperature", "task", "seed")
+            values = " | ".join(row[name] for name in names)
             singles.append(
-                f"| {row['env']} | `{row['td_target']}` | `{row['next_action']}` "
-                f"| {row['discount']} | {row['return_temperature']} | {row['task']} | {row['seed']} "
-                f"| {' | '.join(cells)} |"
+                f"| {row['env']} | `{row['td_target']}` | `{row['next_action']}` | {values} | {' | '.join(cells)} |"
             )
     environments = {row["env"] for row in runs}
     others = ["| data (official) | highest known | method | source |", "|---|---|---|---|"]
@@ -176,7 +177,7 @@ def draw(runs: Rows, episodes: Rows, name: str) -> None:
         title = (
             f"{env} ({one['data_source']} data)\n{one['td_target']}, {one['next_action']}, horizon {one['horizon']}, "
         )
-        title += f"discount {one['discount']}, tau_R {one['return_temperature']}, {int(one['steps']):,} steps"
+        title += f"discount {one['discount']}, tau_R {one['return_temperature']}, tau_Q {one['action_temperature']}"
         figures.success(summarise(own, ("task", "num_actions")), HERE / f"{name}_{env}.png", title=title)
 
 

@@ -90,7 +90,7 @@ def test_an_evaluation_of_other_settings_is_not_the_one_that_was_asked_for(tmp_p
     command = f"evor_value.py {flags} --return-temperature 0.1"
     _, args = run.parse(command)
     evor_value.main(args)
-    row = dict(step=20, num_returns=args.num_returns, return_temperature=0.1, action_temperature=0.0)
+    row = dict(step=20, num_returns=args.num_returns, return_temperature=0.1, action_temperature=0.003)
     for changes, found in (
         ({}, "done"),
         (dict(step=10), "step 20 of 20"),

@@ -205,9 +205,9 @@ def test_means_over_tasks_and_seeds(here: Path, monkeypatch: pytest.MonkeyPatch)
         [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| cube")
     ]
     shared, alone = lines[:2]
-    assert shared[1:3] == ["1 2 3", "1"] and shared[10].startswith("**73% [") and shared[12].startswith("0% [")
-    assert alone[1:3] == ["3", "2"] and alone[10] == "**50% [0%, 100%]**" and alone[12] == "0% [0%, 49%]"
-    assert [line[5:8] for line in lines[2:6]] == [
+    assert shared[1:3] == ["1 2 3", "1"] and shared[11].startswith("**73% [") and shared[13].startswith("0% [")
+    assert alone[1:3] == ["3", "2"] and alone[11] == "**50% [0%, 100%]**" and alone[13] == "0% [0%, 49%]"
+    assert [line[6:9] for line in lines[2:6]] == [
         ["1", "0", "80% [49%, 94%]"], ["2", "0", "40% [17%, 69%]"], ["3", "0", "100% [72%, 100%]"],
         ["3", "1", "0% [0%, 28%]"],
     ]  # fmt: skip
