@@ -448,13 +448,23 @@ def test_a_branch_starts_where_its_actions_lead():
     env.close(), whole.close()
 
 
-@pytest.mark.parametrize(("name", "alone"), [("tau_r_tasks", (39, 16)), ("tau_r_tasks_single", (9, 6))])
-def test_the_readme_counts_the_episodes_that_one_temperature_alone_solves(name: str, alone: tuple[int, int]):
+@pytest.mark.parametrize(
+    ("name", "setting", "values", "alone"),
+    [
+        ("tau_r_tasks", "return_temperature", ("0.03", "0.1"), (39, 16)),
+        ("tau_q_tasks_single", "action_temperature", ("0.003", "0.0"), (39, 7)),
+        ("tau_q_tasks", "action_temperature", ("0.003", "0.0"), (34, 28)),
+    ],
+)
+def test_the_readme_counts_the_episodes_that_one_temperature_alone_solves(
+    name: str, setting: str, values: tuple[str, str], alone: tuple[int, int]
+):
     solved: dict[str, set] = {}
     for row in read_csv(ROOT / "results" / f"sweep_{name}_episodes.csv"):
-        found = solved.setdefault(row["return_temperature"], set())
+        found = solved.setdefault(row[setting], set())
         found |= {(row["task"], row["episode"])} if float(row["success"]) else set()
-    assert (len(solved["0.03"] - solved["0.1"]), len(solved["0.1"] - solved["0.03"])) == alone
+    one, other = (solved[value] for value in values)
+    assert (len(one - other), len(other - one)) == alone
 
 
 def test_the_readmes_headline_table_is_that_of_the_rows():
