@@ -78,7 +78,7 @@ def test_one_action_is_the_base_policy():
 @pytest.mark.parametrize("kind", ["mlp", "trunk"])
 def test_greedy_action_is_the_candidate_with_the_largest_score(kind):
     agent, x, key = make_agent(kind=kind), jnp.array([0.3, -0.2, 0.9]), jax.random.key(4)
-    settings = Extraction(num_actions=8, num_returns=5, return_temperature=0.2, flow_steps=4)
+    settings = Extraction(num_actions=8, num_returns=5, return_temperature=0.2, action_temperature=0.0, flow_steps=4)
     action = evor_infer.act_one(agent, x, settings, key=key)
     standard = agent.standardizer(x)
     noise = jax.random.normal(jax.random.split(key, 3)[0], (8, 2))
