@@ -72,19 +72,16 @@ SIZES = ("--width 64", "--width 128", "--width 256", "--depth 2")  # beside 4 x 
 EXPERIMENTS: dict[str, list[str]] = {
     # For two CPU cores.
     "policies": [policy(env, "--preview" + " --steps 200000" * (env == CUBE)) for env in PREVIEW],
-    "tasks": [preview(env, "tasks", "--tasks 1 2 3 4 5") for env in PREVIEW],
-    "seeds": [preview(env, "seeds", "--first-seed 1 --policy-seed 0") for env in PREVIEW],
+    "tasks": [preview(env, "tasks", f"--tasks 1 2 3 4 5 {GREEDY * (env == MAZE)}") for env in PREVIEW],
+    "seeds": [preview(env, "seeds", f"--first-seed 1 --policy-seed 0 {GREEDY * (env == MAZE)}") for env in PREVIEW],
     "paper": [preview(env, "paper", "--td-target paper") for env in PREVIEW[:2]],
     "maze": [
-        preview(MAZE, "softmax", f"{IMPROVED} --return-temperature 0.1"),  # task 1; about 20 minutes each
-        *(
-            preview(MAZE, f"softmax-{task}", f"{IMPROVED} --return-temperature 0.1 --tasks {task}")
-            for task in (2, 3, 4, 5)
-        ),
+        preview(MAZE, "softmax", f"{IMPROVED} {AT}"),  # task 1; about 20 minutes each
+        *(preview(MAZE, f"softmax-{task}", f"{IMPROVED} {AT} --tasks {task}") for task in (2, 3, 4, 5)),
     ],
     "maze_backup": [
-        preview(MAZE, "discount", "--discount 0.995 --return-temperature 0.1"),
-        preview(MAZE, "softmax99", "--next-action softmax --return-temperature 0.1"),
+        preview(MAZE, "discount", f"--discount 0.995 {AT}"),
+        preview(MAZE, "softmax99", f"--next-action softmax {AT}"),
     ],
     "schedule": [
         preview(CUBE, "cosine", f"--eval-every 10000 {GREEDY}"),

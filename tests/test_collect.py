@@ -434,8 +434,8 @@ def test_a_killed_collection_goes_on(tmp_path: Path):
             [sys.executable, script, path], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         process.stdout.readline()
-        done = len(list(folder.glob("*-*.npz")))
-        while process.poll() is None and len(list(folder.glob("*-*.npz"))) <= done:
+        done = len(list(folder.glob("[0-9]*-*.npz")))
+        while process.poll() is None and len(list(folder.glob("[0-9]*-*.npz"))) <= done:
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 0.05))
         process.kill()
