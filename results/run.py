@@ -78,6 +78,7 @@ EXPERIMENTS: dict[str, list[str]] = {
     "maze": [
         preview(MAZE, "softmax", f"{IMPROVED} {AT}"),  # task 1; about 20 minutes each
         *(preview(MAZE, f"softmax-{task}", f"{IMPROVED} {AT} --tasks {task}") for task in (2, 3, 4, 5)),
+        preview(MAZE, "softmax-seed", f"{IMPROVED} {AT} --first-seed 1 --policy-seed 0"),
     ],
     "maze_backup": [
         preview(MAZE, "discount", f"--discount 0.995 {AT}"),
@@ -101,6 +102,16 @@ EXPERIMENTS: dict[str, list[str]] = {
         sweep("tau_q_tasks", "--num-actions 16 --action-temperature 0 0.003 0.01", run=run, tasks=tasks, env=env)
         for run, tasks in (("tasks", "1 2 3 4 5"), ("seeds", "2"))
         for env in PREVIEW[:2]
+    ],
+    "tau_q_maze": [
+        sweep(
+            "tau_q_maze",
+            "--num-actions 16 --return-temperature 0.03 0.1 --action-temperature 0 0.003 0.01",
+            run="softmax" if task == 1 else f"softmax-{task}",
+            tasks=str(task),
+            env=MAZE,
+        )
+        for task in (1, 2, 3, 4, 5)
     ],
     "temperatures": [
         sweep(
