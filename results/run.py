@@ -89,7 +89,7 @@ EXPERIMENTS: dict[str, list[str]] = {
         preview(CUBE, "constant", f"--schedule constant --learning-rate 3e-4 --eval-every 10000 {GREEDY}"),
     ],
     "capacity": [preview(CUBE, "capacity" + flags[1:].replace(" ", "-"), f"{flags} {GREEDY}") for flags in SIZES],
-    "actions": [sweep("actions", f"--num-actions 1 2 4 8 16 32 64 {AT}", tasks="1 2")],
+    "actions": [sweep("actions", "--num-actions 1 2 4 8 16 32 64", tasks="1 2")],
     "tau_q": [sweep("tau_q", f"--num-actions 16 --action-temperature {FRACTIONS}")],
     "tau_r": [
         sweep("tau_r", f"--num-actions 16 --return-temperature {FRACTIONS} {GREEDY}", run=r) for r in ("tasks", "paper")
@@ -119,7 +119,7 @@ EXPERIMENTS: dict[str, list[str]] = {
             "--num-actions 16 --return-temperature 0 0.01 0.03 0.1 inf --action-temperature 0 0.003 0.01 0.03 0.1",
         )
     ],
-    "noise": [sweep("noise", f"--num-actions 1 16 --action-noise 0 0.1 0.2 0.4 {AT}")],
+    "noise": [sweep("noise", "--num-actions 1 16 --action-noise 0 0.1 0.2 0.4")],
     # For a GPU: `--only full-cube-double-play --slot 9`.
     **{
         f"full-{env}": [policy(env, f"--seeds 5 --run-dir runs/full/{env}"), full(env, env, IMPROVED * ("maze" in env))]
