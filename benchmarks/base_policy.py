@@ -1,6 +1,7 @@
 """Does the base policy do what the data does? Lifting cubes: share of steps and of episodes, beside the data's.
 
     python -m benchmarks.base_policy --env cube-single-play
+    python -m benchmarks.base_policy --env cube-double-play --run-dirs runs/policy-cosine/* runs/policy-constant/*
 
 Success after value learning is bounded by what the base policy can do at all, so look here first. Rolls the base policy
 out (`num_actions = 1`) and counts the steps at which some cube is more than 3 cm above where it would lie. Measures how
@@ -39,8 +40,8 @@ class Args:
     """A cube dataset."""
     task: int | None = None
     """Task whose initial states are used; the default task by default."""
-    run_dir: Path | None = None
-    """Run directory of stage 1; runs/ENV by default."""
+    run_dirs: tuple[Path, ...] = ()
+    """Run directories of stage 1; runs/ENV by default."""
     num_episodes: int = 20
     """Episodes."""
     episodes: int | None = None
@@ -48,7 +49,7 @@ class Args:
     flow_steps: int = 10
     """Euler steps of the policy."""
     out: Path | None = None
-    """CSV file to write; none by default."""
+    """CSV file to write, a row per policy; none by default."""
 
 
 def cube_lifted(info: dict[str, Any]) -> float:
@@ -107,16 +108,8 @@ def explained_variance(
     return tuple(float(1 - np.mean((actions - mean) ** 2) / np.mean(np.var(actions, axis=0))) for mean in found)
 
 
-def main(args: Args) -> dict[str, float]:
-    """Prints and returns the shares."""
-    name = parse_env(args.env)
-    if not name.prefix.startswith("cube"):
-        raise UserError(f"{args.env} has no cubes to lift: name a cube environment.")
-    path, source = sources.find_files(args.env, None, episodes=args.episodes)
-    if not validation_path(path).is_file():
-        raise UserError(f"there is no validation file {validation_path(path)}: collect or download the data anew.")
-    validation = data.read_arrays(validation_path(path))
-    run_dir = args.run_dir or default_run_dir(name.short, quick=False)
+def measure(args: Args, run_dir: Path, validation: dict[str, np.ndarray]) -> dict[str, Any]:
+    """One base policy: what it was trained with, and what it does."""
     header, (policies, standardizer) = evor_infer.load_policy(run_dir)
     policy = jax.tree.map(lambda x: jnp.asarray(x)[0], policies)
     sample = jax.jit(
@@ -128,24 +121,20 @@ def main(args: Args) -> dict[str, float]:
         return sample(observation, jax.random.normal(key, (policy.action_dim,)))
 
     act = jax.jit(jax.vmap(jax.vmap(act_one)))
+    name, horizon = parse_env(args.env), header["horizon"]
     task = args.task or name.default_task
-    with Episodes(
-        [name.gym_id(task)], num_episodes=args.num_episodes, horizon=header["horizon"], probe=cube_lifted
-    ) as episodes:
-        rows = episodes.run(lambda *x: np.asarray(act(*x)).reshape(1, x[0].shape[1], header["horizon"], -1))
-    chunk = jax.jit(lambda *x: act_one(*x).reshape(header["horizon"], -1))
+    with Episodes([name.gym_id(task)], num_episodes=args.num_episodes, horizon=horizon, probe=cube_lifted) as episodes:
+        rows = episodes.run(lambda *x: np.asarray(act(*x)).reshape(1, x[0].shape[1], horizon, -1))
+    chunk = jax.jit(lambda *x: act_one(*x).reshape(horizon, -1))
     errors = [first_pick_error(chunk, name.gym_id(task), seed=seed) for seed in range(args.num_episodes)]
     batch = jax.jit(jax.vmap(lambda x, noise: policy.sample(standardizer(x), noise, flow_steps=args.flow_steps)))
-    r2, r2_shuffled = explained_variance(batch, validation, header["horizon"])
-    arrays = data.read_arrays(path)
-    in_data = lifted_rows(arrays["qpos"])
-    per_episode = np.array([part.any() for part in np.split(in_data, np.flatnonzero(arrays["terminals"])[:-1] + 1)])
-    result = dict(
-        env=name.short,
+    r2, r2_shuffled = explained_variance(batch, validation, horizon)
+    return dict(
         task=task,
-        data_source=source,
-        horizon=header["horizon"],
+        horizon=horizon,
         bc_steps=header["step"],
+        learning_rate=header["args"]["learning_rate"],
+        schedule=header["args"]["schedule"],
         ignored_observations=" ".join(map(str, header["args"].get("ignore_observations", []))),
         flow_steps=args.flow_steps,
         episodes=len(rows),
@@ -156,15 +145,40 @@ def main(args: Args) -> dict[str, float]:
         r2_of_mean_action=r2,
         r2_with_shuffled_cubes=r2_shuffled,
         policy_success=float(np.mean([r["success"] for r in rows])),
-        data_steps_lifted=float(in_data.mean()),
-        data_episodes_lifted=float(per_episode.mean()),
-        git_revision=git_revision(),
     )
-    for key, value in result.items():
-        print(f"{key:<24} {value if not isinstance(value, float) else format(value, '.3f')}")
+
+
+def main(args: Args) -> list[dict[str, Any]]:
+    """Prints and returns the shares, of each policy.
+
+    Raises:
+        UserError: the environment has no cubes, or its data no validation file.
+    """
+    name = parse_env(args.env)
+    if not name.prefix.startswith("cube"):
+        raise UserError(f"{args.env} has no cubes to lift: name a cube environment.")
+    path, source = sources.find_files(args.env, None, episodes=args.episodes)
+    if not validation_path(path).is_file():
+        raise UserError(f"there is no validation file {validation_path(path)}: collect or download the data anew.")
+    validation, arrays = data.read_arrays(validation_path(path)), data.read_arrays(path)
+    in_data = lifted_rows(arrays["qpos"])
+    per_episode = np.array([part.any() for part in np.split(in_data, np.flatnonzero(arrays["terminals"])[:-1] + 1)])
+    results = []
+    for run_dir in args.run_dirs or (default_run_dir(name.short, quick=False),):
+        results.append(
+            dict(env=name.short, data_source=source, data_sha256=sources.describe(path, source)["sha256"])
+            | measure(args, run_dir, validation)
+            | dict(
+                data_steps_lifted=float(in_data.mean()),
+                data_episodes_lifted=float(per_episode.mean()),
+                git_revision=git_revision(),
+            )
+        )
+        for key, value in results[-1].items():
+            print(f"{key:<26} {value if not isinstance(value, float) else format(value, '.3f')}")
     if args.out:
-        write_csv(args.out, list(result), [result])
-    return result
+        write_csv(args.out, list(results[0]), results)
+    return results
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ python evor_bc.py --env cube-double-play --preview --horizon 5 --steps 200000 --
 python evor_bc.py --env cube-double-play --preview --horizon 5 --steps 250000 --run-dir runs/cube-double-play-velocities
 python -m benchmarks.base_policy --env cube-single-play --out results/base_policy_cube-single-play.csv
 python -m benchmarks.base_policy --env cube-double-play --out results/base_policy_cube-double-play.csv
-python -m benchmarks.base_policy --env cube-double-play --run-dir runs/cube-double-play-velocities --out results/base_policy_cube-double-play_velocities.csv
+python -m benchmarks.base_policy --env cube-double-play --run-dirs runs/cube-double-play-velocities --out results/base_policy_cube-double-play_velocities.csv
 
 # Reward models: the published target and the default one, each with the base and the softmax backup.
 for target in shared-noise paper; do

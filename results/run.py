@@ -44,10 +44,10 @@ def policy(env: str, flags: str) -> str:
     return f"evor_bc.py --env {env} {HORIZON.get(env, '')} {POLICY.get(env, '')} {flags}"
 
 
-def preview(env: str, name: str, flags: str = "") -> str:
+def preview(env: str, name: str, flags: str = "", *, policy_run_dir: str = "runs") -> str:
     return (
         f"evor_value.py --env {env} --preview {HORIZON.get(env, '')} --steps 50000 {flags} --run-dir runs/{name}/{env} "
-        f"--policy-run-dir runs/{env}"
+        f"--policy-run-dir {policy_run_dir}/{env}"
     )
 
 
@@ -68,6 +68,7 @@ def sweep(name: str, flags: str, *, run: str = "tasks", tasks: str = "2", env: s
 FRACTIONS = "0 0.001 0.003 0.01 0.03 0.1 0.3 1 inf"
 GREEDY = "--action-temperature 0"  # the best candidate: the default when these were run
 AT = f"--return-temperature 0.1 {GREEDY}"  # the default before
+SCHEDULES = {"cosine": "", "constant": "--schedule constant --learning-rate 3e-4"}  # the preset's, and the paper's
 SIZES = ("--width 64", "--width 128", "--width 256", "--depth 2")  # beside 4 x 512
 EXPERIMENTS: dict[str, list[str]] = {
     # For two CPU cores.
@@ -84,9 +85,14 @@ EXPERIMENTS: dict[str, list[str]] = {
         preview(MAZE, "discount", f"--discount 0.995 {AT}"),
         preview(MAZE, "softmax99", f"--next-action softmax {AT}"),
     ],
-    "schedule": [
-        preview(CUBE, "cosine", f"--eval-every 10000 {GREEDY}"),
-        preview(CUBE, "constant", f"--schedule constant --learning-rate 3e-4 --eval-every 10000 {GREEDY}"),
+    "schedule": [preview(CUBE, name, f"{flags} --eval-every 10000 {GREEDY}") for name, flags in SCHEDULES.items()],
+    "policy_schedule": [  # of stage 1, at a quarter of its steps
+        command
+        for name, flags in SCHEDULES.items()
+        for command in (
+            policy(CUBE, f"--preview --steps 50000 {flags} --run-dir runs/policy-{name}/{CUBE}"),
+            preview(CUBE, f"policy-{name}", policy_run_dir=f"runs/policy-{name}"),
+        )
     ],
     "capacity": [preview(CUBE, "capacity" + flags[1:].replace(" ", "-"), f"{flags} {GREEDY}") for flags in SIZES],
     "actions": [sweep("actions", "--num-actions 1 2 4 8 16 32 64", tasks="1 2")],
