@@ -44,10 +44,10 @@ def policy(env: str, flags: str) -> str:
     return f"evor_bc.py --env {env} {HORIZON.get(env, '')} {POLICY.get(env, '')} {flags}"
 
 
-def preview(env: str, name: str, flags: str = "", *, policy_run_dir: str = "runs") -> str:
+def preview(env: str, name: str, flags: str = "") -> str:
     return (
         f"evor_value.py --env {env} --preview {HORIZON.get(env, '')} --steps 50000 {flags} --run-dir runs/{name}/{env} "
-        f"--policy-run-dir {policy_run_dir}/{env}"
+        f"--policy-run-dir runs/{env}"
     )
 
 
@@ -87,12 +87,8 @@ EXPERIMENTS: dict[str, list[str]] = {
     ],
     "schedule": [preview(CUBE, name, f"{flags} --eval-every 10000 {GREEDY}") for name, flags in SCHEDULES.items()],
     "policy_schedule": [  # of stage 1, at a quarter of its steps
-        command
+        policy(CUBE, f"--preview --steps 50000 {flags} --run-dir runs/policy-{name}/{CUBE}")
         for name, flags in SCHEDULES.items()
-        for command in (
-            policy(CUBE, f"--preview --steps 50000 {flags} --run-dir runs/policy-{name}/{CUBE}"),
-            preview(CUBE, f"policy-{name}", policy_run_dir=f"runs/policy-{name}"),
-        )
     ],
     "capacity": [preview(CUBE, "capacity" + flags[1:].replace(" ", "-"), f"{flags} {GREEDY}") for flags in SIZES],
     "actions": [sweep("actions", "--num-actions 1 2 4 8 16 32 64", tasks="1 2")],
