@@ -16,7 +16,7 @@ from common import checkpoint
 from common.errors import UserError
 from common.metrics import read_csv, sha256, write_csv
 from common.statistics import success_interval
-from results import baselines, candidates, draw, preview, saturation, sweeps, tasks, training
+from results import baselines, candidates, check, draw, preview, saturation, sweeps, tasks, training
 
 ROOT = Path(__file__).parent.parent
 
@@ -498,3 +498,26 @@ def test_the_readmes_headline_table_is_that_of_the_rows():
             ends = "%, ".join(mean.split("[")[1].rstrip("]").split(", "))
             assert f"{rate}% [{ends}%]" in (ROOT / "results" / "tasks.md").read_text()
     assert number == 12
+
+
+def test_a_run_is_compared_with_its_rows(here: Path, monkeypatch: pytest.MonkeyPatch):
+    """Twelve episodes of which one changed, and other data; then another discount, which is no repetition."""
+    for module in (tasks, check):
+        monkeypatch.setattr(module, "HERE", here)
+    run = make_run(here / "a", evor_value.Args(), solved=8)
+    tasks.main(tasks.Args(runs=(run,)))
+    text = check.main(check.Args(runs=(run,)))
+    assert "| 2 | 0 | 80% [49%, 94%] | 80% [49%, 94%] | 12 of 12 | 3.0 | 3.0 |" in text
+    assert text.endswith("Data, versions and hardware alike.")
+    episodes = run / "value" / "evaluation.csv"
+    episodes.write_text(episodes.read_text().replace(",9,0.0,100,", ",9,1.0,90,"))
+    config = run / "value" / "config.json"
+    config.write_text(config.read_text().replace('"sha256": "cd"', '"sha256": "xy"'))
+    text = check.main(check.Args(runs=(run,)))
+    assert "| 90% [60%, 98%] | 80% [49%, 94%] | 11 of 12 |" in text
+    assert text.endswith("Not as it was: data_sha256: xy, then cd")
+    config.write_text(config.read_text().replace('"discount": 0.99', '"discount": 0.9'))
+    with pytest.raises(UserError, match=r"another discount than its row: 0\.9, not 0\.99"):
+        check.main(check.Args(runs=(run,)))
+    with pytest.raises(UserError, match="has no row of"):
+        check.main(check.Args(runs=(make_run(here / "b", evor_value.Args(), solved=8),)))
