@@ -145,21 +145,25 @@ def sweep(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str, by: S
     save(figure, path)
 
 
-def heat_map(summary: Sequence[Mapping[str, Any]], path: Path, *, x: str, y: str, title: str) -> None:
-    """Success over two swept settings, written into each cell."""
-    columns, rows = (sorted({row[name] for row in summary}) for name in (x, y))
-    success = np.full((len(rows), len(columns)), np.nan)
-    for row in summary:
-        success[rows.index(row[y]), columns.index(row[x])] = 100 * row["success"]
-    figure, axes = subplots(1, 1, width=2.0 + 0.8 * len(columns), height=1.5 + 0.5 * len(rows))
-    axis: Axes = axes[0, 0]
-    image = axis.imshow(success, vmin=0, vmax=100, cmap="viridis", aspect="auto", origin="lower")
-    for i, j in np.argwhere(np.isfinite(success)):
-        color = "black" if success[i, j] > 60 else "white"
-        axis.text(j, i, f"{success[i, j]:.0f}", ha="center", va="center", color=color, fontsize=8)
-    axis.set(xlabel=SAYS.get(x, x), ylabel=SAYS.get(y, y), xticks=range(len(columns)), yticks=range(len(rows)))
-    axis.set_xticklabels([f"{value:g}" for value in columns])
-    axis.set_yticklabels([f"{value:g}" for value in rows])
-    axis.set_title(title, fontsize=8)
+def heat_maps(panels: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, x: str, y: str, title: str) -> None:
+    """Success over two swept settings, written into each cell; a panel for each name of `panels`."""
+    columns, rows = (sorted({row[name] for panel in panels.values() for row in panel}) for name in (x, y))
+    width = (0.7 + 0.8 * len(columns)) * len(panels) + 1.3
+    figure, axes = subplots(1, len(panels), width=width, height=1.7 + 0.5 * len(rows))
+    for axis, (name, panel) in zip(axes[0], panels.items(), strict=True):
+        success = np.full((len(rows), len(columns)), np.nan)
+        for row in panel:
+            success[rows.index(row[y]), columns.index(row[x])] = 100 * row["success"]
+        image = axis.imshow(success, vmin=0, vmax=100, cmap="viridis", aspect="auto", origin="lower")
+        for i, j in np.argwhere(np.isfinite(success)):
+            color = "black" if success[i, j] > 60 else "white"
+            axis.text(j, i, f"{success[i, j]:.0f}", ha="center", va="center", color=color, fontsize=8)
+        axis.set(xticks=range(len(columns)), yticks=range(len(rows)))
+        axis.set_xticklabels([f"{value:g}" for value in columns])
+        axis.set_yticklabels([f"{value:g}" for value in rows])
+        axis.set_title(name, fontsize=8)
+    figure.supxlabel(SAYS.get(x, x), fontsize=9)
+    axes[0, 0].set_ylabel(SAYS.get(y, y))
+    figure.suptitle(title, fontsize=9)
     figure.colorbar(image, label="success (%)")
     save(figure, path)

@@ -5,7 +5,7 @@
 
 A folder is what `evor_infer.py --out` filled. The first command gathers them into `sweep_NAME_episodes.csv`, a row per
 episode with every setting and where it comes from; the second only draws `sweep_NAME.md` and `sweep_NAME.png` from it:
-lines, or a heat map where both temperatures of one reward model and task were swept. Intervals: Wilson's over episodes
+lines, or a heat map of each target and task where both temperatures were swept. Intervals: Wilson's over episodes
 for one seed, else by bootstrap over seeds and episodes.
 """
 
@@ -111,12 +111,11 @@ def main(args: Args) -> None:
     (HERE / f"sweep_{args.name}.md").write_text("\n".join(lines) + "\n")
     title = f"{summary[0]['env']} ({summary[0]['data_source']} data), {rows[0]['steps']:,} steps"
     path = HERE / f"sweep_{args.name}.png"
-    if (
-        swept == ["return_temperature", "action_temperature"]
-        and len({(r["td_target"], r["task"]) for r in summary}) == 1
-    ):
-        title += f", {summary[0]['td_target']}, task {summary[0]['task']}"
-        figures.heat_map(summary, path, x=swept[0], y=swept[1], title=title)
+    if swept == ["return_temperature", "action_temperature"]:
+        panels: dict[str, list[dict[str, Any]]] = {}
+        for row in summary:
+            panels.setdefault(f"{row['td_target']}, task {row['task']}", []).append(row)
+        figures.heat_maps(panels, path, x=swept[0], y=swept[1], title=title)
     else:
         figures.sweep(summary, path, title=title, by=("td_target", "task"))
     print("\n".join(lines))

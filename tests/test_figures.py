@@ -68,11 +68,14 @@ def test_sweep_of_a_single_point_draws_it(tmp_path: Path, drawn: list):
     assert [axis.get_xlabel() for axis in drawn[0].axes] == ["N_pi, candidate actions"]
 
 
-def test_heat_map_puts_each_success_into_its_cell(tmp_path: Path, drawn: list):
+def test_heat_maps_put_each_success_into_its_cell(tmp_path: Path, drawn: list):
     values = {(0.0, 0.1): 0.25, (0.0, 1.0): 0.5, (float("inf"), 0.1): 0.75}
     summary = [dict(a=a, b=b, success=success) for (a, b), success in values.items()]
-    figures.heat_map(summary, tmp_path / "a.png", x="a", y="b", title="toy")
-    axis = drawn[0].axes[0]
+    panels = {"one": summary, "two": [dict(a=0.0, b=1.0, success=1.0)]}
+    figures.heat_maps(panels, tmp_path / "a.png", x="a", y="b", title="toy")
+    axis, other = drawn[0].axes[:2]
+    assert [axis.get_title(), other.get_title()] == ["one", "two"]
+    np.testing.assert_array_equal(other.images[0].get_array().filled(-1), [[-1, -1], [100, -1]])
     np.testing.assert_array_equal(axis.images[0].get_array().filled(-1), [[25, 75], [50, -1]])
     assert {(*text.get_position(), text.get_text()) for text in axis.texts} == {
         (0, 0, "25"),
