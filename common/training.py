@@ -116,6 +116,13 @@ def hardware() -> str:
     return ", ".join([f"{num_cores()} cores of {processor}", *(f"{number} {kind}" for kind, number in kinds.items())])
 
 
+def provenance() -> dict[str, str]:
+    """What code and machine a row of numbers comes from: `git_revision`, `hardware` and the main versions."""
+    versions = package_versions()
+    about = dict(git_revision=git_revision(), hardware=hardware())
+    return about | {f"version_{name}": versions[name] for name in ("python", "jax", "mujoco") if name in versions}
+
+
 def join_hosts() -> None:
     """Joins the processes of a run on several hosts (`jax.distributed`); call it before anything else.
 

@@ -27,13 +27,14 @@ from common import checkpoint, figures
 from common.envs import parse_env
 from common.errors import UserError, run_cli
 from common.evaluation import episode_seed, make_env, seeded_reset
-from common.metrics import read_csv, write_csv
+from common.metrics import read_csv, sha256, write_csv
+from common.training import provenance
 from evor_infer import Agent, load_agent
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = 16  # stepped side by side
 
-READOUT = dict(num_returns=8, return_temperature=0.03, action_temperature=0.003)  # of `saturation.csv` and the film too
+READOUT = dict(num_returns=8, return_temperature=0.03, action_temperature=0.003)  # the defaults; of the film too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +160,14 @@ def gather(args: Args) -> list[dict[str, Any]]:
         data_source=header["data"]["source"],
         data_sha256=header["data"]["sha256"],
         policy_sha256=header["policy_sha256"],
+        critic_sha256=sha256(path),
         td_target=header["args"]["td_target"],
         steps=header["step"],
         task=args.task,
         episode=args.episode,
         step=args.step,
+        **READOUT,
+        **provenance(),
     )
     return [
         about | dict(candidate=i, kind=kind, value=float(value))

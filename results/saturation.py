@@ -30,7 +30,7 @@ from common import checkpoint, data, figures, sources
 from common.envs import validation_path
 from common.errors import UserError, run_cli
 from common.metrics import read_csv, sha256, write_csv
-from common.training import PLACES
+from common.training import PLACES, provenance
 from evor_infer import Agent, load_agent, read_episodes, summarise
 from results.sweeps import WORDS
 
@@ -143,11 +143,13 @@ def gather(args: Args) -> list[dict[str, Any]]:
         data_sha256=header["data"]["sha256"],
         policy_sha256=header["policy_sha256"],
         critic_sha256=sha256(paths[0]),
+        other_critic_sha256=sha256(paths[1]),
         td_target=header["args"]["td_target"],
         task=args.task,
         steps=header["step"],
         seeds=" ".join(map(str, seeds)),
         **readout,
+        **provenance(),
     )
     return [about | row for row in rows_of(values, trajectory)]
 
@@ -182,8 +184,16 @@ def main(args: Args) -> None:
     found, first = summary(stored), stored[0]
     sweep = HERE / "sweep_actions_episodes.csv"
     episodes = read_episodes(sweep, words=WORDS) if sweep.is_file() else []
-    same = int(first["task"]), first["critic_sha256"]
-    own = [row for row in episodes if (row["task"], row["critic_sha256"]) == same]
+    same = dict(
+        task=int(first["task"]),
+        critic_sha256=first["critic_sha256"],
+        num_returns=int(first["num_returns"]),
+        return_temperature=float(first["return_temperature"]),
+    )
+    own = [row for row in episodes if all(row[name] == value for name, value in same.items())]
+    tau_q = sorted({row["action_temperature"] for row in own})
+    if len(tau_q) > 1:
+        raise UserError(f"{sweep} holds several tau_Q for this reward model, {tau_q}: draw a sweep of one.")
     success = {row["num_actions"]: row for row in summarise(own, ("num_actions",))}
     states = {row["trajectory"]: int(row["states"]) for row in stored}
     number = sum(states.values()), len(states)
@@ -192,7 +202,10 @@ def main(args: Args) -> None:
         f"{int(first['steps']):,} steps: value of the chosen action above that of one candidate. Mean over "
         f"{number[1]} validation episodes of the means of their states, {number[0]:,} in all, with its 95% interval, "
         f"in the environment's units. "
-        f"One pair of reward models, seeds {first['seeds'].replace(' ', ' and ')}; each chooses once.",
+        f"One pair of reward models, seeds {first['seeds'].replace(' ', ' and ')}; each chooses once, the best by Q* "
+        f"at tau_R = {float(first['return_temperature']):g}."
+        + f" Success: of the extracted policy at the same tau_R and tau_Q = {tau_q[0]:g}."
+        * bool(tau_q),
         "",
         "| N_pi | by the critic that chose | by one of another seed | error of the selection | success |",
         "|---|---|---|---|---|",
@@ -220,7 +233,7 @@ def main(args: Args) -> None:
         y = np.array([100 * row["success"] for row in success.values()])
         ends = np.array([[100 * row["low"], 100 * row["high"]] for row in success.values()]).T
         axes[0][1].errorbar(list(success), y, np.abs(ends - y), marker="o", ms=3, lw=1, capsize=2, color="k")
-        axes[0][1].set(ylabel="success (%)", ylim=(-3, 103), title="in the environment")
+        axes[0][1].set(ylabel="success (%)", ylim=(-3, 103), title=f"in the environment, tau_Q {tau_q[0]:g}")
     for axis in axes[0]:
         axis.set_xscale("log", base=2)
         axis.set(xlabel="N_pi, candidates", xticks=NUMBERS, xticklabels=NUMBERS)

@@ -400,7 +400,7 @@ def test_the_error_of_a_selection(here: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(rows) == 2 * (states // 10) * len(saturation.NUMBERS)
     assert {row["states"] for row in rows} == {10}
     about = dict(env="toy", data_source="collected", td_target="shared-noise", task=2, steps=70, seeds="0 1")
-    about |= dict(critic_sha256="12", return_temperature=0.1)
+    about |= dict(critic_sha256="12", return_temperature=0.1, num_returns=8)
     rows = [about | row for row in rows]
     found = saturation.summary(rows)
     expected = np.sqrt(2) * np.array([1 / np.sqrt(np.pi), 1.02938, 1.42360])  # means of the largest of 2, 4, 8
@@ -413,14 +413,19 @@ def test_the_error_of_a_selection(here: Path, monkeypatch: pytest.MonkeyPatch):
     np.testing.assert_allclose(found["own"][1], [np.mean(gains), half], rtol=1e-6)
 
     write_csv(here / "saturation.csv", list(rows[0]), rows)
-    episodes = [
-        dict(env="toy", task=2, num_actions=4, critic_sha256=sha, success=float(sha == "12"), length=10)
-        for sha in ("12", "34")
-    ]
-    write_csv(here / "sweep_actions_episodes.csv", list(episodes[0]), episodes)
+    one = dict(env="toy", task=2, num_actions=4, critic_sha256="12", success=1.0, length=10)
+    one |= dict(num_returns=8, return_temperature=0.1, action_temperature=0.25)
+    # Of another reward model, and at another tau_R: not what the selection was measured for.
+    episodes = [one, one | dict(critic_sha256="34", success=0.0), one | dict(return_temperature=0.5, success=0.0)]
+    write_csv(here / "sweep_actions_episodes.csv", list(one), episodes)
     saturation.main(saturation.Args())
-    assert (here / "saturation.md").read_text().count("|\n") == 2 + len(saturation.NUMBERS)
+    text = (here / "saturation.md").read_text()
+    assert text.count("|\n") == 2 + len(saturation.NUMBERS) and text.count("| 100% [21%, 100%] |") == 1
+    assert "at tau_R = 0.1. Success: of the extracted policy at the same tau_R and tau_Q = 0.25." in text
     assert (here / "saturation.png").is_file()
+    write_csv(here / "sweep_actions_episodes.csv", list(one), [one, one | dict(action_temperature=0.0)])
+    with pytest.raises(UserError, match="several tau_Q for this reward model"):
+        saturation.main(saturation.Args())
 
 
 def test_returns_of_roll_outs():
