@@ -25,7 +25,8 @@ from common import data, sources
 from common.envs import default_run_dir, parse_env, validation_path
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes, make_env, seeded_reset
-from common.metrics import git_revision, write_csv
+from common.metrics import sha256, write_csv
+from common.training import provenance
 
 LIFTED = 0.05  # metres; a cube's centre lies at 0.02 on the table
 CUBES = 19  # the observation's first coordinate of a cube; the arm and its gripper come before
@@ -108,9 +109,15 @@ def explained_variance(
     return tuple(float(1 - np.mean((actions - mean) ** 2) / np.mean(np.var(actions, axis=0))) for mean in found)
 
 
-def measure(args: Args, run_dir: Path, validation: dict[str, np.ndarray]) -> dict[str, Any]:
-    """One base policy: what it was trained with, and what it does."""
+def measure(args: Args, run_dir: Path, validation: dict[str, np.ndarray], *, data_sha256: str) -> dict[str, Any]:
+    """One base policy: what it was trained with, and what it does.
+
+    Raises:
+        UserError: it was trained on other data.
+    """
     header, (policies, standardizer) = evor_infer.load_policy(run_dir)
+    if header["data"]["sha256"] != data_sha256:
+        raise UserError(f"{run_dir} was trained on other data than {args.env}'s here: they do not compare.")
     policy = jax.tree.map(lambda x: jnp.asarray(x)[0], policies)
     sample = jax.jit(
         lambda x, noise: policy.sample(standardizer(x), noise[None], flow_steps=args.flow_steps)[0],
@@ -130,6 +137,7 @@ def measure(args: Args, run_dir: Path, validation: dict[str, np.ndarray]) -> dic
     batch = jax.jit(jax.vmap(lambda x, noise: policy.sample(standardizer(x), noise, flow_steps=args.flow_steps)))
     r2, r2_shuffled = explained_variance(batch, validation, horizon)
     return dict(
+        policy_sha256=sha256(run_dir / "bc" / "model.eqx"),
         task=task,
         horizon=horizon,
         bc_steps=header["step"],
@@ -152,7 +160,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     """Prints and returns the shares, of each policy.
 
     Raises:
-        UserError: the environment has no cubes, or its data no validation file.
+        UserError: the environment has no cubes, its data no validation file, or a policy was trained on other data.
     """
     name = parse_env(args.env)
     if not name.prefix.startswith("cube"):
@@ -164,14 +172,15 @@ def main(args: Args) -> list[dict[str, Any]]:
     in_data = lifted_rows(arrays["qpos"])
     per_episode = np.array([part.any() for part in np.split(in_data, np.flatnonzero(arrays["terminals"])[:-1] + 1)])
     results = []
+    data_sha256 = sources.describe(path, source)["sha256"]
     for run_dir in args.run_dirs or (default_run_dir(name.short, quick=False),):
         results.append(
-            dict(env=name.short, data_source=source, data_sha256=sources.describe(path, source)["sha256"])
-            | measure(args, run_dir, validation)
+            dict(env=name.short, data_source=source, data_sha256=data_sha256)
+            | measure(args, run_dir, validation, data_sha256=data_sha256)
             | dict(
                 data_steps_lifted=float(in_data.mean()),
                 data_episodes_lifted=float(per_episode.mean()),
-                git_revision=git_revision(),
+                **provenance(),
             )
         )
         for key, value in results[-1].items():

@@ -165,5 +165,6 @@ def heat_maps(panels: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, 
     figure.supxlabel(SAYS.get(x, x), fontsize=9)
     axes[0, 0].set_ylabel(SAYS.get(y, y))
     figure.suptitle(title, fontsize=9)
-    figure.colorbar(image, label="success (%)")
+    figure.set_layout_engine("constrained")  # takes the bar's space from all panels alike
+    figure.colorbar(image, ax=list(axes[0]), label="success (%)")
     save(figure, path)

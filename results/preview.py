@@ -15,12 +15,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common import checkpoint
 from common.errors import UserError, run_cli
-from common.metrics import read_csv, write_csv
+from common.metrics import read_csv, sha256, write_csv
 from evor_infer import read_episodes, summarise
 
 HERE = Path(__file__).parent
-FILES = ("config.json", "evaluation.csv", "calibration.csv")
+FILES = ("config.json", "evaluation.csv", "calibration.csv", "model.eqx")
 READOUT = ("num_returns", "return_temperature", "action_temperature")
 
 
@@ -34,9 +35,15 @@ class Args:
     """Prefix of the files."""
 
 
+def of_readout(rows: list[dict[str, Any]], args: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an evaluation that have the settings of `args`: others are left where an evaluation anew was
+    stopped."""
+    return [row for row in rows if all(float(row.get(name, args[name])) == float(args[name]) for name in READOUT)]
+
+
 def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Episodes of the last checkpoint and one summary row per task and seed."""
-    directory = run / "value"
+    directory, model = run / "value", run / "value" / "model.eqx"
     missing = [path for path in map(directory.joinpath, FILES) if not path.is_file()]
     if missing:
         raise UserError(f"there is no {missing[0]}: name run directories of evor_value.py that came to their end.")
@@ -74,20 +81,24 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         num_returns=args["num_returns"],
         return_temperature=args["return_temperature"],
         action_temperature=args["action_temperature"],
+        **{
+            name: args.get(name, "")
+            for name in ("reward", "clip_margin", "backup_returns", "redraw_bank", "flow_steps")
+        },
         data_source=config["data"]["source"],
         data_sha256=config["data"]["sha256"],
-        git_revision=config["git_revision"],
+        policy_sha256=config["policy_sha256"],
+        critic_sha256=sha256(model),
+        train_revision=checkpoint.read_header(model, stage="value", remedy="train it again.").get("git_revision", ""),
+        git_revision=config["git_revision"],  # of the evaluation, where that was made anew
         hardware=config.get("hardware", ""),
         train_seconds=config.get("seconds", ""),  # of all tasks and seeds of the run together
         **{f"version_{k}": v for k, v in versions.items()},
     )
     episodes = [
         row
-        for row in read_episodes(directory / "evaluation.csv")
-        if row["step"] == args["steps"]
-        and row["num_actions"] in (1, args["num_actions"])
-        # Rows of other settings are left where an evaluation anew was stopped.
-        and all(row.get(name, args[name]) == float(args[name]) for name in READOUT)
+        for row in of_readout(read_episodes(directory / "evaluation.csv"), args)
+        if row["step"] == args["steps"] and row["num_actions"] in (1, args["num_actions"])
     ]
     if {row["num_actions"] == 1 for row in episodes} != {True, False}:
         raise UserError(f"{run} has no evaluation of its last checkpoint, or none of several actions: let it finish.")

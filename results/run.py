@@ -25,7 +25,7 @@ from common.envs import default_run_dir, run_name
 from common.errors import UserError, parse_args, run_cli
 from common.metrics import plain, read_csv, read_json, sha256
 from common.training import PLACES
-from results.preview import READOUT
+from results.preview import of_readout
 
 ROOT = Path(__file__).parent.parent
 TRAINED = {"evor_bc": "bc", "evor_value": "value", "baselines.critics": "value", "baselines.qc": "value"}
@@ -173,8 +173,14 @@ def progress(command: str) -> str:
     step = checkpoint.read_header(model, stage=TRAINED[module], remedy="")["step"]
     rows = read_csv(directory / "evaluation.csv") if (directory / "evaluation.csv").is_file() else []
     # Rows of other settings were left by an evaluation that was stopped before its end.
-    own = [row for row in rows if all(float(row[name]) == getattr(args, name) for name in READOUT)]
-    evaluated = not getattr(args, "eval_episodes", 0) or str(args.steps) in {row["step"] for row in own}
+    own = [
+        (row["task"], row["seed"])
+        for row in of_readout(rows, plain(args))
+        if row["step"] == str(args.steps) and row["num_actions"] == str(args.num_actions)
+    ]
+    evaluated = not getattr(args, "eval_episodes", 0) or all(
+        own.count((str(task), str(seed))) == args.eval_episodes for task, seed in config["replicas"]
+    )
     return "done" if step == args.steps and evaluated else f"step {step:,} of {args.steps:,}"
 
 
@@ -213,17 +219,17 @@ def main(args: Args) -> None:
     if unknown:
         raise UserError(f"there is no experiment {sorted(unknown)[0]!r}: choose among {', '.join(EXPERIMENTS)}.")
     os.chdir(ROOT)
-    failed = 0
+    failed, over = 0, False
     for name in args.only or [name for name in EXPERIMENTS if not name.startswith("full")]:
         for command in map(str.strip, EXPERIMENTS[name]):
             state = progress(command)
             print(f"{name}: {state}: python {' '.join(command.split())}", flush=True)
-            if args.list or state == "done":
+            if args.list or state == "done" or over:
                 continue
             try:
-                if not run(command, args.slot):
+                over = not run(command, args.slot)
+                if over:
                     print(f"stopped after {args.slot:g} minutes, at {progress(command)}: run this again to go on.")
-                    return
             except UserError as error:
                 print(f"warning: {error}", file=sys.stderr)
                 failed += 1

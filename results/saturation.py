@@ -204,8 +204,7 @@ def main(args: Args) -> None:
         f"in the environment's units. "
         f"One pair of reward models, seeds {first['seeds'].replace(' ', ' and ')}; each chooses once, the best by Q* "
         f"at tau_R = {float(first['return_temperature']):g}."
-        + f" Success: of the extracted policy at the same tau_R and tau_Q = {tau_q[0]:g}."
-        * bool(tau_q),
+        + (f" Success: of the extracted policy at the same tau_R and tau_Q = {tau_q[0]:g}." if tau_q else ""),
         "",
         "| N_pi | by the critic that chose | by one of another seed | error of the selection | success |",
         "|---|---|---|---|---|",

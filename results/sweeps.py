@@ -23,12 +23,14 @@ from evor_infer import read_episodes, summarise
 
 HERE = Path(__file__).parent
 WORDS = ("td_target", "next_action", "critic", "git_revision", "critic_sha256", "policy_sha256")
-WORDS += ("hardware", "version_python", "version_jax", "version_mujoco")
+WORDS += ("train_revision", "backup_return_temperature", "hardware", "version_python", "version_jax", "version_mujoco")
 ALIKE = (
     "env",
     "data_sha256",
+    "policy_sha256",
     "steps",
     "next_action",
+    "backup_return_temperature",
     "critic",
     "horizon",
     "discount",
@@ -62,10 +64,15 @@ def gather(folder: Path) -> list[dict[str, Any]]:
         td_target=value["args"].get("td_target", ""),
         next_action=value["args"]["next_action"],
         critic=value["critic"],
+        # A setting of the training too, where the backup chooses among actions.
+        backup_return_temperature=value["args"]["return_temperature"]
+        if value["args"]["next_action"] == "softmax"
+        else "",
         steps=value["step"],
         horizon=value["horizon"],
         discount=value["args"]["discount"],
         git_revision=config["git_revision"],
+        train_revision=value.get("git_revision", ""),
         critic_sha256=config["critic_sha256"],
         policy_sha256=config["policy_sha256"] or "",
         hardware=config["hardware"],

@@ -26,11 +26,11 @@ from evor_infer import summarise
 from results.preview import gather, refuse_mixtures
 
 HERE = Path(__file__).parent
-METHOD = ("env", "horizon", "td_target", "next_action", "critic", "discount", "steps")
+METHOD = ("env", "reward", "horizon", "td_target", "next_action", "critic", "discount", "steps")
 METHOD += ("return_temperature", "action_temperature")
 ALIKE = ("head_width", "head_depth", "width", "depth", "batch_size", "tau", "target_steps", "return_width")
 ALIKE += ("num_next_actions", "backup_temperature", "learning_rate", "schedule", "num_actions", "num_returns")
-ALIKE += ("ignored_observations",)
+ALIKE += ("ignored_observations", "clip_margin", "backup_returns", "redraw_bank", "flow_steps", "policy_sha256")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,11 @@ def refuse(runs: Rows) -> None:
 
 def select(rows: Rows, **values: str) -> Rows:
     return [row for row in rows if all(row[key] == value for key, value in values.items())]
+
+
+def named(row: dict[str, str]) -> str:
+    """The environment, with what was made of its rewards."""
+    return f"{row['env']}, sparse" if row["reward"] == "sparse" else row["env"]
 
 
 def by_method(runs: Rows) -> Iterator[Rows]:
@@ -133,7 +138,7 @@ def table(runs: Rows, episodes: Rows, published: Rows) -> str:
         last = [float(row["last_three"]) for row in rows if row["last_three"]]
         seeds = {row["seed"] for row in rows}
         means.append(
-            f"| {one['env']} ({one['data_source']}) | {' '.join(tasks_of(rows))} | {len(seeds)} "
+            f"| {named(one)} ({one['data_source']}) | {' '.join(tasks_of(rows))} | {len(seeds)} "
             f"| `{one['td_target']}` | `{one['next_action']}` | {one['critic']} | {one['horizon']} "
             f"| {one['discount']} | {one['return_temperature']} | {one['action_temperature']} "
             f"| {int(one['steps']):,} | **{evor}** | {f'{np.mean(last):.0%}' if last else ''} | {base} "
@@ -145,7 +150,7 @@ def table(runs: Rows, episodes: Rows, published: Rows) -> str:
             names = ("discount", "return_temperature", "action_temperature", "task", "seed")
             values = " | ".join(row[name] for name in names)
             singles.append(
-                f"| {row['env']} | `{row['td_target']}` | `{row['next_action']}` | {values} | {' | '.join(cells)} |"
+                f"| {named(row)} | `{row['td_target']}` | `{row['next_action']}` | {values} | {' | '.join(cells)} |"
             )
     environments = {row["env"] for row in runs}
     others = ["| data (official) | highest known | method | source |", "|---|---|---|---|"]
@@ -174,9 +179,8 @@ def draw(runs: Rows, episodes: Rows, name: str) -> None:
             if (row["run"], row["task"], row["seed"]) in replicas
         ]
         one = rows[0]
-        title = (
-            f"{env} ({one['data_source']} data)\n{one['td_target']}, {one['next_action']}, horizon {one['horizon']}, "
-        )
+        title = f"{named(one)} ({one['data_source']} data)\n"
+        title += f"{one['td_target']}, {one['next_action']}, horizon {one['horizon']}, "
         title += f"discount {one['discount']}, tau_R {one['return_temperature']}, tau_Q {one['action_temperature']}"
         figures.success(summarise(own, ("task", "num_actions")), HERE / f"{name}_{env}.png", title=title)
 
@@ -189,6 +193,7 @@ def reliability(runs: Rows) -> tuple[list[str], dict[str, dict[float, float]]]:
     for row in runs:
         if row["next_action"] != "softmax" and row.get("below_0.5"):
             label = f"{row['td_target']}, {row['critic']}, horizon {row['horizon']}, discount {row['discount']}"
+            label += ", sparse" * (row.get("reward") == "sparse")
             kinds.setdefault(label, []).append(row)
     shared = set.intersection(*(set(tasks_of(rows)) for rows in kinds.values())) if kinds else set()
     found = {}

@@ -22,9 +22,12 @@ from common.metrics import CALIBRATED, read_csv, write_csv
 from common.statistics import mean_interval
 from common.training import PLACES
 from evor_infer import read_episodes, summarise
+from results.preview import READOUT, of_readout
 
 HERE = Path(__file__).parent
+VERSIONS = ("python", "jax", "mujoco")
 WORDS = ("label", "policy_sha256", "git_revision", "hardware", "train_seconds")
+WORDS += tuple(f"version_{name}" for name in VERSIONS)
 NOT_SETTINGS = (*PLACES, "eval_every", "save_every", "chunk")
 Rows = list[dict[str, Any]]
 
@@ -83,10 +86,13 @@ def gather(runs: tuple[Path, ...]) -> tuple[Rows, Rows]:
             policy_sha256=config["policy_sha256"],
             git_revision=config["git_revision"],
             hardware=config.get("hardware", ""),
+            **{f"version_{name}": config["versions"].get(name, "") for name in VERSIONS},
+            **{name: config["args"][name] for name in READOUT},
             train_seconds=config.get("seconds", ""),
         )
         keep = ("task", "seed", "step", "num_actions", "num_returns", "episode", "success", "length")
-        found = [row for row in read_csv(run / "value" / "evaluation.csv") if row["num_actions"] != "1"]
+        rows = of_readout(read_csv(run / "value" / "evaluation.csv"), config["args"])
+        found = [row for row in rows if row["num_actions"] != "1"]
         if not found:
             raise UserError(f"{run} was evaluated with one action alone, the base policy: name others.")
         if max(int(row["step"]) for row in found) < config["args"]["steps"]:
@@ -128,7 +134,7 @@ def about(episodes: Rows) -> str:
         ", ".join(map(str, sorted({row[name] for row in episodes}))) for name in ("task", "seed", "num_actions")
     )
     data = f"{episodes[0]['env']} ({episodes[0]['data_source']} data)"
-    return f"{data}, task {tasks}, seed {seeds}; best of {actions} actions"
+    return f"{data}, task {tasks}, seed {seeds}; {actions} candidates"
 
 
 def table(points: dict[str, list[dict[str, Any]]], episodes: Rows) -> str:

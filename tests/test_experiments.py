@@ -14,7 +14,7 @@ import evor_value
 from common import checkpoint
 from common.envs import default_run_dir
 from common.errors import UserError
-from common.metrics import write_csv
+from common.metrics import read_json, write_csv
 from common.training import Run
 from results import run
 from tests import processes
@@ -90,16 +90,20 @@ def test_an_evaluation_of_other_settings_is_not_the_one_that_was_asked_for(tmp_p
     command = f"evor_value.py {flags} --return-temperature 0.1"
     _, args = run.parse(command)
     evor_value.main(args)
-    row = dict(step=20, num_returns=args.num_returns, return_temperature=0.1, action_temperature=0.003)
-    for changes, found in (
-        ({}, "done"),
-        (dict(step=10), "step 20 of 20"),
-        (dict(return_temperature=0.03), "step 20 of 20"),
-        (dict(action_temperature=0.1), "step 20 of 20"),
-        (dict(num_returns=args.num_returns + 1), "step 20 of 20"),
+    ((task, seed),) = read_json(tmp_path / "run" / "value" / "config.json")["replicas"]
+    row = dict(step=20, task=task, seed=seed, num_actions=args.num_actions, num_returns=args.num_returns)
+    row |= dict(return_temperature=0.1, action_temperature=0.003)
+    for changes, number, found in (
+        ({}, args.eval_episodes, "done"),
+        ({}, args.eval_episodes - 1, "step 20 of 20"),
+        (dict(step=10), args.eval_episodes, "step 20 of 20"),
+        (dict(num_actions=args.num_actions + 1), args.eval_episodes, "step 20 of 20"),
+        (dict(return_temperature=0.03), args.eval_episodes, "step 20 of 20"),
+        (dict(action_temperature=0.1), args.eval_episodes, "step 20 of 20"),
+        (dict(num_returns=args.num_returns + 1), args.eval_episodes, "step 20 of 20"),
     ):
-        write_csv(tmp_path / "run" / "value" / "evaluation.csv", list(row), [row | changes])
-        assert run.progress(command) == found, changes
+        write_csv(tmp_path / "run" / "value" / "evaluation.csv", list(row), [row | changes] * number)
+        assert run.progress(command) == found, (changes, number)
 
 
 def test_a_slot_that_is_over_and_a_command_that_fails(
@@ -112,6 +116,17 @@ def test_a_slot_that_is_over_and_a_command_that_fails(
         run.main(run.Args())
     assert "missing.npz" in capfd.readouterr().err
     assert run.progress(command) == "done", "the others are run all the same"
+
+    def run_one(one: str, slot: float | None) -> bool:
+        if "missing" in one:
+            raise UserError("no data")
+        return False  # its slot was over
+
+    longer = command.replace("--steps 40", "--steps 80")
+    monkeypatch.setattr(run, "EXPERIMENTS", {"toy": [command.replace("data.npz", "missing.npz"), longer]})
+    monkeypatch.setattr(run, "run", run_one)
+    with pytest.raises(UserError, match="1 commands failed"):
+        run.main(run.Args(slot=1))
     with pytest.raises(UserError, match="there is no experiment 'x': choose among toy"):
         run.main(run.Args(only=("x",)))
 

@@ -32,9 +32,11 @@ def make_run(path: Path, args: Any, *, solved: int, policy: str = "ab", bc_steps
         env="cube-double-play", observation_dim=37, action_dim=5, horizon=args.horizon, critic=args.critic,
         width=args.width, depth=args.depth, head_width=64, head_depth=3, outputs=getattr(args, "outputs", 1),
         policy_run_dir=str(base), policy_sha256=policy, own_policy=args.own_policy, args=checkpoint.plain(args),
-        data=dict(source="collected", sha256="cd"), versions=dict(jax="1"), git_revision="ef", replicas=[[task, seed]],
+        data=dict(name="d", source="collected", sha256="cd"), versions=dict(jax="1"), git_revision="ef",
+        replicas=[[task, seed]],
     )  # fmt: skip
     (path / "value" / "config.json").write_text(json.dumps(config))
+    checkpoint.save(path / "value" / "model.eqx", config | dict(stage="value", step=args.steps), ())
     rows = [
         dict(env="cube-double-play", data_source="collected", step=args.steps, task=task, seed=seed, num_actions=n,
              num_returns=args.num_returns, episode=i, success=float(n > 1 and i < solved), length=100, total=-50.0)
@@ -264,7 +266,7 @@ def test_a_sweep_is_drawn_again_from_its_rows(here: Path, monkeypatch: pytest.Mo
             stage="value", env="cube-double-play", observation_dim=3, action_dim=2, horizon=1, width=8, depth=2,
             step=70, critic="mlp", replicas=[[2, 0]], policy_sha256="ab",
             data=dict(name="d", source="collected", sha256="cd"), 
-            args=dict(td_target=target, next_action="base", steps=70, discount=0.99),
+            args=dict(td_target=target, next_action="base", steps=70, discount=0.99, return_temperature=0.03),
         )  # fmt: skip
         model = folder.parent / "value" / "model.eqx"
         checkpoint.save(model, header, ())
@@ -331,8 +333,8 @@ def evaluated_run(path: Path, args: Any, *, solved: list[int]) -> Path:
     """A run that was evaluated every 10 steps, with ten episodes each."""
     make_run(path, args, solved=0)
     rows = [
-        dict(task=2, seed=0, step=10 * (i + 1), num_actions=16, num_returns=8, episode=e, success=float(e < number),
-             length=100)
+        dict(task=2, seed=0, step=10 * (i + 1), num_actions=args.num_actions, num_returns=args.num_returns, episode=e,
+             success=float(e < number), length=100)
         for i, number in enumerate(solved) for e in range(10)
     ]  # fmt: skip
     write_csv(path / "value" / "evaluation.csv", list(rows[0]), rows)
@@ -413,6 +415,8 @@ def test_the_error_of_a_selection(here: Path, monkeypatch: pytest.MonkeyPatch):
     np.testing.assert_allclose(found["own"][1], [np.mean(gains), half], rtol=1e-6)
 
     write_csv(here / "saturation.csv", list(rows[0]), rows)
+    saturation.main(saturation.Args())
+    assert "Success:" not in (here / "saturation.md").read_text()  # no sweep stands there
     one = dict(env="toy", task=2, num_actions=4, critic_sha256="12", success=1.0, length=10)
     one |= dict(num_returns=8, return_temperature=0.1, action_temperature=0.25)
     # Of another reward model, and at another tau_R: not what the selection was measured for.
@@ -454,22 +458,23 @@ def test_a_branch_starts_where_its_actions_lead():
 
 
 @pytest.mark.parametrize(
-    ("name", "setting", "values", "alone"),
+    ("name", "setting", "values", "sentence"),
     [
-        ("tau_r_tasks", "return_temperature", ("0.03", "0.1"), (39, 16)),
-        ("tau_q_tasks_single", "action_temperature", ("0.003", "0.0"), (39, 7)),
-        ("tau_q_tasks", "action_temperature", ("0.003", "0.0"), (34, 28)),
+        ("tau_r_tasks", "return_temperature", ("0.03", "0.1"), "{} are solved with 0.03 alone and {} with 0.1 alone"),
+        ("tau_q_tasks_single", "action_temperature", ("0.003", "0.0"), "{} are solved with 0.003 alone and {} with 0"),
+        ("tau_q_tasks", "action_temperature", ("0.003", "0.0"), "64% and 62% ({} and {} alone)"),
     ],
 )
 def test_the_readme_counts_the_episodes_that_one_temperature_alone_solves(
-    name: str, setting: str, values: tuple[str, str], alone: tuple[int, int]
+    name: str, setting: str, values: tuple[str, str], sentence: str
 ):
     solved: dict[str, set] = {}
     for row in read_csv(ROOT / "results" / f"sweep_{name}_episodes.csv"):
         found = solved.setdefault(row[setting], set())
         found |= {(row["task"], row["episode"])} if float(row["success"]) else set()
     one, other = (solved[value] for value in values)
-    assert (len(one - other), len(other - one)) == alone
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert sentence.format(len(one - other), len(other - one)) in readme
 
 
 def test_the_readmes_headline_table_is_that_of_the_rows():
@@ -480,6 +485,8 @@ def test_the_readmes_headline_table_is_that_of_the_rows():
             key = row["td_target"], row["seed"], row["task"], row["num_actions"] != "1"
             found.setdefault(key, []).append(float(row["success"]))
     readme = (ROOT / "README.md").read_text()
+    table = (ROOT / "results" / "tasks.md").read_text().splitlines()
+    means = [row for row in table if row.startswith("| cube-double-play (collected) | 1 2 3 4 5 | 1 |")]
     number = 0
     for label, target, seed in (
         ("base policy alone", "shared-noise", "0"),
@@ -499,9 +506,10 @@ def test_the_readmes_headline_table_is_that_of_the_rows():
             assert cell == (expected if "[" in cell else expected.split()[0])
             number += 1
         if mean:
-            rate = mean.split("%")[0].strip("*")
-            ends = "%, ".join(mean.split("[")[1].rstrip("]").split(", "))
-            assert f"{rate}% [{ends}%]" in (ROOT / "results" / "tasks.md").read_text()
+            rate, ends = mean.replace("*", "").split("% [")
+            ends = ends.rstrip("]").replace(", ", "%, ")
+            (row,) = [row for row in means if f"| `{target}` | `base` |" in row]
+            assert f"| {rate}% [{ends}%] |" in row.replace("*", "")
     assert number == 12
 
 
