@@ -202,6 +202,7 @@ def main(args: Args) -> None:
     everything = np.concatenate(list(values.values()))
     bins = np.linspace(everything.min(), everything.max(), 41)
     figure, axes = figures.subplots(1, len(shown), width=3.6 * len(shown), height=3.6)
+    top = 1.4 * max(np.histogram(found, bins)[0].max() / len(found) for found in values.values())
     for axis, i in zip(axes[0], shown, strict=True):
         predicted, observed = values["predicted", i], values["observed", i]
         ranges = ["{:.0f} to {:.0f}".format(*np.quantile(found, [0.1, 0.9])) for found in (predicted, observed)]
@@ -213,7 +214,7 @@ def main(args: Args) -> None:
         for found, label in ((predicted, "predicted law"), (observed, f"{len(observed)} roll-outs")):
             shares = np.histogram(found, bins)[0] / len(found)
             axis.stairs(shares, bins, fill=True, alpha=0.5, label=f"{label}, mean {found.mean():.0f}")
-        axis.set(xlabel="discounted reward-to-go", title=f"candidate {int(i) + 1}", ylim=(0, 1))
+        axis.set(xlabel="discounted reward-to-go", title=f"candidate {int(i) + 1}", ylim=(0, top))
         axis.legend(fontsize=7, loc="upper right")
     axes[0][0].set_ylabel("share")
     data = f"{first['env']} ({first['data_source']} data), task {first['task']}"

@@ -81,10 +81,7 @@ EXPERIMENTS: dict[str, list[str]] = {
         *(preview(MAZE, f"softmax-{task}", f"{IMPROVED} {AT} --tasks {task}") for task in (2, 3, 4, 5)),
         preview(MAZE, "softmax-seed", f"{IMPROVED} {AT} --first-seed 1 --policy-seed 0"),
     ],
-    "maze_backup": [
-        preview(MAZE, "discount", f"--discount 0.995 {AT}"),
-        preview(MAZE, "softmax99", f"--next-action softmax {AT}"),
-    ],
+    "maze_backup": [preview(MAZE, "discount", f"--discount 0.995 {AT}")],
     "schedule": [preview(CUBE, name, f"{flags} --eval-every 10000 {GREEDY}") for name, flags in SCHEDULES.items()],
     "policy_schedule": [  # of stage 1, at a quarter of its steps
         policy(CUBE, f"--preview --steps 50000 {flags} --run-dir runs/policy-{name}/{CUBE}")

@@ -121,7 +121,7 @@ def task_cell(rate: float, episodes: int) -> str:
     return f"{rate:.0%} [{low:.0%}, {high:.0%}]"
 
 
-def table(runs: Rows, episodes: Rows, published: Rows) -> str:
+def table(runs: Rows, episodes: Rows, published: Rows, published_tasks: Rows) -> str:
     """Markdown: the means over tasks, then every task, then what others published."""
     means = [
         "| data | tasks | seeds | target | backup | critic | h | discount | tau_R | tau_Q | steps | EVOR "
@@ -160,10 +160,18 @@ def table(runs: Rows, episodes: Rows, published: Rows) -> str:
         if row["env"].partition(" ")[0] in environments
     ]
     note = (
-        "Published by others: 1M steps, OGBench's own data, means over five tasks. Another scale and other data than "
-        "the table above, so for orientation only."
+        "Published by others: 1M steps, OGBench's own data, means over five tasks and single ones. Another scale and "
+        "other data than the table above, so for orientation only."
     )
-    return "\n".join([*means, "", "Per task and seed:", "", *singles, "", note, "", *others]) + "\n"
+    per_task = ["| data (official) | method | task 1 | task 2 | task 3 | task 4 | task 5 | source |", "|---" * 8 + "|"]
+    per_task += [
+        f"| {row['env']} | {row['method']} | {' | '.join(row[f'task_{task}'] + '%' for task in range(1, 6))} "
+        f"| {row['source']} |"
+        for row in published_tasks
+        if row["env"] in environments
+    ]
+    parts = [*means, "", "Per task and seed:", "", *singles, "", note, "", *others, "", *per_task]
+    return "\n".join(parts) + "\n"
 
 
 def draw(runs: Rows, episodes: Rows, name: str) -> None:
@@ -260,7 +268,8 @@ def main(args: Args) -> None:
     if not paths[0].is_file():
         raise UserError(f"there is no {paths[0]}: name run directories with --runs.")
     stored = [read_csv(path) for path in paths]
-    text = table(*stored, read_csv(Path(__file__).parent / "published.csv"))
+    published = [read_csv(Path(__file__).parent / f"published{name}.csv") for name in ("", "_tasks")]
+    text = table(*stored, *published)
     (HERE / f"{args.name}.md").write_text(text)
     draw(*stored, args.name)
     draw_calibration(stored[0], HERE / f"{args.name}_calibration.png")
