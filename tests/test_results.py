@@ -304,6 +304,14 @@ def test_a_sweep_is_drawn_again_from_its_rows(here: Path, monkeypatch: pytest.Mo
     (folders[0] / "config.json").write_text(json.dumps(config | changed))
     with pytest.raises(UserError, match="differ in next_action"):
         sweeps.main(sweeps.Args("tau_r", tuple(folders)))
+    # With this backup tau_R is a setting of the training too.
+    model = folders[1].parent / "value" / "model.eqx"
+    other = checkpoint.read_header(model, stage="value", remedy="")
+    changes = dict(next_action="softmax", return_temperature=0.1)
+    checkpoint.save(model, other | dict(args=other["args"] | changes), ())
+    (folders[1] / "config.json").write_text(json.dumps(config | dict(critic_sha256=sha256(model))))
+    with pytest.raises(UserError, match="differ in backup_return_temperature"):
+        sweeps.main(sweeps.Args("tau_r", tuple(folders)))
     for folder in folders:
         shutil.rmtree(folder.parent)
     (here / "sweep_tau_r.png").unlink()
@@ -381,6 +389,22 @@ def test_curves_over_training(here: Path, monkeypatch: pytest.MonkeyPatch):
         training.main(training.Args("schedule", tuple(twins)))
     with pytest.raises(UserError, match=r"no .*missing/value/config.json"):
         training.main(training.Args("schedule", (here / "missing",)))
+
+
+def test_runs_of_other_rewards_and_base_policies_are_told_apart(here: Path, monkeypatch: pytest.MonkeyPatch):
+    """The same task and seed with sparse rewards is a line of its own; another base policy is no line of the table."""
+    monkeypatch.setattr(tasks, "HERE", here)
+    runs = [
+        make_run(here / name, evor_value.Args(reward=reward), solved=solved)
+        for name, reward, solved in (("a", "default", 8), ("b", "sparse", 4))
+    ]
+    tasks.main(tasks.Args(runs=tuple(runs)))
+    means = (here / "tasks.md").read_text().split("Per task")[0]
+    assert "| cube-double-play (collected) |" in means and "| **80% [49%, 94%]** |" in means
+    assert "| cube-double-play, sparse (collected) |" in means and "| **40% [" in means
+    other = make_run(here / "c", evor_value.Args(first_seed=1), solved=8, policy="other")
+    with pytest.raises(UserError, match="differ in policy_sha256, which the table hides"):
+        tasks.main(tasks.Args(runs=(runs[0], other)))
 
 
 def test_the_error_of_a_selection(here: Path, monkeypatch: pytest.MonkeyPatch):
