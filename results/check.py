@@ -43,8 +43,8 @@ def compare(run: Path, stored: Rows, stored_episodes: Rows) -> tuple[list[str], 
             raise UserError(f"tasks_runs.csv has no row of {run}, task {row['task']}, seed {row['seed']}.")
         old = olds[0]
         # The base policy's file may be another: it names its revision. Whether it does the same, its own episodes say.
-        for field in {*METHOD, *ALIKE, "bc_steps"} - {"policy_sha256"}:
-            if row[field] != old[field]:
+        for field in (*METHOD, *ALIKE, "bc_steps"):
+            if field != "policy_sha256" and row[field] != old[field]:
                 raise UserError(f"{run} was made with another {field} than its row: {row[field]}, not {old[field]}.")
         around += [
             f"{field}: {row[field]}, then {old[field]}"
