@@ -40,6 +40,7 @@ from common.metrics import (
     write_json,
 )
 
+VERSIONS = ("python", "jax", "mujoco")  # that stand in a row of results; a run's config.json holds all
 SAVING_SHARE = 0.05  # of the time: a run saves more often than it has to where that costs less
 
 
@@ -120,7 +121,7 @@ def provenance() -> dict[str, str]:
     """What code and machine a row of numbers comes from: `git_revision`, `hardware` and the main versions."""
     versions = package_versions()
     about = dict(git_revision=git_revision(), hardware=hardware())
-    return about | {f"version_{name}": versions[name] for name in ("python", "jax", "mujoco") if name in versions}
+    return about | {f"version_{name}": versions[name] for name in VERSIONS if name in versions}
 
 
 def join_hosts() -> None:

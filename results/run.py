@@ -216,20 +216,20 @@ def main(args: Args) -> None:
     if unknown:
         raise UserError(f"there is no experiment {sorted(unknown)[0]!r}: choose among {', '.join(EXPERIMENTS)}.")
     os.chdir(ROOT)
-    failed, over = 0, False
-    for name in args.only or [name for name in EXPERIMENTS if not name.startswith("full")]:
-        for command in map(str.strip, EXPERIMENTS[name]):
-            state = progress(command)
-            print(f"{name}: {state}: python {' '.join(command.split())}", flush=True)
-            if args.list or state == "done" or over:
-                continue
-            try:
-                over = not run(command, args.slot)
-                if over:
-                    print(f"stopped after {args.slot:g} minutes, at {progress(command)}: run this again to go on.")
-            except UserError as error:
-                print(f"warning: {error}", file=sys.stderr)
-                failed += 1
+    failed = 0
+    names = args.only or [one for one in EXPERIMENTS if not one.startswith("full")]
+    for name, command in [(one, command.strip()) for one in names for command in EXPERIMENTS[one]]:
+        state = progress(command)
+        print(f"{name}: {state}: python {' '.join(command.split())}", flush=True)
+        if args.list or state == "done":
+            continue
+        try:
+            if not run(command, args.slot):
+                print(f"stopped after {args.slot:g} minutes, at {progress(command)}: run this again to go on.")
+                break
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            failed += 1
     if failed:
         raise UserError(f"{failed} commands failed: see above; mend what they say, then run this again.")
 

@@ -19,11 +19,12 @@ from common import checkpoint, figures
 from common.errors import UserError, run_cli
 from common.metrics import read_json, sha256, write_csv
 from common.statistics import mean_interval
+from common.training import VERSIONS
 from evor_infer import read_episodes, summarise
 
 HERE = Path(__file__).parent
 WORDS = ("td_target", "next_action", "critic", "git_revision", "critic_sha256", "policy_sha256")
-WORDS += ("train_revision", "backup_return_temperature", "hardware", "version_python", "version_jax", "version_mujoco")
+WORDS += ("train_revision", "backup_return_temperature", "hardware", *(f"version_{name}" for name in VERSIONS))
 ALIKE = (
     "env",
     "data_sha256",
@@ -76,7 +77,7 @@ def gather(folder: Path) -> list[dict[str, Any]]:
         critic_sha256=config["critic_sha256"],
         policy_sha256=config["policy_sha256"] or "",
         hardware=config["hardware"],
-        **{f"version_{name}": config["versions"][name] for name in ("python", "jax", "mujoco")},
+        **{f"version_{name}": config["versions"][name] for name in VERSIONS},
     )
     return [about | row for row in read_episodes(folder / "episodes.csv")]
 

@@ -20,12 +20,11 @@ from common import figures
 from common.errors import UserError, run_cli
 from common.metrics import CALIBRATED, read_csv, write_csv
 from common.statistics import mean_interval
-from common.training import PLACES
+from common.training import PLACES, VERSIONS
 from evor_infer import read_episodes, summarise
 from results.preview import READOUT, of_readout
 
 HERE = Path(__file__).parent
-VERSIONS = ("python", "jax", "mujoco")
 WORDS = ("label", "policy_sha256", "git_revision", "hardware", "train_seconds")
 WORDS += tuple(f"version_{name}" for name in VERSIONS)
 NOT_SETTINGS = (*PLACES, "eval_every", "save_every", "chunk")
@@ -130,11 +129,12 @@ def curves(episodes: Rows, metrics: Rows) -> dict[str, list[dict[str, Any]]]:
 
 def about(episodes: Rows) -> str:
     """What all runs have in common."""
-    tasks, seeds, actions = (
-        ", ".join(map(str, sorted({row[name] for row in episodes}))) for name in ("task", "seed", "num_actions")
+    names = ("task", "seed", "num_actions", "return_temperature", "action_temperature")
+    tasks, seeds, actions, tau_r, tau_q = (
+        ", ".join(f"{value:g}" for value in sorted({row[name] for row in episodes})) for name in names
     )
     data = f"{episodes[0]['env']} ({episodes[0]['data_source']} data)"
-    return f"{data}, task {tasks}, seed {seeds}; {actions} candidates"
+    return f"{data}, task {tasks}, seed {seeds}; {actions} candidates, tau_R {tau_r}, tau_Q {tau_q}"
 
 
 def table(points: dict[str, list[dict[str, Any]]], episodes: Rows) -> str:

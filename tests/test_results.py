@@ -558,3 +558,65 @@ def test_a_run_is_compared_with_its_rows(here: Path, monkeypatch: pytest.MonkeyP
         check.main(check.Args(runs=(run,)))
     with pytest.raises(UserError, match="has no row of"):
         check.main(check.Args(runs=(make_run(here / "b", evor_value.Args(), solved=8),)))
+
+
+def test_the_readmes_other_numbers_are_those_of_the_rows():
+    """Sentences written anew from the rows: the maze, N_pi, noise, selection, calibration, base policies, schedules and
+    sizes. Fails if a row or a sentence is changed alone."""
+    folder, readme = ROOT / "results", " ".join((ROOT / "README.md").read_text().split())
+
+    def rates(name: str, column: str, by: str = "success", **values: str) -> dict[str, float]:
+        """Mean per value of a column."""
+        found: dict[str, list[float]] = {}
+        for row in tasks.select(read_csv(folder / name), **values):
+            found.setdefault(row[column], []).append(float(row[by]))
+        return {key: float(np.mean(values)) for key, values in found.items()}
+
+    def listed(found: dict[str, float]) -> str:
+        return ", ".join(f"{value:.0%}" for value in found.values())
+
+    maze = "sweep_tau_q_maze_episodes.csv"
+    default, more = (dict(return_temperature="0.03", action_temperature=value) for value in ("0.003", "0.01"))
+    per_task = listed(rates(maze, "task", **default)).rpartition(", ")
+    means, steps = ([np.mean(list(rates(maze, "task", by, **values).values())) for values in (default, more)]
+                    for by in ("success", "length"))  # fmt: skip
+    distances = {}
+    for row in tasks.select(read_csv(folder / "tasks_runs.csv"), task="2", next_action="base"):
+        levels = {float(key.removeprefix("below_")): float(row[key]) for key in row if key.startswith("below_")}
+        distance = np.mean([abs(level - share) for level, share in levels.items()])
+        distances[row["env"], row["td_target"], row["seed"]] = f"{distance:.2f}"
+    double, single = ([distances[env, *key] for key in (("shared-noise", "0"), ("shared-noise", "1"), ("paper", "0"))]
+                      for env in ("cube-double-play", "cube-single-play"))  # fmt: skip
+    gains = saturation.summary(read_csv(folder / "saturation.csv"))
+    own, others = (gains[name][-1, 0] for name in ("own", "others"))
+    aim = read_csv(folder / "base_policy_schedule.csv")
+    assert [(row["bc_steps"], row["schedule"]) for row in aim] == [
+        ("200000", "cosine"), ("50000", "cosine"), ("50000", "constant")
+    ]  # fmt: skip
+    far = [f"{100 * float(row['first_pick_error_median_m']):.1f} cm" for row in aim]
+    held = [f"{float(row['policy_steps_lifted']):.0%}" for row in aim]
+    schedules = {}
+    for row in read_csv(folder / "training_schedule_episodes.csv"):
+        if int(row["step"]) > 20_000:
+            schedules.setdefault(row["label"].rpartition(" ")[2], []).append(float(row["success"]))
+    sizes = rates("training_capacity_episodes.csv", "label", step="50000")
+    width = {name: f"{sizes[f'width {name}, depth 4']:.0%}" for name in (64, 128, 256, 512)}
+    sentences = [
+        f"it is {per_task[0]} and {per_task[2]} at the default temperatures, a mean of {means[0]:.0%} [",
+        f"{rates(maze, 'task', **more)['3']:.0%} with tau_Q = 0.01, a mean of {means[1]:.0%} [",
+        f"with {steps[1]:.0f} steps an episode instead of {steps[0]:.0f}.",
+        f"{listed(rates('sweep_actions_episodes.csv', 'num_actions', task='1'))} with 1, 2, 4, ..., 64 on task 1;",
+        f"{listed(rates('sweep_actions_episodes.csv', 'num_actions', task='2'))} on task 2",
+        f"confirms {others / own:.0%} ({others:.2f} of {own:.2f};",
+        f"(mean distance {double[0]} and {double[1]} with the two seeds, {double[2]} for `paper`)",
+        f"({single[0]} and {single[1]}; {single[2]})",
+        f"200,000 steps miss the nearest cube by {far[0]} and hold one in {held[0]} of their steps",
+        f"50,000 miss it by {far[1]} with cosine decay from 1e-3 and by {far[2]} with a constant 3e-4, and hold one in "
+        f"{held[1]} and {held[2]} (50",
+        f"a constant 3e-4: {np.mean(schedules['cosine']):.0%} and {np.mean(schedules['constant']):.0%} over the last",
+        f"{width[64]}, {width[128]}, {width[256]} and {width[512]} with widths of 64, 128, 256 and 512, "
+        f"{sizes['width 512, depth 2']:.0%} with half the depth",
+    ]
+    noise = listed(rates("sweep_noise_episodes.csv", "action_noise", num_actions="16")).rpartition(", ")
+    sentences.append(f"{noise[0]} and {noise[2]} of task 2 at standard deviations of 0, 0.1, 0.2 and 0.4")
+    assert [sentence for sentence in sentences if sentence not in readme] == []
