@@ -1,8 +1,14 @@
 """The base-policy check's own arithmetic, on trajectories whose lifts are known."""
 
-import numpy as np
+from pathlib import Path
 
+import numpy as np
+import pytest
+
+import evor_bc
 from benchmarks import base_policy
+from common.errors import UserError, parse_args
+from common.metrics import read_csv, sha256
 
 
 def test_approach_rows_are_those_with_a_lift_soon_but_not_at_once():
@@ -42,3 +48,23 @@ def test_a_policy_that_ignores_the_cubes_explains_as_much_with_shuffled_ones():
     assert full > 0.999 and abs(shuffled) < 0.15
     full, shuffled = base_policy.explained_variance(arm_only, arrays, 1)
     assert full == shuffled and abs(full - 0.5) < 0.1
+
+
+def test_policies_are_measured_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two untrained policies lift nothing; each row names its training. One of other data is refused."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    flags = "--env cube-single-play --episodes 2 --width 8 --depth 2 --batch-size 4 --steps 2 --chunk 1"
+    for name, more in (("a", ""), ("b", "--schedule cosine --learning-rate 1e-3"), ("c", "--episodes 3")):
+        args = parse_args(evor_bc.Args, evor_bc.PRESETS, f"{flags} --run-dir {name} {more}".split())
+        evor_bc.main(args)
+    settings = dict(env="cube-single-play", episodes=2, num_episodes=1, out=tmp_path / "rows.csv")
+    rows = base_policy.main(base_policy.Args(run_dirs=(Path("a"), Path("b")), **settings))
+    assert [(row["schedule"], row["learning_rate"], row["bc_steps"]) for row in rows] == [
+        ("constant", 3e-4, 2), ("cosine", 1e-3, 2)
+    ]  # fmt: skip
+    assert [row["policy_steps_lifted"] for row in rows] == [0.0, 0.0] and rows[0]["data_episodes_lifted"] == 1.0
+    assert rows[0]["policy_sha256"] == sha256(Path("a/bc/model.eqx")) != rows[1]["policy_sha256"]
+    assert [row["schedule"] for row in read_csv(tmp_path / "rows.csv")] == ["constant", "cosine"]
+    with pytest.raises(UserError, match="was trained on other data"):
+        base_policy.main(base_policy.Args(run_dirs=(Path("c"),), **settings))
