@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import gc
+import importlib.util
 import os
 import re
 import sys
@@ -141,11 +142,24 @@ def trim_memory() -> None:
         trim(0)
 
 
+def _name_window_library() -> None:
+    """Tells `glfw`, which Gymnasium imports with any MuJoCo environment, which of its libraries to load (Linux).
+
+    Else it starts a Python process for each, to ask for its version, which prints a traceback if ours ends meanwhile.
+    """
+    package = importlib.util.find_spec("glfw")
+    library = Path(package.origin).parent / "x11" / "libglfw.so" if package else None
+    if library and library.is_file():
+        os.environ.setdefault("PYGLFW_LIBRARY", str(library))
+
+
 def import_ogbench() -> None:
     """Imports `ogbench`, which registers its environments with Gymnasium, without looking for a display."""
     asked = os.environ.get("MUJOCO_GL")
     if "mujoco" not in sys.modules:
         os.environ.setdefault("MUJOCO_GL", "disable")
+    if asked != "glfw":
+        _name_window_library()
     import gymnasium
 
     try:

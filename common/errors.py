@@ -2,9 +2,11 @@
 
 import dataclasses
 import errno
+import functools
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,6 +43,7 @@ def run_cli(main: Callable, args_type: type, presets: Mapping[str, Mapping[str, 
     before = signal.getsignal(signal.SIGTERM)
     if before not in (signal.SIG_IGN, None):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    hook, sys.unraisablehook = sys.unraisablehook, functools.partial(_stop_again, sys.unraisablehook)
     try:
         main(parse_args(args_type, presets or {}, argv))
     except SystemExit as error:
@@ -57,8 +60,26 @@ def run_cli(main: Callable, args_type: type, presets: Mapping[str, Mapping[str, 
         exit_without_waiting(code)
         raise SystemExit(code) from None
     finally:
+        sys.unraisablehook = hook
         if before not in (signal.SIG_IGN, None):
             signal.signal(signal.SIGTERM, before)
+
+
+def _stop_again(hook: Callable[[Any], Any], ignored: Any) -> None:
+    """Repeats a signal whose exception Python ignored, as it does in callbacks of the garbage collector, which JAX has:
+    else a process that was asked to end would go on."""
+    if issubclass(ignored.exc_type, KeyboardInterrupt):
+        number = signal.SIGINT
+    elif issubclass(ignored.exc_type, SystemExit) and ignored.exc_value.code == 143:
+        number = signal.SIGTERM
+    else:
+        hook(ignored)
+        return
+    again = threading.Timer(
+        0.1, signal.pthread_kill, (threading.main_thread().ident, number)
+    )  # now it would be ignored
+    again.daemon = True
+    again.start()
 
 
 def _is_one_of_several() -> bool:

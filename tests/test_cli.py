@@ -4,6 +4,7 @@ the run directory as it was."""
 import contextlib
 import dataclasses
 import errno
+import gc
 import io
 import os
 import re
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,6 +149,32 @@ def test_run_cli_cleans_up_after_a_signal(number: int, monkeypatch: pytest.Monke
     with pytest.raises(SystemExit) as stop:
         run_cli(main, evor_bc.Args, evor_bc.PRESETS)
     assert stop.value.code == 128 + number and cleaned and "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_garbage_collection(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Python ignores errors in callbacks of the garbage collector. Fails if the signal is lost with them."""
+
+    def callback(*_):
+        gc.callbacks.remove(callback)
+        signal.raise_signal(number)
+
+    def main(args):
+        gc.callbacks.append(callback)
+        gc.collect()
+        ignored.append(True)
+        for _ in range(100):
+            time.sleep(0.1)
+
+    ignored = []
+    hook = sys.unraisablehook
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(main, evor_bc.Args, evor_bc.PRESETS)
+    assert stop.value.code == 128 + number and ignored and "Traceback" not in capsys.readouterr().err
+    assert sys.unraisablehook is hook
 
 
 def test_run_cli_hides_no_error_of_its_own(monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,8 @@
 import functools
 import os
 import signal
+import subprocess
+import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -272,6 +274,25 @@ def test_no_exit_leaves_processes_behind(tmp_path: Path, number: int):
         assert process.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
         assert processes.all_end(workers)
         assert "Traceback" not in processes.said(tmp_path) or number == signal.SIGKILL
+
+
+def test_the_simulator_starts_no_processes(tmp_path: Path):
+    """Fails if one of its packages does, as glfw would, to try libraries: it prints a traceback if its parent ends."""
+    (tmp_path / "script.py").write_text("""
+import sys
+
+started = []
+events = {"subprocess.Popen", "os.posix_spawn", "os.system", "os.fork"}
+sys.addaudithook(lambda event, args: started.append(args) if event in events else None)
+from common.evaluation import make_env
+
+make_env("pointmaze-medium-singletask-task1-v0")
+make_env("cube-single-singletask-task1-v0")
+assert "glfw" in sys.modules and not started, started
+""")
+    env = os.environ | {"PYTHONPATH": str(processes.ROOT), "MUJOCO_GL": "disable"}
+    env.pop("PYGLFW_LIBRARY", None)
+    subprocess.run([sys.executable, str(tmp_path / "script.py")], env=env, check=True)
 
 
 def out_of_memory(info: dict) -> float:
