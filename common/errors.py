@@ -75,9 +75,8 @@ def _stop_again(hook: Callable[[Any], Any], ignored: Any) -> None:
     else:
         hook(ignored)
         return
-    again = threading.Timer(
-        0.1, signal.pthread_kill, (threading.main_thread().ident, number)
-    )  # now it would be ignored
+    # In a moment: here it would be ignored, too.
+    again = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, number))
     again.daemon = True
     again.start()
 
