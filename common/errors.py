@@ -70,7 +70,7 @@ def _stop_again(hook: Callable[[Any], Any], ignored: Any) -> None:
     else a process that was asked to end would go on."""
     if issubclass(ignored.exc_type, KeyboardInterrupt):
         number = signal.SIGINT
-    elif issubclass(ignored.exc_type, SystemExit) and ignored.exc_value.code == 143:
+    elif issubclass(ignored.exc_type, SystemExit) and getattr(ignored.exc_value, "code", None) == 143:
         number = signal.SIGTERM
     else:
         hook(ignored)
