@@ -1,14 +1,14 @@
 """What a user got wrong, said in one sentence; and the command line that says it."""
 
+import contextlib
 import dataclasses
 import errno
-import functools
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tyro
@@ -43,9 +43,9 @@ def run_cli(main: Callable, args_type: type, presets: Mapping[str, Mapping[str, 
     before = signal.getsignal(signal.SIGTERM)
     if before not in (signal.SIG_IGN, None):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    hook, sys.unraisablehook = sys.unraisablehook, functools.partial(_stop_again, sys.unraisablehook)
     try:
-        main(parse_args(args_type, presets or {}, argv))
+        with _no_signal_lost():
+            main(parse_args(args_type, presets or {}, argv))
     except SystemExit as error:
         exit_without_waiting(error.code)
         raise
@@ -60,25 +60,36 @@ def run_cli(main: Callable, args_type: type, presets: Mapping[str, Mapping[str, 
         exit_without_waiting(code)
         raise SystemExit(code) from None
     finally:
-        sys.unraisablehook = hook
         if before not in (signal.SIG_IGN, None):
             signal.signal(signal.SIGTERM, before)
 
 
-def _stop_again(hook: Callable[[Any], Any], ignored: Any) -> None:
+@contextlib.contextmanager
+def _no_signal_lost() -> Iterator[None]:
     """Repeats a signal whose exception Python ignored, as it does in callbacks of the garbage collector, which JAX has:
     else a process that was asked to end would go on."""
-    if issubclass(ignored.exc_type, KeyboardInterrupt):
-        number = signal.SIGINT
-    elif issubclass(ignored.exc_type, SystemExit) and getattr(ignored.exc_value, "code", None) == 143:
-        number = signal.SIGTERM
-    else:
-        hook(ignored)
-        return
-    # In a moment: here it would be ignored, too.
-    again = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, number))
-    again.daemon = True
-    again.start()
+    hook, timers = sys.unraisablehook, []
+
+    def repeat(ignored: Any) -> None:
+        if issubclass(ignored.exc_type, KeyboardInterrupt):
+            number = signal.SIGINT
+        elif issubclass(ignored.exc_type, SystemExit) and getattr(ignored.exc_value, "code", None) == 143:
+            number = signal.SIGTERM
+        else:
+            hook(ignored)
+            return
+        # In a moment: here it would be ignored, too.
+        timers.append(threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, number)))
+        timers[-1].start()
+
+    sys.unraisablehook = repeat
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for timer in timers:  # nothing is left to stop
+            timer.cancel()
+            timer.join()
 
 
 def _is_one_of_several() -> bool:

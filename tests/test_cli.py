@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,11 +171,23 @@ def test_a_signal_during_garbage_collection(
 
     ignored = []
     hook = sys.unraisablehook
+    error = SystemExit(143) if number == signal.SIGTERM else KeyboardInterrupt()
+    lost = types.SimpleNamespace(exc_type=type(error), exc_value=error)
     monkeypatch.setattr(sys, "argv", ["script"])
     with pytest.raises(SystemExit) as stop:
         run_cli(main, evor_bc.Args, evor_bc.PRESETS)
     assert stop.value.code == 128 + number and ignored and "Traceback" not in capsys.readouterr().err
     assert sys.unraisablehook is hook
+
+    # It does not come after the end of what it was to stop, where it would end the process, cleaned up or not.
+    stops = []
+    handler = signal.signal(number, lambda *_: stops.append(True))
+    try:
+        run_cli(lambda args: sys.unraisablehook(lost), evor_bc.Args, evor_bc.PRESETS)
+        time.sleep(0.3)
+    finally:
+        signal.signal(number, handler)
+    assert not stops
 
 
 def test_run_cli_hides_no_error_of_its_own(monkeypatch: pytest.MonkeyPatch):
