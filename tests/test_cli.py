@@ -171,16 +171,19 @@ def test_a_signal_during_garbage_collection(
 
     ignored = []
     hook = sys.unraisablehook
-    error = SystemExit(143) if number == signal.SIGTERM else KeyboardInterrupt()
-    lost = types.SimpleNamespace(exc_type=type(error), exc_value=error)
     monkeypatch.setattr(sys, "argv", ["script"])
     with pytest.raises(SystemExit) as stop:
         run_cli(main, evor_bc.Args, evor_bc.PRESETS)
     assert stop.value.code == 128 + number and ignored and "Traceback" not in capsys.readouterr().err
     assert sys.unraisablehook is hook
 
-    # It does not come after the end of what it was to stop, where it would end the process, cleaned up or not.
-    stops = []
+
+@pytest.mark.parametrize("error", [SystemExit(143), KeyboardInterrupt()], ids=["SIGTERM", "SIGINT"])
+def test_a_lost_signal_does_not_come_after_the_end(error: BaseException, monkeypatch: pytest.MonkeyPatch):
+    """Fails if it is repeated when `main` is over: there it would end the process, cleaned up or not."""
+    stops, lost = [], types.SimpleNamespace(exc_type=type(error), exc_value=error)
+    number = signal.SIGTERM if isinstance(error, SystemExit) else signal.SIGINT
+    monkeypatch.setattr(sys, "argv", ["script"])
     handler = signal.signal(number, lambda *_: stops.append(True))
     try:
         run_cli(lambda args: sys.unraisablehook(lost), evor_bc.Args, evor_bc.PRESETS)
