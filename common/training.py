@@ -44,8 +44,16 @@ VERSIONS = ("python", "jax", "mujoco")  # that stand in a row of results; a run'
 SAVING_SHARE = 0.05  # of the time: a run saves more often than it has to where that costs less
 
 
+BOUND = 10.0  # of standardised observations; the usual one (VecNormalize of Stable-Baselines3)
+
+
 class Standardizer(eqx.Module):
-    """`(x - mean) / std` per coordinate; coordinates that hardly vary keep their scale, ignored ones become zero."""
+    """`clip((x - mean) / std, -10, 10)` per coordinate; one that does not vary, or is ignored, becomes zero.
+
+    Units do not matter: `a x + b` in the place of `x` gives the same numbers, but for rounding. The bound is for
+    coordinates that hardly ever move, such as some joints of OGBench's arm: their rare moves would be hundreds of
+    standard deviations.
+    """
 
     mean: Float[Array, " observation"]
     std: Float[Array, " observation"]
@@ -63,16 +71,19 @@ class Standardizer(eqx.Module):
         # float64 sums: a million float32 terms lose digits.
         mean = observations.mean(axis=0, dtype=np.float64)
         std = observations.std(axis=0, dtype=np.float64)
-        std = np.where(std < 1e-4, 1.0, std)
+        # What single precision rounds off is no signal.
+        constant = std <= np.maximum(1e-6 * np.abs(mean), np.finfo(np.float32).tiny)
+        std[constant] = np.inf
         std[list(ignore)] = np.inf
         return cls(jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32))
 
     def __call__(self, observation: Float[Array, " observation"]) -> Float[Array, " observation"]:
-        return (observation - self.mean) / self.std
+        return jnp.clip((observation - self.mean) / self.std, -BOUND, BOUND)
 
     def rows(self, observations: Float[np.ndarray, "rows observation"]) -> Float[np.ndarray, "rows observation"]:
         """A whole dataset, on the host."""
-        return (observations - np.asarray(self.mean)) / np.asarray(self.std)
+        standard = (observations - np.asarray(self.mean)) / np.asarray(self.std)
+        return np.clip(standard, -BOUND, BOUND, out=standard)
 
 
 def learning_rate(peak: float, schedule: str, steps: int) -> optax.ScalarOrSchedule:

@@ -27,14 +27,34 @@ from tests.helpers import arrays, contents
 
 
 def test_standardizer_by_hand():
-    """The second coordinate does not vary: it is centred and keeps its scale."""
-    rows = np.array([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]], np.float32)
-    standardizer = Standardizer.of(rows)
-    np.testing.assert_allclose(standardizer.mean, [3.0, 5.0])
-    np.testing.assert_allclose(standardizer.std, [np.sqrt(8 / 3), 1.0], rtol=1e-6)
+    """The second coordinate does not vary and the third is ignored: both become zero, whatever comes later."""
+    rows = np.array([[1.0, 5.0, 1.0], [3.0, 5.0, 2.0], [5.0, 5.0, 4.0]], np.float32)
+    standardizer = Standardizer.of(rows, ignore=(2,))
+    np.testing.assert_allclose(standardizer.mean, [3.0, 5.0, 7 / 3], rtol=1e-6)
+    np.testing.assert_allclose(standardizer.std, [np.sqrt(8 / 3), np.inf, np.inf], rtol=1e-6)
     assert standardizer.mean.dtype == standardizer.std.dtype == np.float32
-    np.testing.assert_allclose(standardizer(jnp.array([3.0 + np.sqrt(8 / 3), 7.0])), [1.0, 2.0], rtol=1e-6)
+    out = standardizer(jnp.array([3.0 + np.sqrt(8 / 3), 7.0, 99.0]))
+    np.testing.assert_allclose(out, [1.0, 0.0, 0.0], rtol=1e-6)
     np.testing.assert_allclose(standardizer.rows(rows), [standardizer(jnp.asarray(row)) for row in rows], rtol=1e-6)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 5e-5, 50.0, 1e30])
+def test_standardizer_does_not_depend_on_units(unit):
+    """The same data in other units, also shifted by a thousand standard deviations, gives the same numbers."""
+    x = np.random.default_rng(0).normal(size=(500, 1))
+    expected = (x - x.mean()) / x.std()
+    for offset, digits in ((0.0, 1e-5), (1e3, 2e-3)):
+        rows = (unit * (x + offset)).astype(np.float32)
+        np.testing.assert_allclose(Standardizer.of(rows).rows(rows), expected, atol=digits)
+
+
+def test_standardizer_is_bounded():
+    """A joint that moves in one row of 10,000 would be at 100 standard deviations there."""
+    rows = np.zeros((10_000, 1), np.float32)
+    rows[0] = 1e-6
+    standardizer = Standardizer.of(rows)
+    assert standardizer.rows(rows)[0] == standardizer(jnp.asarray(rows[0])) == 10.0
+    assert standardizer(jnp.array([-1.0])) == -10.0
 
 
 def test_standardizer_keeps_the_digits_of_many_rows():
