@@ -14,8 +14,9 @@ Given the base policy (stage 1) and the reward-to-go law (stage 2), in an observ
 | N_pi   | `num_actions`        | tau_R   | `return_temperature` |
 | N      | `num_returns`        | tau_Q   | `action_temperature` |
 
-Both temperatures are given as fractions of the width of the interval of possible returns, so that one number means the
-same in every environment; tables also state them in the environment's units. `num_actions = 1` is the base policy.
+Temperatures are relative, so that one number means the same in every environment: tau_R to the standard deviation of
+the data's returns, tau_Q to that of Q* among the candidates of this observation. With `--absolute` both are in the
+environment's units, as in the paper. `num_actions = 1` is the base policy.
 
 Lists on the command line are a sweep: every combination is evaluated on the same episodes, without retraining.
 Reads `runs/ENV/{bc,value}/model.eqx`; writes `runs/ENV/infer/{config.json, episodes.csv,
@@ -47,9 +48,10 @@ from common import checkpoint, figures, film
 from common.envs import check_env, default_run_dir, parse_env, run_name
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes, episode_seed
-from common.flow import Solver
+from common.flow import Ode, Solver
 from common.metrics import git_revision, hold_directory, package_versions, read_csv, sha256, write_csv, write_json
-from common.networks import Critic, FlowPolicy, ReturnScale, make_critic, make_policy, stratified_normal
+from common.networks import Critic, FlowPolicy, make_critic, make_policy, stratified_normal
+from common.returns import ReturnAxis, make_axis
 from common.statistics import success_interval
 from common.training import Standardizer, hardware, in_blocks, over_replicas
 
@@ -87,13 +89,15 @@ class Args:
     num_returns: tuple[int, ...] = (16,)
     """N: draws of the reward-to-go per candidate (ours)."""
     return_temperature: tuple[float, ...] = (0.03,)
-    """tau_R as a fraction of the return range (ours); inf scores by the mean, 0 by the largest draw."""
+    """tau_R, in standard deviations of the data's returns (ours); inf scores by the mean, 0 by the largest draw."""
     action_temperature: tuple[float, ...] = (0.003,)
-    """tau_Q as a fraction of the return range (ours); 0 takes the best candidate."""
-    flow_steps: int = 10
+    """tau_Q, in standard deviations of Q* among the candidates (ours); 0 takes the best candidate, inf any."""
+    absolute: bool = False
+    """Temperatures in the environment's units, as in the paper."""
+    flow_steps: int = 5
     """Steps of both flows (ours)."""
-    solver: Solver = "euler"
-    """How both flows are solved; midpoint and heun cost two evaluations a step, tsit5 six."""
+    solver: Solver = "midpoint"
+    """Their solver; midpoint takes two evaluations a step, euler one."""
     independent_noise: bool = False
     """Draw the return noise at random, still shared by all candidates, instead of normal quantiles."""
 
@@ -119,20 +123,25 @@ class AgentParams(NamedTuple):
     policy: FlowPolicy
     critic: Critic
     standardizer: Standardizer
-    scale: ReturnScale
+    axis: ReturnAxis
 
 
 class Extraction(eqx.Module):
-    """How an action is extracted. Temperatures are fractions of the return range and traced by `jit`: sweeping them
-    compiles nothing anew. The numbers of draws and steps set array shapes and are static."""
+    """How an action is extracted. Temperatures are traced by `jit`: sweeping them compiles nothing anew. The numbers of
+    draws and steps set array shapes and are static."""
 
     num_actions: int = eqx.field(static=True, default=32)
     num_returns: int = eqx.field(static=True, default=16)
     return_temperature: float = 0.03
     action_temperature: float = 0.003
-    flow_steps: int = eqx.field(static=True, default=10)
-    solver: Solver = eqx.field(static=True, default="euler")
+    flow_steps: int = eqx.field(static=True, default=5)
+    solver: Solver = eqx.field(static=True, default="midpoint")
     independent_noise: bool = eqx.field(static=True, default=False)
+    absolute: bool = eqx.field(static=True, default=False)
+
+    @property
+    def ode(self) -> Ode:
+        return Ode(self.flow_steps, self.solver)
 
 
 # --- Maths -------------------------------------------------------------------------------------------------------
@@ -170,20 +179,30 @@ def return_noise(settings: Extraction, *, key: PRNGKeyArray) -> Float[Array, " n
     return stratified_normal(settings.num_returns)
 
 
+def return_temperature(axis: ReturnAxis, settings: Extraction) -> Float[Array, "*replicas"]:
+    """tau_R in the environment's units."""
+    return settings.return_temperature * (jnp.ones_like(axis.spread) if settings.absolute else axis.spread)
+
+
 def score_one(
     critic: Critic,
+    axis: ReturnAxis,
     observation: Float[Array, " observation"],
     action: Float[Array, " action"],
     noise: Float[Array, " num_returns"],
     *,
     temperature: Float[ArrayLike, ""],
-    flow_steps: int,
-    solver: Solver = "euler",
+    ode: Ode,
 ) -> Float[Array, ""]:
-    """`Q*(x, a)` in the model's units, from the returns that the flow makes of `noise`; `temperature` likewise. Exact
-    for critics that say the law at once."""
-    returns, weights = critic.law(observation, action, noise, flow_steps=flow_steps, solver=solver)
-    return log_mean_exp(returns, temperature, weights)
+    """`Q*(x, a)` from the returns that the flow makes of `noise`; it and `temperature` in the environment's units.
+    Exact for critics that say the law at once."""
+    returns, weights = critic.law(observation, action, noise, ode)
+    return log_mean_exp(axis.to_environment(returns), temperature, weights)
+
+
+def standardise(scores: Float[Array, " num_actions"]) -> Float[Array, " num_actions"]:
+    """Scores in units of their own standard deviation."""
+    return (scores - jnp.mean(scores)) / (jnp.std(scores) + jnp.finfo(scores.dtype).tiny)
 
 
 def select(
@@ -201,15 +220,16 @@ def act_one(
     candidate_key, noise_key, select_key = jax.random.split(key, 3)
     observation = agent.standardizer(observation)
     noise = jax.random.normal(candidate_key, (settings.num_actions, agent.policy.action_dim))
-    ode = dict(flow_steps=settings.flow_steps, solver=settings.solver)
-    candidates = agent.policy.sample(observation, noise, **ode)
+    candidates = agent.policy.sample(observation, noise, settings.ode)
     if settings.num_actions == 1:
         return candidates[0]
+    score = functools.partial(score_one, temperature=return_temperature(agent.axis, settings), ode=settings.ode)
     returns_noise = return_noise(settings, key=noise_key)
-    score = functools.partial(score_one, temperature=settings.return_temperature * agent.scale.width, **ode)
-    scores = jax.vmap(score, (None, None, 0, None))(agent.critic, observation, candidates, returns_noise)
-    best = select(scores, settings.action_temperature * agent.scale.width, key=select_key)
-    return candidates[best]
+    scores = jax.vmap(score, (None, None, None, 0, None))(
+        agent.critic, agent.axis, observation, candidates, returns_noise
+    )
+    scores = scores if settings.absolute else standardise(scores)
+    return candidates[select(scores, settings.action_temperature, key=select_key)]
 
 
 @jax.jit
@@ -249,13 +269,13 @@ def load_policy(run_dir: Path) -> tuple[dict[str, Any], tuple[FlowPolicy, Standa
 
 
 def load_critic(run_dir: Path) -> tuple[dict[str, Any], tuple]:
-    """Header and (critic, scale) of stage 2; the leaves have a leading axis of (task, seed) replicas. Where a policy
-    was trained with the critic, as QC does it, (critic, scale, policy, standardizer)."""
+    """Header and (critic, return axis) of stage 2; the leaves have a leading axis of (task, seed) replicas. Where a
+    policy was trained with the critic, as QC does it, (critic, return axis, policy, standardizer)."""
 
     def build(header):
         keys = jax.random.split(jax.random.key(0), len(header["replicas"]))
-        scale = ReturnScale.of(0.0, 1.0, shift=0.0, width=1.0)
-        models = jax.vmap(lambda key: (make_critic(header, key=key), scale))(keys)
+        axis = make_axis(np.zeros(1), np.zeros(2), kind=header["return_axis"])
+        models = jax.vmap(lambda key: (make_critic(header, key=key), axis))(keys)
         if header.get("own_policy"):
             policy = jax.vmap(lambda key: make_policy(header, key=key))(keys)
             models += policy, Standardizer(jnp.zeros(header["observation_dim"]), jnp.ones(header["observation_dim"]))
@@ -278,7 +298,7 @@ def load_agents(
         UserError: a stage is missing, was trained on something else, or has not the tasks or seeds asked for, or all of
             them diverged.
     """
-    header, (critics, scales, *own_policy) = load_critic(run_dir)
+    header, (critics, axes, *own_policy) = load_critic(run_dir)
     replicas = [tuple(r) for r in header["replicas"]]
     for name, wanted, index in (("task", tasks, 0), ("seed", seeds, 1)):
         missing = set(wanted) - {r[index] for r in replicas}
@@ -333,7 +353,7 @@ def load_agents(
         policy=take(policies, policy_index),
         critic=take(critics, chosen),
         standardizer=jax.tree.map(lambda x: jnp.stack([x] * len(chosen)), standardizer),
-        scale=take(scales, chosen),
+        axis=take(axes, chosen),
     )
     return header, replicas, agents
 
@@ -354,32 +374,33 @@ def _act(agent, observations, settings, *, key):
 @jax.jit
 def _sample_actions(agent, observations, settings, *, key):
     noise = jax.random.normal(key, (len(observations), settings.num_actions, agent.policy.action_dim))
-    sample = functools.partial(agent.policy.sample, flow_steps=settings.flow_steps, solver=settings.solver)
-    return in_blocks(lambda x, z: sample(agent.standardizer(x), z), observations, noise, rows=settings.num_actions)
+
+    def one(x, z):
+        return agent.policy.sample(agent.standardizer(x), z, settings.ode)
+
+    return in_blocks(one, observations, noise, rows=settings.num_actions)
 
 
 @jax.jit
 def _sample_returns(agent, observations, actions, settings, *, key):
     noise = return_noise(settings, key=key)
-    sample = functools.partial(agent.critic.sample, flow_steps=settings.flow_steps, solver=settings.solver)
 
     def one(x, a):
-        return sample(agent.standardizer(x), a, noise)
+        return agent.axis.to_environment(agent.critic.sample(agent.standardizer(x), a, noise, settings.ode))
 
-    draws = in_blocks(one, observations, actions, rows=settings.num_returns)
-    return agent.scale.to_environment(draws)
+    return in_blocks(one, observations, actions, rows=settings.num_returns)
 
 
 @jax.jit
 def _q_value(agent, observations, actions, settings, *, key):
     noise = return_noise(settings, key=key)
-    temperature = settings.return_temperature * agent.scale.width
-    ode = dict(flow_steps=settings.flow_steps, solver=settings.solver)
+    temperature = return_temperature(agent.axis, settings)
 
     def one(x, a):
-        return score_one(agent.critic, agent.standardizer(x), a, noise, temperature=temperature, **ode)
+        x = agent.standardizer(x)
+        return score_one(agent.critic, agent.axis, x, a, noise, temperature=temperature, ode=settings.ode)
 
-    return agent.scale.to_environment(in_blocks(one, observations, actions, rows=settings.num_returns))
+    return in_blocks(one, observations, actions, rows=settings.num_returns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,8 +441,8 @@ class Agent:
         observations: Float[Array | np.ndarray, "..."],
         num_actions: int,
         *,
-        flow_steps: int = 10,
-        solver: Solver = "euler",
+        flow_steps: int = 5,
+        solver: Solver = "midpoint",
         key: PRNGKeyArray,
     ) -> Float[Array, "batch num_actions chunk"]:
         """Candidates of the base policy, in [-1, 1]; a chunk of h actions is one vector."""
@@ -436,8 +457,8 @@ class Agent:
         num_returns: int,
         *,
         independent_noise: bool = False,
-        flow_steps: int = 10,
-        solver: Solver = "euler",
+        flow_steps: int = 5,
+        solver: Solver = "midpoint",
         key: PRNGKeyArray,
     ) -> Float[Array, "batch num_returns"]:
         """Draws of the reward-to-go; by default those of the normal quantiles, in rising order of the noise."""
@@ -457,7 +478,8 @@ class Agent:
         key: PRNGKeyArray,
         **settings,
     ) -> Float[Array, " batch"]:
-        """`Q*(x, a)`, the log-mean-exp of the returns; temperature as a fraction of the return range."""
+        """`Q*(x, a)`, the log-mean-exp of the returns, in the environment's units. The temperature is relative to the
+        data's returns, or with `absolute=True` in the environment's units too."""
         actions = self._check(observations, actions)
         extraction = Extraction(num_returns=num_returns, return_temperature=return_temperature, **settings)
         return _q_value(self.params, observations, actions, extraction, key=key)
@@ -505,18 +527,16 @@ def evaluate(
         return chunks.reshape(*chunks.shape[:2], horizon, -1)
 
     rows = []
-    ranges = np.asarray(agents.scale.high - agents.scale.low)
+    units = np.asarray(return_temperature(agents.axis, settings))
     for row in episodes.run(act, desc=desc):
         index = row.pop("replica")
         task, replica_seed = replicas[index]
-        width = float(ranges[index])
         rows.append(
             dict(
                 task=task,
                 seed=replica_seed,
                 **dataclasses.asdict(settings),
-                return_temperature_units=settings.return_temperature * width,
-                action_temperature_units=settings.action_temperature * width,
+                return_temperature_units=float(units[index]),
                 **row,
             )
         )
@@ -536,14 +556,14 @@ def film_episode(agent: Agent, settings: Extraction, env: Env, path: Path, *, se
         means = agent.sample_returns(jnp.repeat(x, 8, axis=0), others, 16, key=act_key, **ode).mean(axis=1)
         return np.asarray(chunk[0]), np.asarray(draws[0]), np.asarray(means)
 
-    bounds = float(agent.params.scale.low), float(agent.params.scale.high)
+    bounds = float(agent.params.axis.low), float(agent.params.axis.high)
     success = film.record(env, decide, path, seed=episode_seed(seed, 0), bounds=bounds, title=title)
     print(f"film: {path} ({'solved' if success else 'not solved'})")
 
 
 def read_episodes(path: Path, *, words: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Rows of an `evaluation.csv` or `episodes.csv`, with numbers as numbers; `words` are more columns without any."""
-    words = ("env", "data_source", "data_sha256", "solver", "independent_noise", *words)
+    words = ("env", "data_source", "data_sha256", "solver", "independent_noise", "absolute", *words)
     whole = (
         "task",
         "seed",
@@ -610,7 +630,7 @@ def main(args: Args) -> list[dict[str, Any]]:
 
     grid = itertools.product(args.num_actions, args.num_returns, args.return_temperature, args.action_temperature)
     ode = (args.flow_steps, args.solver)
-    sweep = list(dict.fromkeys(Extraction(*point, *ode, args.independent_noise) for point in grid))
+    sweep = list(dict.fromkeys(Extraction(*point, *ode, args.independent_noise, args.absolute) for point in grid))
     gym_ids = [name.gym_id(task) for task, _ in replicas]
     filmed = film.open_env(gym_ids[0], args.action_noise[-1]) if args.video is not None else None
     _lock = hold_directory(out, "--out")  # until this function ends

@@ -26,8 +26,9 @@ transition (the next-action bank). `--next-action base` takes one of them: the l
 the action that was taken. `softmax` picks among the K by exp(Q*(x', a') / temperature), chosen by the online network
 and valued by the target network: the law of the policy that stage 3 extracts.
 
-Returns are scaled: the interval of possible returns becomes `--return-width` standard deviations of the noise, and the
-constant that solves the Bellman equation on average over the data becomes zero, so that training starts at that level.
+The model works on a return axis, z = h(R) with h increasing and made from the data's returns, so that they spread over
+the scale of the noise wherever they lie (`common/returns.py`). The two targets in the middle hold for any such h with
+y = h(r + g h^-1(psi_bar_1)): a law commutes with an invertible map. The others need an affine one.
 
 Reads `runs/ENV/bc/model.eqx` (trained first if missing); writes `runs/ENV/value/{config.json, metrics.csv, model.eqx,
 train_state.eqx, train_state.previous.eqx, evaluation.csv, calibration.csv, *.png}`.
@@ -59,9 +60,10 @@ from common.bank import make_bank
 from common.envs import NUM_TASKS, default_run_dir, parse_env, run_name, validation_path
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes
-from common.flow import integrate
+from common.flow import Ode, Solver, integrate
 from common.metrics import CALIBRATED, sha256, write_csv
-from common.networks import CRITIC_FIELDS, Critic, FlowCritic, FlowPolicy, ReturnScale, make_critic, stratified_normal
+from common.networks import CRITIC_FIELDS, Critic, FlowCritic, FlowPolicy, make_critic, stratified_normal
+from common.returns import AxisKind, ReturnAxis, make_axis
 from common.rotation import Rotation, pad
 from common.statistics import calibration
 from common.training import (
@@ -80,6 +82,7 @@ from common.training import (
 )
 
 Target = Literal["paper", "shared-noise", "independent-noise", "velocity"]
+SAMPLING_TARGETS = ("shared-noise", "independent-noise")  # that bootstrap a sample: right on any return axis
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
@@ -160,12 +163,16 @@ class Args:
     """Hidden layers of the trunk critic's head."""
     discount: float = 0.99
     """Discount per environment step (ours)."""
-    return_width: float = 4.0
-    """Standard deviations of noise that the interval of possible returns is scaled to (ours)."""
+    return_axis: AxisKind | None = None
+    """The axis that the law is learned on: the data's quantiles, an affine one of their standard deviation, or the one
+    of the possible returns (ours); quantiles by default, std for targets that need an affine axis."""
     clip_margin: float = 0.1
     """How far beyond the possible returns bootstrapped ones may go, as a fraction of the return range (ours)."""
-    target_steps: int = 10
-    """Euler steps of the target network's flow (ours). The bootstrap multiplies their error by 1 / (1 - discount)."""
+    flow_steps: int = 5
+    """Steps of all flows: the target's, whose error the bootstrap multiplies by 1 / (1 - discount), the next actions',
+    and at evaluation (ours)."""
+    solver: Solver = "midpoint"
+    """Their solver: midpoint takes two evaluations a step, euler one (ours)."""
 
     # --- optimisation ---
     width: int = 512
@@ -200,8 +207,14 @@ class Args:
     """tau_R, in the softmax backup and at evaluation, as a fraction of the return range (ours)."""
     action_temperature: float = 0.003
     """tau_Q at evaluation, as a fraction of the return range (ours); 0 takes the best candidate."""
-    flow_steps: int = 10
-    """Euler steps of the policy's and the evaluated reward model's flow (ours)."""
+
+    @property
+    def ode(self) -> Ode:
+        return Ode(self.flow_steps, self.solver)
+
+    @property
+    def axis_kind(self) -> AxisKind:
+        return self.return_axis or ("quantiles" if self.td_target in SAMPLING_TARGETS else "std")
 
     @property
     def all_seeds(self) -> tuple[int, ...]:
@@ -245,7 +258,7 @@ class Replica(NamedTuple):
 
     task: Int[Array, ""]  # index into rewards and bootstraps
     policy: Int[Array, ""]  # index into the base policies and the bank
-    scale: ReturnScale
+    axis: ReturnAxis
     key: PRNGKeyArray
 
 
@@ -277,36 +290,41 @@ def td_target(
     noise: Noise,
     next_velocity: Callable[[Array, Array], Array],
     next_flow: Callable[[Array, Array | float], Array],
+    axis: ReturnAxis,
     *,
-    low: Float[Array, ""],
-    high: Float[Array, ""],
+    margin: float = 0.0,
 ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
-    """Path point `z_t` and regression target, the table at the top of the file; all in the model's units.
+    """Path point `z_t` and regression target, the table at the top of the file; both on the return axis.
 
     Args:
-        reward, bootstrap: `r` and `g = discount * mask` of `z = r + g z'`.
+        reward, bootstrap: `r` and `g = discount * mask` of `R = r + g R'`, in the environment's units.
         next_velocity: `(z, t) -> s_bar(z, t | x', a')`, of the target network.
         next_flow: `(z_0, t) -> psi_bar_t(z_0 | x', a')`, of the target network.
-        low, high: bounds of the possible returns. Bootstrapped returns are clipped to them; a velocity on the way from
-            z_0 to a return in [low, high] is clipped to [low - z_0, high - z_0].
+        axis: the map h. With `paper` and `velocity` it has to be affine.
+        margin: how far beyond the possible returns bootstrapped ones may go, as a fraction of their range. A velocity
+            on the way from z_0 to a return in [low, high] is clipped to [low - z_0, high - z_0].
 
     No gradient flows into either result.
     """
     r, g, z_0, t = reward, bootstrap, noise.z_0, noise.t
-    if kind == "paper":
-        z_t = z_0 + t * noise.u
-        target = r + g * jnp.clip(next_velocity(z_t, t), low, high)
-    elif kind in ("shared-noise", "independent-noise"):
-        start = z_0 if kind == "shared-noise" else noise.z_next
-        y = r + g * jnp.clip(next_flow(start, 1.0), low, high)
-        z_t = (1.0 - t) * z_0 + t * y
-        target = y - z_0
-    elif kind == "velocity":
-        next_z_t = jnp.clip(next_flow(z_0, t), (1.0 - t) * z_0 + t * low, (1.0 - t) * z_0 + t * high)
-        z_t = t * r + g * next_z_t + (1.0 - t) * (1.0 - g) * z_0
-        target = r + g * jnp.clip(next_velocity(next_z_t, t), low - z_0, high - z_0) - (1.0 - g) * z_0
+    low, high = axis.bounds(margin)
+    if kind in SAMPLING_TARGETS:
+        next_z = next_flow(z_0 if kind == "shared-noise" else noise.z_next, 1.0)
+        y = axis.to_model(r + g * jnp.clip(axis.to_environment(next_z), low, high))
+        z_t, target = (1.0 - t) * z_0 + t * y, y - z_0
     else:
-        raise ValueError(f"unknown TD target {kind!r}.")
+        # An affine h turns R = r + g R' into z = r + g z' with another r.
+        r = axis.to_model(r + g * axis.to_environment(jnp.zeros_like(r)))
+        low, high = axis.to_model(low), axis.to_model(high)
+        if kind == "paper":
+            z_t = z_0 + t * noise.u
+            target = r + g * jnp.clip(next_velocity(z_t, t), low, high)
+        elif kind == "velocity":
+            next_z_t = jnp.clip(next_flow(z_0, t), (1.0 - t) * z_0 + t * low, (1.0 - t) * z_0 + t * high)
+            z_t = t * r + g * next_z_t + (1.0 - t) * (1.0 - g) * z_0
+            target = r + g * jnp.clip(next_velocity(next_z_t, t), low - z_0, high - z_0) - (1.0 - g) * z_0
+        else:
+            raise ValueError(f"unknown TD target {kind!r}.")
     return jax.lax.stop_gradient(z_t), jax.lax.stop_gradient(target)
 
 
@@ -324,19 +342,20 @@ def value_loss_one(
 
 def choose_next_action(
     critic: Critic,
+    axis: ReturnAxis,
     observation: Float[Array, " observation"],
     candidates: Float[Array, "K action"],
     noise: Float[Array, " num_returns"],
     *,
     return_temperature: Float[ArrayLike, ""],
     action_temperature: Float[ArrayLike, ""],
-    flow_steps: int,
+    ode: Ode,
     key: PRNGKeyArray,
 ) -> Float[Array, " action"]:
     """The softmax backup: stage 3's extraction over the K banked actions, by the online critic."""
-    score = functools.partial(evor_infer.score_one, temperature=return_temperature, flow_steps=flow_steps)
-    scores = jax.vmap(score, (None, None, 0, None))(critic, observation, candidates, noise)
-    return candidates[evor_infer.select(scores, action_temperature, key=key)]
+    score = functools.partial(evor_infer.score_one, temperature=return_temperature * axis.spread, ode=ode)
+    scores = jax.vmap(score, (None, None, None, 0, None))(critic, axis, observation, candidates, noise)
+    return candidates[evor_infer.select(evor_infer.standardise(scores), action_temperature, key=key)]
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
@@ -346,11 +365,11 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
     return optax.adam(learning_rate(args.learning_rate, args.schedule, args.steps))
 
 
-def draw_noise(args: Args, scale: ReturnScale, *, key: PRNGKeyArray) -> Noise:
+def draw_noise(args: Args, axis: ReturnAxis, *, key: PRNGKeyArray) -> Noise:
     """Fresh noise for one batch."""
     keys = jax.random.split(key, 4)
     shape = (args.batch_size,)
-    low, high = scale.to_model(scale.low), scale.to_model(scale.high)
+    low, high = axis.to_model(axis.low), axis.to_model(axis.high)
     return Noise(
         z_0=jax.random.normal(keys[0], shape),
         z_next=jax.random.normal(keys[1], shape),
@@ -377,16 +396,16 @@ def next_actions(
         return dataset.bank[replica.policy, index, pick].astype(jnp.float32)
     choose = functools.partial(
         choose_next_action,
-        return_temperature=args.return_temperature * replica.scale.width,
-        action_temperature=args.backup_temperature * replica.scale.width,
-        flow_steps=args.target_steps,
+        return_temperature=args.return_temperature,
+        action_temperature=args.backup_temperature,
+        ode=args.ode,
     )
     candidates = dataset.bank[replica.policy, index].astype(jnp.float32)
     keys = jax.random.split(key, len(index))
     noise = stratified_normal(args.backup_returns)
 
     def one(observation, actions, key):
-        return choose(critic, observation, actions, noise, key=key)
+        return choose(critic, replica.axis, observation, actions, noise, key=key)
 
     rows = args.num_next_actions * args.backup_returns
     return jax.lax.stop_gradient(in_blocks(one, dataset.observations[ends], candidates, keys, rows=rows))
@@ -401,8 +420,7 @@ def train_step(
     starts = dataset.starts[index]
     observations, next_observations = dataset.observations[starts], dataset.observations[starts + args.horizon]
     actions = evor_bc.action_chunks(dataset.actions, starts, args.horizon)
-    bootstrap = dataset.bootstraps[replica.task, index]
-    reward = replica.scale.reward_to_model(dataset.rewards[replica.task, index], bootstrap)
+    reward, bootstrap = dataset.rewards[replica.task, index], dataset.bootstraps[replica.task, index]
 
     # The bootstrap: everything below the next state comes from the target network.
     target_critic = state.target
@@ -413,15 +431,14 @@ def train_step(
         return jax.vmap(target_critic.velocity)(next_features, z, jnp.broadcast_to(t, z.shape))
 
     def next_flow(z_0, end_time):
-        return integrate(next_velocity, z_0, num_steps=args.target_steps, end_time=end_time)
+        return integrate(next_velocity, z_0, args.ode, end_time=end_time)
 
-    noise = draw_noise(args, replica.scale, key=noise_key)
+    noise = draw_noise(args, replica.axis, key=noise_key)
     # Most returns of a sparse task lie at the lowest bound. Clipping right there cuts the errors below it and keeps
     # those above, a bias that the bootstrap multiplies by 1 / (1 - discount): leave a margin.
-    margin = args.clip_margin * (replica.scale.high - replica.scale.low)
-    low = replica.scale.to_model(replica.scale.low - margin)
-    high = replica.scale.to_model(replica.scale.high + margin)
-    z_t, target = td_target(args.td_target, reward, bootstrap, noise, next_velocity, next_flow, low=low, high=high)
+    z_t, target = td_target(
+        args.td_target, reward, bootstrap, noise, next_velocity, next_flow, replica.axis, margin=args.clip_margin
+    )
 
     def loss_fn(critic):
         losses = jax.vmap(value_loss_one, (None, 0, 0, 0, 0, 0))(critic, observations, actions, z_t, noise.t, target)
@@ -437,7 +454,7 @@ def train_step(
     metrics = {
         "loss": loss,
         "gradient_norm": optax.tree.norm(gradient),
-        "target_return": jnp.mean(replica.scale.to_environment(drawn)),
+        "target_return": jnp.mean(replica.axis.to_environment(drawn)),
     }
     return TrainState(critic, target_critic, opt_state, state.step + 1), metrics
 
@@ -495,7 +512,9 @@ def calibrate(
     found = []
     for i, (task, seed) in enumerate(replicas):
         agent = evor_infer.Agent(jax.tree.map(lambda x, i=i: x[i], agents), args.horizon)
-        draws = agent.sample_returns(observations, actions, 64, flow_steps=args.flow_steps, key=jax.random.key(0))
+        draws = agent.sample_returns(
+            observations, actions, 64, flow_steps=args.flow_steps, solver=args.solver, key=jax.random.key(0)
+        )
         rewards, masks = (labels[list(tasks).index(task)] for labels in (validation.rewards, validation.masks))
         returns, _ = data.monte_carlo_returns(rewards, masks, validation.terminals, discount=args.discount)
         numbers = calibration(np.asarray(draws), returns[rows], LEVELS)
@@ -596,9 +615,9 @@ def check_args(args: Args) -> None:
         raise UserError(f"--tasks {list(args.tasks)}: a task does not exist, OGBench has tasks 1 to {NUM_TASKS}.")
     if args.critic == "trunk" and args.depth < 2:
         raise UserError(f"--critic trunk needs --depth 2 or more, not {args.depth}: its last layer is the head.")
-    if args.return_width <= 0:
-        raise UserError(f"--return-width must be positive, not {args.return_width}.")
-    counts = ("head_width", "head_depth", "num_next_actions", "backup_returns", "target_steps")
+    if args.return_axis == "quantiles" and args.td_target not in SAMPLING_TARGETS:
+        raise UserError(f"--td-target {args.td_target} needs an affine axis: leave out --return-axis quantiles.")
+    counts = ("head_width", "head_depth", "num_next_actions", "backup_returns")
     for field in (*counts, "flow_steps", "num_actions", "num_returns"):
         if getattr(args, field) < 1:
             raise UserError(f"--{field.replace('_', '-')} must be at least 1, not {getattr(args, field)}.")
@@ -713,19 +732,18 @@ def make_replicas(
     args: Args,
     tasks: Sequence[int],
     bounds: Float[np.ndarray, "tasks 2"],
-    rewards: Float[np.ndarray, "tasks n"],
-    bootstraps: Float[np.ndarray, "tasks n"],
+    returns: Float[np.ndarray, "tasks m"],
 ) -> tuple[list[tuple[int, int]], Replica, Key[Array, " replicas"]]:
     """The (task, seed) pairs, what distinguishes them, and the keys that initialise them."""
     pairs = [(task, seed) for task in tasks for seed in args.all_seeds]
     task = np.repeat(np.arange(len(tasks)), args.seeds)
     policy = np.tile(np.arange(args.seeds) if args.policy_seed is None else np.zeros(args.seeds, int), len(tasks))
-    shift = data.mean_return(rewards, bootstraps)[task]
-    scale = ReturnScale.of(bounds[task, 0], bounds[task, 1], shift=shift, width=args.return_width)
+    axes = [make_axis(*of_task, kind=args.axis_kind) for of_task in zip(returns, bounds, strict=True)]
+    axis = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(axes[i] for i in task))
     # A replica's randomness depends on its task and seed, not on what is trained beside it.
     keys = [jax.random.split(jax.random.fold_in(jax.random.key(s), t)) for t, s in pairs]
     init_keys, train_keys = jnp.stack([k[0] for k in keys]), jnp.stack([k[1] for k in keys])
-    return pairs, Replica(jnp.asarray(task), jnp.asarray(policy), scale, train_keys), init_keys
+    return pairs, Replica(jnp.asarray(task), jnp.asarray(policy), axis, train_keys), init_keys
 
 
 def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, Any]]:
@@ -760,7 +778,7 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
     validation = load_file(held_out) if held_out.is_file() else None
     data.print_summary(trajectories, info, tasks=tasks, discount=args.discount, files=len(files))
     longest = max(data.check_headers(file, like=trajectories) for file in files)
-    starts, rewards, bootstraps = transitions(args, trajectories, files[0])
+    starts, _, _ = transitions(args, trajectories, files[0])
     in_transitions = trajectories.rewards[:, ~trajectories.terminals]
     span = data.reward_range(files, in_transitions, env=args.env, own=own_rewards, reward=args.reward)
     if len(files) > 1 and args.redraw_bank:
@@ -783,6 +801,7 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
         critic=args.critic,
         **{field: getattr(args, field) for field in CRITIC_FIELDS},
         outputs=getattr(args, "outputs", 1),  # of a baseline's network
+        return_axis=args.axis_kind,
         replicas=[(task, seed) for task in tasks for seed in args.all_seeds],
         data=info,
         ignored_observations=np.flatnonzero(np.isinf(standardizer.std)).tolist(),
@@ -792,9 +811,9 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
         args=args,
     )
     run = Run(run_dir / "value", header, replicas=header["replicas"], args=args)
-    pairs, replicas, init_keys = make_replicas(
-        args, tasks, data.return_bounds(span, args.discount), rewards, bootstraps
-    )
+    bounds = data.return_bounds(span, args.discount)
+    returns = data.return_sample(trajectories, discount=args.discount)
+    pairs, replicas, init_keys = make_replicas(args, tasks, bounds, returns)
 
     def draw_bank(
         observations: Float[np.ndarray, "rows d"], starts: Int[np.ndarray, " n"], file: Path, draw: int = 0
@@ -811,7 +830,7 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
             starts + args.horizon,
             seeds=args.policy_seeds,
             num_actions=args.num_next_actions,
-            flow_steps=args.flow_steps,
+            ode=args.ode,
             draw=draw,
             path=None if draw else policy_run_dir / "bc" / f"{name}.eqx",
             made_of=dict(
@@ -861,7 +880,7 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
         standardizers = jax.tree.map(lambda x: jnp.stack([x] * len(pairs)), standardizer)
         policy = state.policy if args.own_policy else jax.tree.map(lambda x: x[replicas.policy], policies)
         critic, policy = jax.tree.map(jnp.asarray, (state.critic, policy))
-        found = evor_infer.AgentParams(policy, critic, standardizers, replicas.scale)
+        found = evor_infer.AgentParams(policy, critic, standardizers, replicas.axis)
         return jax.tree.map(lambda x: x[run.good()], found) if run.diverged else found
 
     def good_pairs() -> list[tuple[int, int]]:
@@ -869,10 +888,15 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
 
     def model(state: Any) -> tuple:
         """What stage 3 loads."""
-        return (state.critic, replicas.scale, *((state.policy, standardizer) if args.own_policy else ()))
+        return (state.critic, replicas.axis, *((state.policy, standardizer) if args.own_policy else ()))
 
     settings = evor_infer.Extraction(
-        args.num_actions, args.num_returns, args.return_temperature, args.action_temperature, args.flow_steps
+        args.num_actions,
+        args.num_returns,
+        args.return_temperature,
+        args.action_temperature,
+        args.flow_steps,
+        args.solver,
     )
     evaluation_path = run.directory / "evaluation.csv"
     rows: list[dict[str, Any]] = []

@@ -12,9 +12,10 @@ Z(x, a) = r + g Z(x', a'), g = discount * mask, a' by `--next-action`. Only the 
 
 C51's projection shares the mass of each shifted atom, clipped to the support, between its two neighbours. QR's loss is
 `sum_i mean_j |tau_i - [y_j < q_i]| H(y_j - q_i) / k`, with Huber's H(u) = u^2 / 2 where |u| < k and k (|u| - k/2)
-elsewhere, k a small part of the possible returns: a large one learns expectiles. All is in the scaled units of
-`evor_value.py`, and bootstrapped values are clipped as there. With one of the banked next actions per update, `scalar`
-is expected SARSA in the mean over updates.
+elsewhere, k small: a large one learns expectiles. All work on the return axis of `evor_value.py`: C51's atoms are
+evenly spaced there, QR's quantiles and Huber's threshold are measured there, bootstrapped values are clipped as there.
+A mean does not commute with a map that is not affine, so `scalar` needs an affine axis. Quantiles do, and C51 projects
+in the environment's units. With one of the banked next actions per update, `scalar` is expected SARSA in the mean.
 
 Reads and writes what `evor_value.py` does; `evor_infer.py` loads the result. There the log-mean-exp is exact: the value
 of `scalar`, a weighted sum over atoms or quantiles of the others, without sampling.
@@ -36,7 +37,9 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 import evor_bc
 import evor_value
 from common.errors import UserError, run_cli
+from common.flow import Ode
 from common.networks import DirectCritic, make_critic
+from common.returns import AxisKind, ReturnAxis
 from common.training import over_replicas
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -54,15 +57,19 @@ class Args(evor_value.Args):
     ensemble: int = 1
     """Scalar critics, whose mean is the value; QC has 2."""
     atoms: int = 51
-    """Atoms of C51, evenly over the possible returns and --clip-margin."""
+    """Atoms of C51, evenly over the possible returns and --clip-margin on the return axis."""
     quantiles: int = 32
     """Quantiles of QR."""
-    huber: float = 0.005
-    """Threshold of QR's Huber loss, as a fraction of the return range: one reward of -1 on cube-double (ours)."""
+    huber: float = 0.02
+    """Threshold of QR's Huber loss, on the return axis (ours)."""
 
     @property
     def method(self) -> str:
         return self.critic
+
+    @property
+    def axis_kind(self) -> AxisKind:
+        return self.return_axis or ("std" if self.critic == "scalar" else "quantiles")
 
     @property
     def outputs(self) -> int:
@@ -75,12 +82,12 @@ class Args(evor_value.Args):
 def project(
     values: Float[Array, " n"], weights: Float[Array, " n"], atoms: Float[Array, " atoms"]
 ) -> Float[Array, " atoms"]:
-    """The law `sum_j weights_j delta(values_j)` on evenly spaced atoms: each value, clipped to their range, shares its
-    weight between its two neighbours in proportion to how near they are. Keeps the mean of values within the range."""
-    step = atoms[1] - atoms[0]
-    place = (jnp.clip(values, atoms[0], atoms[-1]) - atoms[0]) / step
-    apart = jnp.abs(place[:, None] - jnp.arange(len(atoms))[None, :])
-    return weights @ jnp.clip(1.0 - apart, 0.0)
+    """The law `sum_j weights_j delta(values_j)` on the atoms, in rising order: each value, clipped to their range,
+    shares its weight between its two neighbours in proportion to how near they are. Keeps the mean of values within the
+    range."""
+    passed = jnp.clip((values[:, None] - atoms[None, :-1]) / jnp.diff(atoms)[None, :], 0.0, 1.0)  # share of each gap
+    ends = jnp.ones((len(values), 1))
+    return weights @ (jnp.concatenate([ends, passed], axis=1) - jnp.concatenate([passed, 0.0 * ends], axis=1))
 
 
 def quantile_huber(
@@ -103,24 +110,26 @@ def td_loss_one(
     bootstrap: Float[Array, ""],
     next_observation: Float[Array, " observation"],
     next_action: Float[Array, " action"],
+    axis: ReturnAxis,
     *,
-    low: Float[Array, ""],
-    high: Float[Array, ""],
-    threshold: Float[ArrayLike, ""],
+    margin: float,
+    threshold: float,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Loss of one transition, the table at the top of the file, and the mean of its target; in the model's units."""
+    """Loss of one transition, the table at the top of the file, and the mean of its target. `reward` and that mean are
+    in the environment's units, all else on the return axis."""
     no_noise = jnp.zeros(1)
-    values, weights = target.law(next_observation, next_action, no_noise, flow_steps=1)
-    values = jax.lax.stop_gradient(reward + bootstrap * jnp.clip(values, low, high))
-    weights = jax.lax.stop_gradient(weights)
+    next_values, weights = target.law(next_observation, next_action, no_noise, Ode())
+    returns = reward + bootstrap * jnp.clip(axis.to_environment(next_values), *axis.bounds(margin))
+    returns, weights = jax.lax.stop_gradient((returns, weights))
     out = critic(observation, action)
     if critic.kind == "scalar":
-        loss = jnp.mean((out - values) ** 2)  # values has one element
+        loss = jnp.mean((out - axis.to_model(returns)) ** 2)  # returns has one element
     elif critic.kind == "c51":
-        loss = -jnp.sum(project(values, weights, jax.lax.stop_gradient(critic.atoms)) * jax.nn.log_softmax(out))
+        atoms = axis.to_environment(jax.lax.stop_gradient(critic.atoms))
+        loss = -jnp.sum(project(returns, weights, atoms) * jax.nn.log_softmax(out))
     else:
-        loss = quantile_huber(out, values, threshold)
-    return loss, jnp.sum(weights * values)
+        loss = quantile_huber(out, axis.to_model(returns), threshold)
+    return loss, jnp.sum(weights * returns)
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
@@ -142,19 +151,16 @@ def train_step(
     starts = dataset.starts[index]
     observations, next_observations = dataset.observations[starts], dataset.observations[starts + args.horizon]
     actions = evor_bc.action_chunks(dataset.actions, starts, args.horizon)
-    bootstrap = dataset.bootstraps[replica.task, index]
-    reward = replica.scale.reward_to_model(dataset.rewards[replica.task, index], bootstrap)
+    reward, bootstrap = dataset.rewards[replica.task, index], dataset.bootstraps[replica.task, index]
 
-    margin = args.clip_margin * (replica.scale.high - replica.scale.low)
-    low = replica.scale.to_model(replica.scale.low - margin)
-    high = replica.scale.to_model(replica.scale.high + margin)
+    low, high = map(replica.axis.to_model, replica.axis.bounds(args.clip_margin))
     online, target_critic = with_atoms(state.critic, low, high), with_atoms(state.target, low, high)
     chosen = evor_value.next_actions(args, online, dataset, replica, index, key=action_key)
 
     def loss_fn(critic):
-        limits = dict(low=low, high=high, threshold=args.huber * replica.scale.width)
-        one = functools.partial(td_loss_one, critic, target_critic, **limits)
-        losses, targets = jax.vmap(one)(observations, actions, reward, bootstrap, next_observations, chosen)
+        one = functools.partial(td_loss_one, critic, target_critic, margin=args.clip_margin, threshold=args.huber)
+        in_batch = observations, actions, reward, bootstrap, next_observations, chosen
+        losses, targets = jax.vmap(one, (0,) * 6 + (None,))(*in_batch, replica.axis)
         return jnp.mean(losses), jnp.mean(targets)
 
     (loss, target), gradient = jax.value_and_grad(loss_fn, has_aux=True)(online)
@@ -165,7 +171,7 @@ def train_step(
     metrics = {
         "loss": loss,
         "gradient_norm": optax.tree.norm(gradient),
-        "target_return": replica.scale.to_environment(target),
+        "target_return": target,
     }
     return evor_value.TrainState(critic, target_critic, opt_state, state.step + 1), metrics
 
@@ -195,6 +201,8 @@ def check_args(args: Args) -> None:
     """Raises `UserError` for settings of these critics that cannot work."""
     if args.atoms < 2 or args.quantiles < 1 or args.ensemble < 1:
         raise UserError("--atoms must be at least 2, --quantiles and --ensemble at least 1.")
+    if args.critic == "scalar" and args.axis_kind == "quantiles":
+        raise UserError("--critic scalar needs an affine axis: leave out --return-axis quantiles.")
     if not args.huber > 0:
         raise UserError(f"--huber must be positive, not {args.huber}.")
 

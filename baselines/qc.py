@@ -94,24 +94,6 @@ class TrainState(NamedTuple):
 # --- Maths -------------------------------------------------------------------------------------------------------
 
 
-def td_loss_one(
-    critic: DirectCritic,
-    target: DirectCritic,
-    observation: Float[Array, " observation"],
-    action: Float[Array, " action"],
-    reward: Float[Array, ""],
-    bootstrap: Float[Array, ""],
-    next_observation: Float[Array, " observation"],
-    next_action: Float[Array, " action"],
-    *,
-    low: Float[Array, ""],
-    high: Float[Array, ""],
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """`mean_k (Q_k(x, a) - y)^2` of one transition, and `y`, with the next value clipped to `[low, high]`."""
-    y = jax.lax.stop_gradient(reward + bootstrap * jnp.clip(jnp.mean(target(next_observation, next_action)), low, high))
-    return jnp.mean((critic(observation, action) - y) ** 2), y
-
-
 def best_of(
     critic: DirectCritic, observation: Float[Array, " observation"], candidates: Float[Array, "N action"]
 ) -> Float[Array, " action"]:
@@ -132,25 +114,22 @@ def train_step(
     starts = dataset.starts[index]
     observations, next_observations = dataset.observations[starts], dataset.observations[starts + args.horizon]
     actions = evor_bc.action_chunks(dataset.actions, starts, args.horizon)
-    bootstrap = dataset.bootstraps[replica.task, index]
-    reward = replica.scale.reward_to_model(dataset.rewards[replica.task, index], bootstrap)
+    reward, bootstrap = dataset.rewards[replica.task, index], dataset.bootstraps[replica.task, index]
 
     def next_action(observation, noise):
-        candidates = state.policy.sample(observation, noise, flow_steps=args.flow_steps)
+        candidates = state.policy.sample(observation, noise, args.ode)
         return best_of(state.critic, observation, candidates)
 
     noise = jax.random.normal(action_key, (args.batch_size, args.num_next_actions, state.policy.action_dim))
     chosen = jax.lax.stop_gradient(in_blocks(next_action, next_observations, noise, rows=args.num_next_actions))
 
-    # See `evor_value.train_step` for why there is a margin.
-    margin = args.clip_margin * (replica.scale.high - replica.scale.low)
-    low = replica.scale.to_model(replica.scale.low - margin)
-    high = replica.scale.to_model(replica.scale.high + margin)
-
     def loss_fn(networks):
         critic, policy = networks
-        td_loss = functools.partial(td_loss_one, critic, state.target, low=low, high=high)
-        losses, targets = jax.vmap(td_loss)(observations, actions, reward, bootstrap, next_observations, chosen)
+        td_loss = functools.partial(
+            critics.td_loss_one, critic, state.target, margin=args.clip_margin, threshold=args.huber
+        )
+        in_batch = observations, actions, reward, bootstrap, next_observations, chosen
+        losses, targets = jax.vmap(td_loss, (0,) * 6 + (None,))(*in_batch, replica.axis)
         bc_loss = evor_bc.bc_loss(policy, observations, actions, key=policy_key)
         # The two share no parameters: one optimizer for their sum is two optimizers.
         return jnp.mean(losses) + bc_loss, (jnp.mean(losses), bc_loss, jnp.mean(targets))
@@ -165,7 +144,7 @@ def train_step(
         "loss": loss,
         "bc_loss": bc_loss,
         "gradient_norm": optax.tree.norm(gradient[0]),  # the critic's
-        "target_return": replica.scale.to_environment(target),
+        "target_return": target,
     }
     return TrainState(critic, target_critic, policy, opt_state, state.step + 1), metrics
 

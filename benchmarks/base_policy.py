@@ -25,6 +25,7 @@ from common import data, sources
 from common.envs import default_run_dir, parse_env, validation_path
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes, make_env, seeded_reset
+from common.flow import Ode
 from common.metrics import sha256, write_csv
 from common.training import provenance
 
@@ -47,8 +48,8 @@ class Args:
     """Episodes."""
     episodes: int | None = None
     """Collected episodes of the dataset to compare with."""
-    flow_steps: int = 10
-    """Euler steps of the policy."""
+    flow_steps: int = 5
+    """Midpoint steps of the policy."""
     out: Path | None = None
     """CSV file to write, a row per policy; none by default."""
 
@@ -120,7 +121,7 @@ def measure(args: Args, run_dir: Path, validation: dict[str, np.ndarray], *, dat
         raise UserError(f"{run_dir} was trained on other data than {args.env}'s here: they do not compare.")
     policy = jax.tree.map(lambda x: jnp.asarray(x)[0], policies)
     sample = jax.jit(
-        lambda x, noise: policy.sample(standardizer(x), noise[None], flow_steps=args.flow_steps)[0],
+        lambda x, noise: policy.sample(standardizer(x), noise[None], Ode(args.flow_steps))[0],
     )
 
     def act_one(observation, episode, step):
@@ -134,7 +135,7 @@ def measure(args: Args, run_dir: Path, validation: dict[str, np.ndarray], *, dat
         rows = episodes.run(lambda *x: np.asarray(act(*x)).reshape(1, x[0].shape[1], horizon, -1))
     chunk = jax.jit(lambda *x: act_one(*x).reshape(horizon, -1))
     errors = [first_pick_error(chunk, name.gym_id(task), seed=seed) for seed in range(args.num_episodes)]
-    batch = jax.jit(jax.vmap(lambda x, noise: policy.sample(standardizer(x), noise, flow_steps=args.flow_steps)))
+    batch = jax.jit(jax.vmap(lambda x, noise: policy.sample(standardizer(x), noise, Ode(args.flow_steps))))
     r2, r2_shuffled = explained_variance(batch, validation, horizon)
     return dict(
         policy_sha256=sha256(run_dir / "bc" / "model.eqx"),

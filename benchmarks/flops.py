@@ -42,12 +42,12 @@ def step_flops(args: evor_value.Args, critic: Critic, policy: FlowPolicy | None 
     action. With a policy that is trained beside the critic, also that one's step and its draws."""
     features, velocity, first = critic_macs(critic)
     macs = 3 * (features + velocity) - first + features
-    target_steps = {"paper": 1, "velocity": args.target_steps + 1}.get(args.td_target, args.target_steps)
-    macs += velocity * target_steps
+    solve = args.ode.evaluations
+    macs += velocity * {"paper": 1, "velocity": solve + 1}.get(args.td_target, solve)
     if args.next_action == "softmax":
-        macs += args.num_next_actions * (features + args.backup_returns * args.target_steps * velocity)
+        macs += args.num_next_actions * (features + args.backup_returns * solve * velocity)
     if policy is not None:
         whole, first = policy_macs(policy)
         shared = policy.observation_dim * policy.mlp.hidden[0].weight.shape[1]
-        macs += 3 * whole - first + shared + args.num_next_actions * args.flow_steps * (whole - shared)
+        macs += 3 * whole - first + shared + args.num_next_actions * solve * (whole - shared)
     return 2.0 * args.batch_size * macs

@@ -12,14 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from scipy import stats
 
 import evor_value
 from common import data
-from common.networks import CRITIC_FIELDS, Critic, ReturnScale, stratified_normal
+from common.flow import Ode
+from common.networks import CRITIC_FIELDS, Critic, stratified_normal
+from common.returns import ReturnAxis, make_axis
 from common.training import stack_replicas
 
 Atoms = tuple[Sequence[float], Sequence[float]]  # values, probabilities
+DEFAULT_ODE = Ode()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,12 @@ class Probe:
     @property
     def num_states(self) -> int:
         return 1 + max(max(t[1], t[5]) for t in self.transitions)
+
+    @property
+    def law_range(self) -> float:
+        """From the lowest to the highest atom of all laws: what errors are shares of."""
+        atoms = [value for values, _ in self.laws.values() for value in values]
+        return max(atoms) - min(atoms)
 
     def law(self, query: tuple[int, float], *, noise_std: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
         """Values and weights of a law; with `noise_std`, of the normal law around its mean, as quantiles."""
@@ -87,12 +97,41 @@ STOCHASTIC_POLICY = Probe(
     {(1, -1.0): point(-1.0), (1, 1.0): point(1.0), (0, 0.0): ((-0.9, 0.9), (0.25, 0.75))},
     policy={1: ((-1.0, 1.0), (0.25, 0.75))},
 )
-PROBES = (CHAIN, DETERMINISTIC, STOCHASTIC_REWARD, MASKS, RANDOM_NEXT_STATE, STOCHASTIC_POLICY)
 
 
-def make_data(probe: Probe, *, copies: int = 400, num_next_actions: int = 4, seed: int = 0) -> evor_value.ValueData:
-    """Transitions in their exact proportions, through the same code as real data: each is a trajectory of two rows,
-    ended by `terminals`, which must not stop a bootstrap."""
+def lottery(
+    atoms: Sequence[float], *, discount: float, steps: int = 2, looped: bool = False, unit: float = 1.0
+) -> Probe:
+    """`steps` states without reward, then a lottery with the equally likely prizes `atoms`, times `unit`. It ends
+    there, or with `looped` goes on in a state that pays nothing for ever."""
+    last, share = steps + 1, 1 / len(atoms)
+    rows = [(1, k, 0.0, 0.0, 1.0, k + 1) for k in range(steps)]
+    rows += [(share, steps, 0.0, unit * a, float(looped), last if looped else steps) for a in atoms]
+    rows += [(1, last, 0.0, 0.0, 1.0, last)] * looped
+    laws = {
+        (k, 0.0): ([unit * a * discount ** (steps - k) for a in atoms], [share] * len(atoms)) for k in range(steps + 1)
+    }
+    name = f"lottery of {len(atoms)}, {'looped' if looped else 'ended'}, discount {discount:g}"
+    return Probe(name + f", unit {unit:g}" * (unit != 1), rows, laws, discount=discount)
+
+
+LOTTERIES = [
+    lottery(atoms, discount=discount, looped=looped)
+    for atoms in ((1.0, -3.0), (0.0, -1.0, -4.0))
+    for discount in (0.9, 0.99)
+    for looped in (False, True)
+]
+PROBES = (CHAIN, DETERMINISTIC, STOCHASTIC_REWARD, MASKS, RANDOM_NEXT_STATE, STOCHASTIC_POLICY, *LOTTERIES)
+
+
+def make_data(
+    probe: Probe, *, copies: int = 400, num_next_actions: int = 4, seed: int = 0
+) -> tuple[evor_value.ValueData, Float[np.ndarray, "tasks m"], Float[np.ndarray, "tasks 2"]]:
+    """Transitions in their exact proportions, a sample of their returns, and the bounds of the possible ones.
+
+    All come through the same code as real data: each transition is a trajectory of two rows, ended by `terminals`,
+    which must not stop a bootstrap.
+    """
     rng = np.random.default_rng(seed)
     rows = [t[1:] for t in probe.transitions for _ in range(round(copies * t[0]))]
     state, action, reward, mask, next_state = (np.array(column, float) for column in zip(*rows, strict=True))
@@ -118,7 +157,9 @@ def make_data(probe: Probe, *, copies: int = 400, num_next_actions: int = 4, see
         chosen = next_state == s
         bank[0, chosen, :, 0] = rng.choice(values, p=weights, size=(chosen.sum(), num_next_actions))
     arrays = (trajectories.observations, trajectories.actions, starts, rewards, bootstraps, bank, len(starts))
-    return evor_value.ValueData(*(jnp.asarray(a) for a in arrays))
+    returns = data.return_sample(trajectories, discount=probe.discount)
+    bounds = data.return_bounds(rewards, probe.discount)
+    return evor_value.ValueData(*(jnp.asarray(a) for a in arrays)), returns, bounds
 
 
 def train_state(
@@ -128,11 +169,11 @@ def train_state(
     seeds: Sequence[int] = (0,),
     copies: int = 400,
     learner: ModuleType = evor_value,
-    after_chunk: Callable[[int, Any, ReturnScale], None] = lambda step, state, scale: None,
-) -> tuple[Any, ReturnScale]:
-    """Training state (a leading axis of seeds) and scales of a probe after `args.steps` steps of stage 2, or of the
-    `init_state` and `train_chunk` of a baseline."""
-    dataset = make_data(probe, copies=copies, num_next_actions=args.num_next_actions)
+    after_chunk: Callable[[int, Any, ReturnAxis], None] = lambda step, state, axis: None,
+) -> tuple[Any, ReturnAxis]:
+    """Training state and return axis of a probe after `args.steps` steps of stage 2, or of the `init_state` and
+    `train_chunk` of a baseline; both have a leading axis of seeds."""
+    dataset, returns, bounds = make_data(probe, copies=copies, num_next_actions=args.num_next_actions)
     args = dataclasses.replace(args, discount=probe.discount)
     header = dict(
         observation_dim=probe.num_states,
@@ -142,47 +183,38 @@ def train_state(
         **{field: getattr(args, field) for field in CRITIC_FIELDS},
         outputs=getattr(args, "outputs", 1),
     )
-    rewards = np.asarray(dataset.rewards)
-    bounds = data.return_bounds(rewards, probe.discount)[np.zeros(len(seeds), int)]
     keys = jax.vmap(jax.random.key)(np.asarray(seeds))
-    shift = data.mean_return(rewards, np.asarray(dataset.bootstraps))[np.zeros(len(seeds), int)]
-    scale = ReturnScale.of(bounds[:, 0], bounds[:, 1], shift=shift, width=args.return_width)
+    axis = make_axis(returns[0], bounds[0], kind=args.axis_kind)
+    axis = jax.tree.map(lambda x: jnp.stack([x] * len(seeds)), axis)
     zeros = jnp.zeros(len(seeds), jnp.int32)
-    replicas = evor_value.Replica(task=zeros, policy=zeros, scale=scale, key=keys)
+    replicas = evor_value.Replica(task=zeros, policy=zeros, axis=axis, key=keys)
     state = stack_replicas(lambda key: learner.init_state(args, header, key=key), keys)
     for step in range(args.chunk, args.steps + 1, args.chunk):
         state, _ = learner.train_chunk(args, state, dataset, replicas)
-        after_chunk(step, state, scale)
-    return state, scale
+        after_chunk(step, state, axis)
+    return state, axis
 
 
-def train(probe: Probe, args: evor_value.Args, **settings: Any) -> tuple[Critic, ReturnScale]:
-    """Critics of `train_state`, and scales."""
-    state, scale = train_state(probe, args, **settings)
-    return state.critic, scale
+def train(probe: Probe, args: evor_value.Args, **settings: Any) -> tuple[Critic, ReturnAxis]:
+    """Critics of `train_state`, and return axes."""
+    state, axis = train_state(probe, args, **settings)
+    return state.critic, axis
 
 
 def sample_returns(
-    critic: Critic,
-    scale: ReturnScale,
-    probe: Probe,
-    query: tuple[int, float],
-    *,
-    num: int = 512,
-    flow_steps: int = 10,
+    critic: Critic, axis: ReturnAxis, probe: Probe, query: tuple[int, float], *, num: int = 512, ode: Ode = DEFAULT_ODE
 ) -> np.ndarray:
     """Returns of one state-action pair in the probe's units, one row per seed, from normal quantiles."""
     observation = jnp.eye(probe.num_states)[query[0]]
     action = jnp.array([query[1]])
 
-    def one(critic, scale):
-        draws = critic.sample(observation, action, stratified_normal(num), flow_steps=flow_steps)
-        return scale.to_environment(draws)
+    def one(critic, axis):
+        return axis.to_environment(critic.sample(observation, action, stratified_normal(num), ode))
 
-    return np.asarray(jax.vmap(one)(critic, scale))
+    return np.asarray(jax.vmap(one)(critic, axis))
 
 
-def w1(critic: Critic, scale: ReturnScale, probe: Probe, *, flow_steps: int = 10, noise_std: float = 0.0) -> np.ndarray:
+def w1(critic: Critic, axis: ReturnAxis, probe: Probe, *, ode: Ode = DEFAULT_ODE, noise_std: float = 0.0) -> np.ndarray:
     """Wasserstein-1 distance to the exact law, in the probe's units, averaged over its queries; one number per seed.
 
     With `noise_std`, distance to the normal law around the exact mean instead: what `paper` converges to.
@@ -190,6 +222,6 @@ def w1(critic: Critic, scale: ReturnScale, probe: Probe, *, flow_steps: int = 10
     distances = []
     for query in probe.laws:
         values, weights = probe.law(query, noise_std=noise_std)
-        draws = sample_returns(critic, scale, probe, query, flow_steps=flow_steps)
+        draws = sample_returns(critic, axis, probe, query, ode=ode)
         distances.append([stats.wasserstein_distance(d, values, v_weights=weights) for d in draws])
     return np.mean(distances, axis=0)

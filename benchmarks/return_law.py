@@ -6,13 +6,14 @@ Trains critics on the probes of `benchmarks/probes.py`: stage 2's with each TD t
 of `baselines/critics.py`. Says, averaged over a probe's state-action pairs, and over seeds with their range,
 
     W1      the Wasserstein-1 distance to the exact law,
-    Q*      the error of the log-mean-exp that stage 3 ranks actions by, at tau_R = 0.1 of the return range and its
+    Q*      the error of the log-mean-exp that stage 3 ranks actions by, at tau_R = 0.1 of the range of the laws and its
             default number of draws,
 
-in the probe's units, beside parameters and counted FLOPs. For `paper` also the distance to N(Q, sigma^2), sigma the
-noise. With `--every` it does so over training, under one learning-rate schedule (a number on the way is not that of a
-shorter training). Writes one row per probe, method, seed and step to `--out`, with the
-table and the figure beside it; `--append` adds to what stands there, with no `--methods` it only draws that anew.
+as shares of the range of the probe's laws (from their lowest to their highest atom), beside parameters and counted
+FLOPs. For `paper` also the distance to N(Q, sigma^2), sigma the noise. With `--every` it does so over training, under
+one learning-rate schedule (a number on the way is not that of a shorter training). Writes one row per probe, method,
+seed and step to `--out`, with the table and the figure beside it; `--append` adds to what stands there, with no
+`--methods` it only draws that anew.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import evor_infer
@@ -31,8 +33,10 @@ from benchmarks import probes
 from benchmarks.flops import num_parameters, step_flops
 from common import figures
 from common.errors import UserError, run_cli
+from common.flow import Ode, Solver
 from common.metrics import git_revision, package_versions, read_csv, write_csv
-from common.networks import CRITIC_FIELDS, Critic, ReturnScale, stratified_normal
+from common.networks import CRITIC_FIELDS, Critic, stratified_normal
+from common.returns import AxisKind, ReturnAxis
 
 FLOWS = ("paper", "independent-noise", "shared-noise", "velocity")
 METHODS = (*FLOWS, "scalar", "c51", "qr")
@@ -49,7 +53,7 @@ class Args:
     """TD targets and baselines to compare."""
     probes: tuple[str, ...] = tuple(probe.name for probe in probes.PROBES)
     """Probes to train on."""
-    critic: str = "mlp"
+    critic: str = "trunk"
     """The flow's network: mlp or trunk."""
     head_width: int = 64
     """Units per hidden layer of the trunk critic's head."""
@@ -60,38 +64,33 @@ class Args:
     quantiles: int = critics.Args.quantiles
     """Quantiles of QR."""
     huber: float = critics.Args.huber
-    """Threshold of QR's Huber loss, as a fraction of the return range."""
+    """Threshold of QR's Huber loss, on the return axis."""
+    return_axis: AxisKind | None = None
+    """The axis that laws are learned on; each method's default by default."""
     num_next_actions: int = 4
     """Actions per transition in the next-action bank."""
     copies: int = 400
     """Size of the data: transitions per unit of probability. Few of them leave sampling errors in the bank."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds."""
-    steps: int = 3_000
+    steps: int = 10_000
     """Gradient steps."""
     every: int = 0
     """Gradient steps between measurements; 0 measures at the end alone."""
-    width: int = 128
+    width: int = 256
     """Units per hidden layer."""
     depth: int = 4
     """Hidden layers."""
-    noise_std: float = 1.0
-    """Return, in the probe's units, that one standard deviation of noise stands for."""
-    target_steps: int = 10
-    """Euler steps of the bootstrap."""
-    flow_steps: int = 10
-    """Euler steps at evaluation."""
-    out: Path = Path("results/return_law.csv")
+    tau: float = 0.02
+    """Polyak rate of the target network."""
+    flow_steps: int = 5
+    """Steps of the flow, in the bootstrap and at evaluation."""
+    solver: Solver = "midpoint"
+    """Its solver."""
+    out: Path = Path("results/laws/methods.csv")
     """CSV file; the table and the figure go beside it."""
     append: bool = False
     """Add to the file that stands there: several settings in one table."""
-
-
-def return_range(probe: probes.Probe) -> float:
-    """Length of the interval of possible returns: the `return_width` at which the noise has standard deviation 1."""
-    rewards = np.array([[t[3] for t in probe.transitions]])
-    low, high = probes.data.return_bounds(rewards, probe.discount)[0]
-    return float(high - low)
 
 
 def training_args(args: Args, method: str, probe: probes.Probe) -> evor_value.Args:
@@ -101,10 +100,12 @@ def training_args(args: Args, method: str, probe: probes.Probe) -> evor_value.Ar
         num_next_actions=args.num_next_actions,
         steps=args.steps,
         chunk=args.every or args.steps,
-        target_steps=args.target_steps,
+        flow_steps=args.flow_steps,
+        solver=args.solver,
+        return_axis=args.return_axis,
+        tau=args.tau,
         learning_rate=1e-3,
         schedule="cosine",
-        return_width=return_range(probe) / args.noise_std,
     )
     if method in FLOWS:
         return evor_value.Args(**settings, td_target=method, critic=args.critic)
@@ -112,51 +113,56 @@ def training_args(args: Args, method: str, probe: probes.Probe) -> evor_value.Ar
     return critics.Args(**settings, critic=method, **direct)
 
 
-def q_errors(critic: Critic, scale: ReturnScale, probe: probes.Probe, *, flow_steps: int) -> np.ndarray:
+def q_errors(critic: Critic, axis: ReturnAxis, probe: probes.Probe, ode: Ode) -> np.ndarray:
     """|Q* - exact log-mean-exp|, averaged over the probe's queries; one number per seed."""
-    temperature = RETURN_TEMPERATURE * return_range(probe)
+    temperature = RETURN_TEMPERATURE * probe.law_range
     errors = []
     for (state, action), (values, weights) in probe.laws.items():
         x, a = jax.nn.one_hot(state, probe.num_states), jax.numpy.array([action])
         noise = stratified_normal(evor_infer.Extraction().num_returns)
 
-        def score(critic, scale, x=x, a=a, noise=noise):
-            limit = dict(temperature=temperature / scale.scale, flow_steps=flow_steps)
-            return scale.to_environment(evor_infer.score_one(critic, x, a, noise, **limit))
+        def score(critic, axis, x=x, a=a, noise=noise):
+            return evor_infer.score_one(critic, axis, x, a, noise, temperature=temperature, ode=ode)
 
-        exact = temperature * math.log(np.dot(weights, np.exp(np.array(values) / temperature)))
-        errors.append(np.abs(np.asarray(jax.vmap(score)(critic, scale)) - exact))
+        largest = max(values)
+        exact = largest + temperature * math.log(np.dot(weights, np.exp((np.array(values) - largest) / temperature)))
+        errors.append(np.abs(np.asarray(jax.vmap(score)(critic, axis)) - exact))
     return np.mean(errors, axis=0)
 
 
-def measure(args: Args, critic: Critic, scale: ReturnScale, probe: probes.Probe) -> dict[str, np.ndarray]:
-    """Errors of trained critics, each with one number per seed."""
+def measure(args: Args, critic: Critic, axis: ReturnAxis, probe: probes.Probe) -> dict[str, np.ndarray]:
+    """Errors of trained critics as shares of the range of the probe's laws, each with one number per seed."""
+    ode = Ode(args.flow_steps, args.solver)
+    # What one standard deviation of the noise stands for on an affine axis.
+    noise_std = float(axis.to_environment(jnp.ones(()))[0] - axis.to_environment(jnp.zeros(()))[0])
 
     def mean_error(query):
-        draws = probes.sample_returns(critic, scale, probe, query, flow_steps=args.flow_steps)
+        draws = probes.sample_returns(critic, axis, probe, query, ode=ode)
         return np.abs(draws.mean(axis=1) - np.dot(*probe.laws[query]))
 
-    return dict(
-        w1=probes.w1(critic, scale, probe, flow_steps=args.flow_steps),
-        w1_to_normal=probes.w1(critic, scale, probe, flow_steps=args.flow_steps, noise_std=args.noise_std),
+    errors = dict(
+        w1=probes.w1(critic, axis, probe, ode=ode),
+        w1_to_normal=probes.w1(critic, axis, probe, ode=ode, noise_std=noise_std),
         mean_error=np.mean([mean_error(query) for query in probe.laws], axis=0),
-        q_error=q_errors(critic, scale, probe, flow_steps=args.flow_steps),
+        q_error=q_errors(critic, axis, probe, ode),
     )
+    return {name: error / probe.law_range for name, error in errors.items()}
 
 
 def rows_of(args: Args, method: str, probe: probes.Probe) -> list[dict[str, Any]]:
     """Trains a method on a probe with all seeds; one row per measurement and seed."""
     began = time.monotonic()
     settings = training_args(args, method, probe)
-    fields = ("critic", "steps", "width", "depth", "head_width", "head_depth", "noise_std", "target_steps")
-    fields += ("flow_steps", "num_next_actions", "copies", "atoms", "quantiles", "huber")
-    common = dict(probe=probe.name, method=method) | {field: getattr(args, field) for field in fields}
+    fields = ("critic", "steps", "width", "depth", "head_width", "head_depth", "tau", "flow_steps", "solver")
+    fields += ("num_next_actions", "copies", "atoms", "quantiles", "huber")
+    common = dict(probe=probe.name, method=method, return_axis=settings.axis_kind)
+    common |= {field: getattr(args, field) for field in fields}
     rows = []
 
-    def report(step: int, state: Any, scale: ReturnScale) -> None:
+    def report(step: int, state: Any, axis: ReturnAxis) -> None:
         one = jax.tree.map(lambda x: x[0], state.critic)
         size = dict(parameters=num_parameters(one), mflop=step_flops(settings, one) / 1e6)
-        errors = measure(args, state.critic, scale, probe)
+        errors = measure(args, state.critic, axis, probe)
         versions = dict(git_revision=git_revision(), jax=package_versions()["jax"])
         for i, seed in enumerate(args.seeds):
             rows.append(common | dict(seed=seed, step=step) | {k: v[i] for k, v in errors.items()} | size | versions)
@@ -166,8 +172,8 @@ def rows_of(args: Args, method: str, probe: probes.Probe) -> list[dict[str, Any]
     last = rows[-len(args.seeds) :]
     w1, mean, q = ([row[name] for row in last] for name in ("w1", "mean_error", "q_error"))
     print(
-        f"{probe.name:<45} {method:<18} W1 {np.mean(w1):.3f} [{min(w1):.3f}, {max(w1):.3f}]  "
-        f"mean off by {np.mean(mean):.3f}, Q* by {np.mean(q):.3f}  ({time.monotonic() - began:.0f} s)",
+        f"{probe.name:<45} {method:<18} W1 {np.mean(w1):.2%} [{min(w1):.2%}, {max(w1):.2%}]  "
+        f"mean off by {np.mean(mean):.2%}, Q* by {np.mean(q):.2%}  ({time.monotonic() - began:.0f} s)",
         flush=True,
     )
     return rows
@@ -204,18 +210,9 @@ def main(args: Args) -> list[dict[str, Any]]:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of an earlier comparison, with numbers as numbers."""
-    rows = []
-    for row in read_csv(path):
-        missing = {
-            "copies": "400",
-            "num_next_actions": "4",
-            "head_width": "64",
-            "head_depth": "3",
-            "step": row["steps"],
-        }
-        row = missing | row  # of the first files, which had fewer columns
-        rows.append(row | {key: kind(row[key]) if row.get(key) else "" for key, kind in NUMBERS.items()})
-    return rows
+    return [
+        row | {key: kind(row[key]) if row.get(key) else "" for key, kind in NUMBERS.items()} for row in read_csv(path)
+    ]
 
 
 def label(row: dict[str, Any]) -> str:
@@ -227,10 +224,12 @@ def label(row: dict[str, Any]) -> str:
         words.append(f"{row['quantiles']} quantiles, Huber {float(row['huber']):g}")
     elif row["method"] != "scalar":
         words.append(row["critic"] + f" ({row['head_depth']} x {row['head_width']})" * (row["critic"] == "trunk"))
-    unusual = dict(
-        num_next_actions="K = {:g}", copies="{:,.0f} copies", noise_std="noise {:g}",
-        target_steps="{:g} Euler steps in the target", flow_steps="{:g} Euler steps",
-    )  # fmt: skip
+    usual = training_args(Args(), row["method"], probes.CHAIN)
+    if row["return_axis"] != usual.axis_kind:
+        words.append(f"axis: {row['return_axis']}")
+    if (row["solver"], int(row["flow_steps"])) != (Args.solver, Args.flow_steps):
+        words.append(f"{row['flow_steps']} {row['solver']} steps")
+    unusual = dict(num_next_actions="K = {:g}", copies="{:,.0f} copies", tau="tau {:g}")
     words += [
         says.format(float(row[name])) for name, says in unusual.items() if float(row[name]) != getattr(Args, name)
     ]
@@ -248,40 +247,51 @@ def identity(row: dict[str, Any]) -> tuple:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The last measurements as a Markdown table: methods by probes."""
+    """The last measurements as a Markdown table: probes by methods."""
     last = {key: max(row["step"] for row in rows if setting(row) == key) for key in map(setting, rows)}
     rows = [row for row in rows if row["step"] == last[setting(row)]]
-    names = list(dict.fromkeys(row["probe"] for row in rows))
     seeds, steps = {int(row["seed"]) for row in rows}, " or ".join(sorted({f"{int(at):,}" for at in last.values()}))
-    lines = [
-        f"W1 distance to the exact law of the reward-to-go: mean over {len(seeds)} seeds (range), after {steps} "
-        f"steps. Where nothing else is said: noise standard deviation {Args.noise_std:g}, {Args.flow_steps} Euler "
-        f"steps, K = {Args.num_next_actions} next actions per transition. Q*: error of the log-mean-exp, all "
-        f"probes, at tau_R = {RETURN_TEMPERATURE:g} of the return range.",
-        "",
-        "| method | hidden layers | parameters | MFLOP per step | " + " | ".join(names) + " | Q* |",
-        "|---|---|---|---|" + "---|" * len(names) + "---|",
-    ]
-
-    def line(name: str, size: str, found: list[dict[str, Any]], column: str) -> str:
-        size_of, cost_of = found[0].get("parameters"), found[0].get("mflop")
-        cost = [f"{size_of:,.0f}" if size_of else "", f"{cost_of:,.3g}" if cost_of else ""]
-        cells = []
-        for probe in names:
-            w1 = [row[column] for row in found if row["probe"] == probe]
-            cells.append(f"{np.mean(w1):.3f} ({min(w1):.3f} to {max(w1):.3f})" if w1 else "")
-        errors = [row["q_error"] for row in found if row.get("q_error", "") != ""]
-        cells.append(f"{np.mean(errors):.3f}" if errors else "")
-        return "| " + " | ".join([name, size, *cost, *cells]) + " |"
-
+    columns: list[tuple[str, list[dict[str, Any]], str]] = []
     for name, size in dict.fromkeys(setting(row) for row in rows):
         found = [row for row in rows if setting(row) == (name, size)]
-        lines.append(line(name, size, found, "w1"))
+        columns.append((f"{name}, {size}", found, "w1"))
         if found[0]["method"] == "paper":
-            lines.append(
-                line("its distance to N(Q, sigma^2)", size, [f | dict(q_error="") for f in found], "w1_to_normal")
-            )
-    return "\n".join(lines) + "\n"
+            columns.append((f"{name}, {size}: to N(Q, sigma^2)", found, "w1_to_normal"))
+
+    def line(first: str, cells: list[str]) -> str:
+        return "| " + " | ".join([first, *cells]) + " |"
+
+    def share(values: list[float]) -> str:
+        return f"{np.mean(values):.2%} ({min(values):.2%} to {max(values):.2%})" if values else ""
+
+    names = dict.fromkeys(row["probe"] for row in rows)
+    return "\n".join(
+        [
+            f"W1 distance to the exact law of the reward-to-go, as a share of the range of the probe's laws: mean over "
+            f"{len(seeds)} seeds (range), after {steps} steps. Q*: error of the log-mean-exp at tau_R = "
+            f"{RETURN_TEMPERATURE:g} of that range, all probes.",
+            "",
+            line("probe", [name for name, _, _ in columns]),
+            "|---|" + "---|" * len(columns),
+            *(
+                line(
+                    name,
+                    [share([row[column] for row in found if row["probe"] == name]) for _, found, column in columns],
+                )
+                for name in names
+            ),
+            line(
+                "Q*",
+                [
+                    f"{np.mean([row['q_error'] for row in found]):.2%}" if column == "w1" else ""
+                    for _, found, column in columns
+                ],
+            ),
+            line("parameters", [f"{found[0]['parameters']:,.0f}" for _, found, _ in columns]),
+            line("MFLOP per step", [f"{found[0]['mflop']:,.3g}" for _, found, _ in columns]),
+            "",
+        ]
+    )
 
 
 def report(rows: list[dict[str, Any]], path: Path) -> None:
@@ -313,7 +323,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         xlabel = "gradient steps" if by_step else "parameters"
         axis.set(title=name, xlabel=xlabel, yscale="log", xscale="linear" if by_step else "log")
         axis.grid(alpha=0.3, which="both")
-    axes[0][0].set_ylabel("W1 to the exact law")
+    axes[0][0].set_ylabel("W1 as a share of the range")
     axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figures.save(figure, path)
 

@@ -38,9 +38,9 @@ from common import collect, figures
 from common.envs import num_cores
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes, make_env, seeded_reset
-from common.flow import num_evaluations
 from common.metrics import git_revision, package_versions, write_csv
-from common.networks import CRITIC_FIELDS, FlowCritic, FlowPolicy, ReturnScale
+from common.networks import CRITIC_FIELDS, FlowCritic, FlowPolicy
+from common.returns import affine_axis, make_axis
 from common.training import Standardizer, stack_replicas
 
 OBSERVATION, ACTION = 37, 5  # cube-double
@@ -196,9 +196,11 @@ def value_case(
     num_next_actions = 0 if settings.own_policy else settings.num_next_actions
     shape = dict(num_next_actions=num_next_actions, horizon=settings.horizon)
     dataset = value_data(rows, tasks=tasks, seeds=seeds, **shape)
-    scale = ReturnScale.of(-np.full(replicas, 100.0), np.zeros(replicas), shift=np.full(replicas, -90.0), width=4.0)
+    sample = np.random.default_rng(0).gamma(2.0, 5.0, 1_000) - 100.0
+    axis = make_axis(sample, np.array([-100.0, 0.0]), kind=settings.axis_kind)
+    axis = jax.tree.map(lambda x: jnp.stack([x] * replicas), axis)
     task, seed = np.divmod(np.arange(replicas), seeds)
-    chosen = evor_value.Replica(jnp.asarray(task), jnp.asarray(seed), scale, keys)
+    chosen = evor_value.Replica(jnp.asarray(task), jnp.asarray(seed), axis, keys)
     critic, policy = jax.tree.map(lambda x: x[0], (state.critic, getattr(state, "policy", None)))
     flops = step_flops(settings, critic, policy) * replicas
     step, compile_s = compiled(learner.train_chunk, settings, state, dataset, chosen)
@@ -240,7 +242,8 @@ def agent(args: Args, critic: str) -> evor_infer.AgentParams:
     policy = FlowPolicy(OBSERVATION, ACTION, width=args.width, key=jax.random.key(0))
     network = FlowCritic(OBSERVATION, ACTION, kind=critic, width=args.width, key=jax.random.key(1))
     standardizer = Standardizer(jnp.zeros(OBSERVATION), jnp.ones(OBSERVATION))
-    return evor_infer.AgentParams(policy, network, standardizer, ReturnScale.of(-100.0, 0.0, shift=-90.0, width=4.0))
+    axis = affine_axis(-90.0, 25.0, low=-100.0, high=0.0)
+    return evor_infer.AgentParams(policy, network, standardizer, axis)
 
 
 def act_case(name: str, params: evor_infer.AgentParams, batch: int, settings: evor_infer.Extraction) -> Case:
@@ -249,7 +252,7 @@ def act_case(name: str, params: evor_infer.AgentParams, batch: int, settings: ev
     observations = random_rows(batch)[0][:batch]
     key = jax.random.key(0)
     act, compile_s = compiled(evor_infer._act, params, observations, settings, key=key)
-    evaluations = num_evaluations(settings.solver, settings.flow_steps)
+    evaluations = settings.ode.evaluations
     whole, _ = policy_macs(params.policy)
     shared = OBSERVATION * params.policy.mlp.hidden[0].weight.shape[1]
     features, velocity, _ = critic_macs(params.critic)
@@ -267,7 +270,7 @@ def draw_case(name: str, params: evor_infer.AgentParams, batch: int, settings: e
     draw, compile_s = compiled(evor_infer._sample_actions, params, observations, settings, key=key)
     whole, _ = policy_macs(params.policy)
     shared = OBSERVATION * params.policy.mlp.hidden[0].weight.shape[1]
-    evaluations = num_evaluations(settings.solver, settings.flow_steps)
+    evaluations = settings.ode.evaluations
     flops = 2.0 * batch * (shared + settings.num_actions * evaluations * (whole - shared))
     return Case(name, lambda: jax.block_until_ready(draw(params, observations, settings, key=key)), 1, flops, compile_s)
 
@@ -280,8 +283,8 @@ def stages(args: Args) -> list[dict[str, Any]]:
     cases = [value_case(f"value {target}, {critic}", args, td_target=target, critic=critic)
              for critic in ("mlp", "trunk")
              for target in ("paper", "shared-noise", "independent-noise", "velocity")]  # fmt: skip
-    cases += [value_case("value shared-noise, mlp, 4 target steps", args, target_steps=4)]
-    cases += [value_case("value shared-noise, trunk, 4 target steps", args, target_steps=4, critic="trunk")]
+    cases += [value_case("value shared-noise, mlp, 3 flow steps", args, flow_steps=3)]
+    cases += [value_case("value shared-noise, trunk, 3 flow steps", args, flow_steps=3, critic="trunk")]
     cases += [
         value_case(f"value shared-noise, {critic}, {backup} backup", args, critic=critic, next_action=backup)
         for critic in ("mlp", "trunk")
@@ -411,9 +414,9 @@ def inference(args: Args) -> list[dict[str, Any]]:
 
 
 def solvers(args: Args) -> list[dict[str, Any]]:
-    """One decision with each solver at about equal cost."""
+    """One decision with each solver at equal cost."""
     params = agent(args, "trunk")
-    choices = (("euler", 10), ("midpoint", 5), ("heun", 5), ("tsit5", 2))
+    choices = (("euler", 10), ("midpoint", 5))
     cases = [
         act_case(
             f"act, N_pi 32, N 16, {steps} steps of {solver}", params, 16,

@@ -15,18 +15,19 @@ from jaxtyping import Array, Float, Float16, Int, PRNGKeyArray
 from tqdm import tqdm
 
 from common import checkpoint
+from common.flow import Ode
 from common.networks import FlowPolicy
 
 CPU_ROWS, ROWS = 4096, 131_072  # actions per call: a CPU is faster where the activations stay in its cache
 
 
-@functools.partial(jax.jit, static_argnames=("num_actions", "flow_steps"))
+@functools.partial(jax.jit, static_argnames=("num_actions", "ode"))
 def sample_actions(
     policy: FlowPolicy,
     observations: Float[Array, "batch observation"],
     index: Int[Array, " batch"],
     num_actions: int,
-    flow_steps: int,
+    ode: Ode,
     *,
     key: PRNGKeyArray,
 ) -> Float16[Array, "batch num_actions action"]:
@@ -34,7 +35,7 @@ def sample_actions(
 
     def one(observation, i):
         noise = jax.random.normal(jax.random.fold_in(key, i), (num_actions, policy.action_dim))
-        return policy.sample(observation, noise, flow_steps=flow_steps).astype(jnp.float16)
+        return policy.sample(observation, noise, ode).astype(jnp.float16)
 
     return jax.vmap(one)(observations, index)
 
@@ -46,14 +47,14 @@ def make_bank(
     *,
     seeds: Sequence[int],
     num_actions: int,
-    flow_steps: int,
+    ode: Ode,
     draw: int = 0,
     path: Path | None = None,
     made_of: dict[str, Any],
 ) -> Float16[np.ndarray, "seeds n num_actions action"]:
     """`num_actions` draws of each seed's policy in the rows `states`, in half precision.
 
-    The rounding, at most 5e-4 for actions in [-1, 1], is far below the error of ten Euler steps. The bank is read from
+    The rounding, at most 5e-4 for actions in [-1, 1], is far below the error of the ODE solve. The bank is read from
     `path` if one stands there that was made of the same things (`made_of`: the policy, the data), else made and saved.
     Prints what it takes before it starts: memory, and the time, from a first batch.
 
@@ -64,7 +65,7 @@ def make_bank(
         path: where the bank is kept; nowhere if None.
     """
     header = dict(
-        stage="bank", seeds=seeds, num_actions=num_actions, flow_steps=flow_steps, draw=draw, states=len(states),
+        stage="bank", seeds=seeds, num_actions=num_actions, ode=ode._asdict(), draw=draw, states=len(states),
         **made_of,
     )  # fmt: skip
     header = checkpoint.plain(header)
@@ -87,7 +88,7 @@ def make_bank(
         # A stream of its own: the seed's key and its first splits belong to training.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seeds[replica]), 2**31 - 1), draw)
         inputs = observations[states[index]], jnp.asarray(index)
-        return np.asarray(sample_actions(policy, *inputs, num_actions, flow_steps, key=key))[: len(states) - first]
+        return np.asarray(sample_actions(policy, *inputs, num_actions, ode, key=key))[: len(states) - first]
 
     draw_batch(0, 0)  # compiles
     began = time.monotonic()

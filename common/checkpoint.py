@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
 import equinox as eqx
 import jax
@@ -21,6 +21,7 @@ import numpy as np
 from common.envs import NUM_TASKS
 from common.errors import UserError
 from common.metrics import atomic, plain
+from common.returns import AxisKind
 
 MOST_HEADER = 1 << 20  # bytes
 # The numbers that sizes follow from, with the largest that anybody could mean.
@@ -29,7 +30,7 @@ LIMITS |= dict.fromkeys(("depth", "head_depth", "horizon"), 1_000)
 KINDS = dict(env=str, step=int, args=dict, data=dict)
 # What `evor_infer` and stage 2 read of the header of a model.
 _MODEL = ("env", "observation_dim", "action_dim", "horizon", "width", "depth", "step", "args", "data")
-REQUIRED = {"bc": (*_MODEL, "seeds"), "value": (*_MODEL, "replicas", "critic", "policy_sha256")}
+REQUIRED = {"bc": (*_MODEL, "seeds"), "value": (*_MODEL, "replicas", "critic", "return_axis", "policy_sha256")}
 TRAILER = b"\nsha256 "
 TRAILER_BYTES = len(TRAILER) + 64
 
@@ -102,6 +103,8 @@ def _is_seed(value: Any) -> bool:
 
 
 def _makes_sense(field: str, value: Any, stage: str) -> bool:
+    if field == "return_axis":
+        return value in get_args(AxisKind)
     if field in LIMITS:
         return type(value) is int and 1 <= value <= LIMITS[field]
     if field == "seeds":

@@ -375,15 +375,25 @@ def reward_range(
     return np.stack([np.minimum(found[:, 0], lowest), np.maximum(found[:, 1], 0.0)], axis=1)
 
 
-def mean_return(
-    rewards: Float[np.ndarray, "tasks n"], bootstraps: Float[np.ndarray, "tasks n"]
-) -> Float[np.ndarray, " tasks"]:
-    """The constant `c` that solves the Bellman equation on average over the data, `c = E[reward] + E[bootstrap] c`.
+def return_sample(trajectories: Trajectories, *, discount: float, most: int = 50_000) -> Float[np.ndarray, "tasks m"]:
+    """Returns of `most` of the data's transitions, drawn at random, for each task: how they are distributed.
 
-    A model that starts there needs no thousands of target updates to get to the right level: from the middle of the
-    possible returns, an error of half their range shrinks by a factor e in `1 / (tau (1 - discount))` = 20,000 steps.
+    What an episode lacks that was cut short, by its time limit say, is filled with a return of another transition:
+    `G_i = partial_i + tail_i G_j`, j at random, repeated until nothing is lacking (see `monte_carlo_returns`).
     """
-    return rewards.mean(axis=1, dtype=np.float64) / (1.0 - bootstraps.mean(axis=1, dtype=np.float64))
+    rng = np.random.default_rng(0)
+    rows = np.flatnonzero(~trajectories.terminals)
+    rows = np.sort(rng.choice(rows, min(most, len(rows)), replace=False))
+    found = []
+    for rewards, masks in zip(trajectories.rewards, trajectories.masks, strict=True):
+        partial, tail = monte_carlo_returns(rewards, masks, trajectories.terminals, discount=discount)
+        partial, tail = partial[rows], tail[rows]
+        lacking = tail.mean()
+        returns = np.full(len(rows), partial.mean() / (1.0 - lacking))  # right on average from the start
+        for _ in range(math.ceil(math.log(1e-3) / math.log(lacking)) if lacking > 1e-3 else 1):
+            returns = partial + tail * rng.permutation(returns)
+        found.append(returns)
+    return np.stack(found)
 
 
 # --- What a file contains ----------------------------------------------------------------------------------------

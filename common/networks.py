@@ -11,9 +11,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from common.flow import Solver, integrate
+from common.flow import Ode, integrate
 
 
 class Linear(eqx.Module):
@@ -104,14 +104,12 @@ class FlowPolicy(eqx.Module):
         self,
         observation: Float[Array, " observation"],
         noise: Float[Array, "num action"],
-        *,
-        flow_steps: int,
-        solver: Solver = "euler",
+        ode: Ode,
     ) -> Float[Array, "num action"]:
-        """Actions `psi_1(noise | x)`, by `flow_steps` steps of the solver, clipped to [-1, 1]."""
+        """Actions `psi_1(noise | x)`, clipped to [-1, 1]."""
         features = self.features(observation)
         velocity = jax.vmap(self.velocity, (None, 0, None))
-        actions = integrate(lambda a, t: velocity(features, a, t), noise, num_steps=flow_steps, solver=solver)
+        actions = integrate(lambda a, t: velocity(features, a, t), noise, ode)
         return jnp.clip(actions, -1.0, 1.0)
 
 
@@ -123,9 +121,7 @@ class Critic(eqx.Module):
         observation: Float[Array, " observation"],
         action: Float[Array, " action"],
         noise: Float[Array, " num"],
-        *,
-        flow_steps: int,
-        solver: Solver = "euler",
+        ode: Ode,
     ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         """Values of the return and their probabilities. Only a flow has to sample, and makes use of the noise."""
         raise NotImplementedError
@@ -135,12 +131,10 @@ class Critic(eqx.Module):
         observation: Float[Array, " observation"],
         action: Float[Array, " action"],
         noise: Float[Array, " num"],
-        *,
-        flow_steps: int,
-        solver: Solver = "euler",
+        ode: Ode,
     ) -> Float[Array, " num"]:
         """Draws of the return: the quantiles of the law at `Phi(noise)`."""
-        values, weights = self.law(observation, action, noise, flow_steps=flow_steps, solver=solver)
+        values, weights = self.law(observation, action, noise, ode)
         order = jnp.argsort(values)
         below = jnp.cumsum(weights[order])
         index = jnp.searchsorted(below, jax.scipy.special.ndtr(noise) * below[-1])
@@ -216,26 +210,22 @@ class FlowCritic(Critic):
         observation: Float[Array, " observation"],
         action: Float[Array, " action"],
         noise: Float[Array, " num"],
-        *,
-        flow_steps: int,
-        solver: Solver = "euler",
+        ode: Ode,
     ) -> Float[Array, " num"]:
-        """Returns `psi_1(noise | x, a)` in the model's units, by `flow_steps` steps of the solver."""
+        """Returns `psi_1(noise | x, a)` in the model's units."""
         features = self.features(observation, action)
         velocity = jax.vmap(self.velocity, (None, 0, None))
-        return integrate(lambda z, t: velocity(features, z, t), noise, num_steps=flow_steps, solver=solver)
+        return integrate(lambda z, t: velocity(features, z, t), noise, ode)
 
     def law(
         self,
         observation: Float[Array, " observation"],
         action: Float[Array, " action"],
         noise: Float[Array, " num"],
-        *,
-        flow_steps: int,
-        solver: Solver = "euler",
+        ode: Ode,
     ) -> tuple[Float[Array, " num"], Float[Array, " num"]]:
         """The draws that the flow makes of the noise, equally probable."""
-        values = self.sample(observation, action, noise, flow_steps=flow_steps, solver=solver)
+        values = self.sample(observation, action, noise, ode)
         return values, jnp.full_like(values, 1.0 / len(values))
 
 
@@ -290,9 +280,7 @@ class DirectCritic(Critic):
         observation: Float[Array, " observation"],
         action: Float[Array, " action"],
         noise: Float[Array, " num"],
-        *,
-        flow_steps: int,
-        solver: Solver = "euler",
+        ode: Ode,
     ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         out = self(observation, action)
         if self.kind == "scalar":
@@ -300,45 +288,6 @@ class DirectCritic(Critic):
         if self.kind == "c51":
             return self.atoms, jax.nn.softmax(out)
         return out, jnp.full_like(out, 1.0 / len(out))
-
-
-class ReturnScale(eqx.Module):
-    """The affine map between returns in the environment's units and in the model's, `return = shift + scale * z`.
-
-    The model's noise is N(0, 1): `shift` is what an untrained model predicts on average, `scale` the return that one
-    standard deviation of noise stands for. `low` and `high` bound the possible returns, in the environment's units.
-    """
-
-    shift: Float[Array, "*replicas"]
-    scale: Float[Array, "*replicas"]
-    low: Float[Array, "*replicas"]
-    high: Float[Array, "*replicas"]
-
-    @classmethod
-    def of(cls, low: ArrayLike, high: ArrayLike, *, shift: ArrayLike, width: float) -> "ReturnScale":
-        """The scale at which `[low, high]` is `width` standard deviations of noise wide."""
-        low, high, shift = (jnp.asarray(x, jnp.float32) for x in (low, high, shift))
-        # One constant return is a law too: an interval of no length keeps the environment's units.
-        scale = jnp.where(high > low, (high - low) / width, 1.0)
-        return cls(jnp.clip(shift, low, high), scale, low, high)
-
-    @property
-    def width(self) -> Float[Array, "*replicas"]:
-        """Length of the interval of possible returns, in the model's units."""
-        return (self.high - self.low) / self.scale
-
-    def to_environment(self, z: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-        return self.shift + self.scale * z
-
-    def to_model(self, returns: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-        return (returns - self.shift) / self.scale
-
-    def reward_to_model(
-        self, reward: Float[Array, "*batch"], bootstrap: Float[Array, "*batch"]
-    ) -> Float[Array, "*batch"]:
-        """The reward for which `z = reward + bootstrap z'` is the Bellman equation of the scaled returns:
-        `(reward - (1 - bootstrap) shift) / scale`."""
-        return (reward - (1.0 - bootstrap) * self.shift) / self.scale
 
 
 def stratified_normal(num: int) -> Float[Array, " num"]:

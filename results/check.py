@@ -44,8 +44,10 @@ def compare(run: Path, stored: Rows, stored_episodes: Rows) -> tuple[list[str], 
         old = olds[0]
         # The base policy's file may be another: it names its revision. Whether it does the same, its own episodes say.
         for field in (*METHOD, *ALIKE, "bc_steps"):
-            if field != "policy_sha256" and row[field] != old[field]:
-                raise UserError(f"{run} was made with another {field} than its row: {row[field]}, not {old[field]}.")
+            if field != "policy_sha256" and row.get(field, "") != old.get(field, ""):
+                raise UserError(
+                    f"{run} was made with another {field} than its row: {row.get(field)}, not {old.get(field)}."
+                )
         around += [
             f"{field}: {row[field]}, then {old[field]}"
             for field in row

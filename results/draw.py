@@ -3,7 +3,8 @@
     python -m results.draw
 
 Nothing is trained or evaluated, and no run directory is needed. (`speed.*`, `inference.md`, `same_data.md` and
-`soak.png` are of their benchmarks, which measure and draw in one go; `quick.md` and `notes.md` are words.)
+`soak.png` are of their benchmarks, which measure and draw in one go; `quick.md` and `notes.md` are words,
+`revision-90dd10a/` is drawn by that revision.)
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ def main(args: Args) -> None:
         saturation.main(saturation.Args())
     if (HERE / "candidates.csv").is_file():
         candidates.main(candidates.Args())
-    for path in sorted(HERE.glob("return_law*.csv")):
+    for path in sorted((HERE / "laws").glob("*.csv")):
         return_law.report(return_law.read_rows(path), path)
 
 

@@ -66,10 +66,9 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         tau=args["tau"],
         head_width=args["head_width"],
         head_depth=args["head_depth"],
-        target_steps=args["target_steps"],
         horizon=args["horizon"],
         discount=args["discount"],
-        return_width=args["return_width"],
+        return_axis=config.get("return_axis", ""),
         num_next_actions=args["num_next_actions"],
         backup_temperature=args["backup_temperature"],
         steps=args["steps"],
@@ -83,7 +82,7 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         action_temperature=args["action_temperature"],
         **{
             name: args.get(name, "")
-            for name in ("reward", "clip_margin", "backup_returns", "redraw_bank", "flow_steps")
+            for name in ("reward", "clip_margin", "backup_returns", "redraw_bank", "flow_steps", "solver")
         },
         data_source=config["data"]["source"],
         data_sha256=config["data"]["sha256"],

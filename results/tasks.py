@@ -29,6 +29,7 @@ HERE = Path(__file__).parent
 METHOD = ("env", "reward", "horizon", "td_target", "next_action", "critic", "discount", "steps")
 METHOD += ("return_temperature", "action_temperature")
 ALIKE = ("head_width", "head_depth", "width", "depth", "batch_size", "tau", "target_steps", "return_width")
+ALIKE += ("return_axis", "solver")
 ALIKE += ("num_next_actions", "backup_temperature", "learning_rate", "schedule", "num_actions", "num_returns")
 ALIKE += ("ignored_observations", "clip_margin", "backup_returns", "redraw_bank", "flow_steps", "policy_sha256")
 

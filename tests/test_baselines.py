@@ -14,10 +14,13 @@ import evor_infer
 from baselines import critics
 from benchmarks import probes
 from common.errors import UserError, parse_args
+from common.flow import Ode
 from common.networks import DirectCritic
+from common.returns import affine_axis
 from tests.helpers import tiny_dataset
 
 ATOMS = np.linspace(-2.0, 2.0, 9)
+UNIT = affine_axis(0.0, 1.0, low=-1.0, high=1.0)  # the environment's units
 
 
 def loop_projection(values, weights, atoms):
@@ -86,8 +89,8 @@ def test_td_loss_is_the_formula(kind: str, bootstrap: float, reward: float):
     rng = np.random.default_rng(0)
     x, a, next_x, next_a = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in (3, 2, 3, 2))
     arguments = (online, target, x, a, jnp.float32(reward), jnp.float32(bootstrap))
-    limits = dict(low=jnp.float32(-1.0), high=jnp.float32(1.0), threshold=0.3)
-    loss, mean = critics.td_loss_one(*arguments, next_x, next_a, **limits)
+    limits = dict(margin=0.0, threshold=0.3)
+    loss, mean = critics.td_loss_one(*arguments, next_x, next_a, UNIT, **limits)
 
     out, following = np.asarray(online(x, a), float), np.asarray(target(next_x, next_a), float)
     if kind == "scalar":
@@ -107,7 +110,7 @@ def test_td_loss_is_the_formula(kind: str, bootstrap: float, reward: float):
         expected = float(critics.quantile_huber(jnp.asarray(out), jnp.asarray(values), 0.3))
     np.testing.assert_allclose(loss, expected, rtol=2e-5)
     np.testing.assert_allclose(mean, weights @ values, rtol=2e-5, atol=1e-6)
-    elsewhere, _ = critics.td_loss_one(*arguments, next_x + 1, next_a - 1, **limits)
+    elsewhere, _ = critics.td_loss_one(*arguments, next_x + 1, next_a - 1, UNIT, **limits)
     beyond = kind == "c51" and reward == 3.0  # all of the target is beyond the atoms, wherever it comes from
     assert np.isclose(elsewhere, loss, rtol=1e-5) == (bootstrap == 0.0 or beyond)
 
@@ -118,8 +121,8 @@ def test_no_gradient_reaches_the_target_or_the_atoms(kind: str):
     x, a = jnp.ones(3), jnp.ones(2)
 
     def loss(online, target):
-        limits = dict(low=jnp.float32(-9.0), high=jnp.float32(9.0), threshold=0.3)
-        return critics.td_loss_one(online, target, x, a, jnp.float32(0.3), jnp.float32(0.9), -x, -a, **limits)[0]
+        transition = (x, a, jnp.float32(0.3), jnp.float32(0.9), -x, -a)
+        return critics.td_loss_one(online, target, *transition, UNIT, margin=4.0, threshold=0.3)[0]
 
     of_online, of_target = jax.grad(loss, argnums=(0, 1))(online, target)
     assert all(not leaf.any() for leaf in jax.tree.leaves(of_target)) and not of_online.atoms.any()
@@ -130,7 +133,6 @@ def test_no_gradient_reaches_the_target_or_the_atoms(kind: str):
 
 TRAINING = critics.Args(
     width=64, depth=2, steps=1_500, chunk=1_500, batch_size=128, learning_rate=1e-3, schedule="cosine", tau=0.02,
-    return_width=4.0,
 )  # fmt: skip
 
 
@@ -161,7 +163,7 @@ def test_all_start_from_the_law_of_a_flow():
     for kind, outputs in (("scalar", 1), ("c51", 801), ("qr", 400)):
         critic = DirectCritic(3, 2, kind=kind, outputs=outputs, width=16, depth=2, key=jax.random.key(0))
         critic = critics.with_atoms(critic, jnp.float32(-5.0), jnp.float32(5.0))
-        draws = critic.sample(jnp.ones(3), jnp.ones(2), noise, flow_steps=1)
+        draws = critic.sample(jnp.ones(3), jnp.ones(2), noise, Ode())
         np.testing.assert_allclose(draws, 0.0 * noise if kind == "scalar" else noise, atol=0.05)
 
 
@@ -189,13 +191,13 @@ def test_training_ends_in_an_agent_of_evor_infer(tmp_path: Path, kind: str, next
     draws = agent.sample_returns(observations, actions, 2_000, key=key)
     if kind == "scalar":
         np.testing.assert_allclose(draws, jnp.broadcast_to(few[:, None], draws.shape), rtol=1e-5)
-    width = float(agent.params.scale.high - agent.params.scale.low)
-    exact = agent.q_value(observations, actions, return_temperature=0.1, key=key)  # 0.03 would need more draws
-    np.testing.assert_allclose(evor_infer.log_mean_exp(draws, 0.1 * width), exact, atol=0.01 * width)
-    low, high = (float(agent.params.scale.to_environment(agent.params.critic.atoms[i])) for i in (0, -1))
-    if kind == "c51":
-        margin = 0.1 * width
-        np.testing.assert_allclose([low, high], [-100 - margin, margin], rtol=1e-4, atol=1e-3)
+    axis = agent.params.axis
+    exact = agent.q_value(observations, actions, return_temperature=1.0, key=key)
+    expected = evor_infer.log_mean_exp(draws, axis.spread)
+    np.testing.assert_allclose(expected, exact, atol=0.1 * float(axis.spread))
+    if kind == "c51":  # over the possible returns, and 0.1 of their range beyond
+        low, high = (float(axis.to_environment(agent.params.critic.atoms[i])) for i in (0, -1))
+        np.testing.assert_allclose([low, high], [-110.0, 10.0], rtol=1e-4, atol=1e-3)
 
 
 def test_flags():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import evor_bc
+from common.flow import Ode
 from common.networks import FlowPolicy
 from common.training import learning_rate, stack_replicas
 
@@ -50,7 +51,7 @@ def test_two_modes_are_imitated_with_their_weights():
     actions = jnp.where(jnp.arange(400) < 260, 0.6, -0.6)[:, None] * jnp.ones((1, 2))
     state, _ = train(toy_data(actions))
     policy = jax.tree.map(lambda x: x[0], state.policy)
-    drawn = policy.sample(jnp.zeros(1), jax.random.normal(jax.random.key(5), (4000, 2)), flow_steps=20)
+    drawn = policy.sample(jnp.zeros(1), jax.random.normal(jax.random.key(5), (4000, 2)), Ode(20))
     upper = drawn[:, 0] > 0
     assert abs(float(upper.mean()) - 0.65) < 0.05
     assert float(jnp.mean(jnp.abs(jnp.abs(drawn) - 0.6))) < 0.08

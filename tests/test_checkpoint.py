@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 
 from common import checkpoint
 from common.errors import UserError
-from common.networks import ReturnScale, make_critic
+from common.networks import make_critic
+from common.returns import affine_axis
 from tests.helpers import contents
 
 HEADER = dict(
     stage="value", env="cube-single-play", observation_dim=3, action_dim=2, horizon=1, width=8, depth=2, head_width=4,
-    head_depth=2, critic="mlp", step=7, replicas=[[1, 0]], policy_sha256="00", args=dict(steps=9),
+    head_depth=2, critic="mlp", return_axis="std", step=7, replicas=[[1, 0]], policy_sha256="00", args=dict(steps=9),
     data=dict(name="data.npz", source="own", sha256="11"),
 )  # fmt: skip
 REMEDY = "train it first."
@@ -43,7 +44,7 @@ def build(header: dict[str, Any]) -> Any:
     return (
         critic,
         optax.adam(1e-3).init(critic),
-        ReturnScale.of(0.0, 1.0, shift=0.5, width=1.0),
+        affine_axis(0.5, 1.0, low=0.0, high=1.0),
         jnp.zeros((), jnp.int32),
     )
 
@@ -54,7 +55,7 @@ def trained() -> Any:
     optimizer = optax.adam(1e-3)
     gradient = jax.tree.map(lambda x: jnp.sin(x) + 1 / 3, critic)
     updates, opt_state = optimizer.update(gradient, optimizer.init(critic))
-    scale = ReturnScale.of(-1 / 3, np.float32(1e-30), shift=-0.1, width=4.0)
+    scale = affine_axis(-0.1, 1e-30, low=-1 / 3, high=np.float32(1e-30))
     return optax.apply_updates(critic, updates), opt_state, scale, jnp.asarray(7, jnp.int32)
 
 
@@ -77,7 +78,7 @@ def test_round_trip_is_exact(tmp_path: Path, kind: str):
     saved = (
         critic,
         optax.adam(1e-3).init(critic),
-        ReturnScale.of(-1 / 3, 1e-30, shift=-0.1, width=4.0),
+        affine_axis(-0.1, 1e-30, low=-1 / 3, high=1e-30),
         jnp.asarray(7, jnp.int32),
     )
     checkpoint.save(tmp_path / "model.eqx", header, saved)

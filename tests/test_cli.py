@@ -258,7 +258,7 @@ def test_importing_the_scripts_does_nothing(tmp_path: Path):
 # --- Mistakes ----------------------------------------------------------------------------------------------------
 
 SMALL = dict(steps=4, chunk=2, width=8, depth=1, batch_size=4)
-SMALL_VALUE = SMALL | dict(eval_episodes=0, eval_every=0, num_next_actions=2, flow_steps=2, target_steps=2)
+SMALL_VALUE = SMALL | dict(eval_episodes=0, eval_every=0, num_next_actions=2, flow_steps=2)
 
 
 def bc(**changes) -> Callable[[], object]:
@@ -363,9 +363,11 @@ MISTAKES_OF_VALUE = {
     "tasks with own rewards": (dict(tasks=(2,)), "brings its own rewards|leave out --tasks"),
     "eval_every and chunk": (dict(eval_every=3), "--eval-every 3|--chunk 2"),
     "no discounting": (dict(discount=1.0), "--discount must be in [0, 1), not 1.0"),
-    "a return width of 0": (dict(return_width=0.0), "--return-width must be positive"),
+    "an axis that the target cannot have": (
+        dict(td_target="velocity", return_axis="quantiles"),
+        "--td-target velocity needs an affine axis",
+    ),
     "no next actions": (dict(num_next_actions=0), "--num-next-actions must be at least 1"),
-    "no target steps": (dict(target_steps=0), "--target-steps must be at least 1"),
     "no flow steps": (dict(flow_steps=0), "--flow-steps must be at least 1"),
     "no evaluated actions": (dict(num_actions=0), "--num-actions must be at least 1"),
     "a negative return temperature": (dict(return_temperature=-0.1), "--return-temperature"),

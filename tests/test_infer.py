@@ -9,7 +9,9 @@ import pytest
 from scipy.special import logsumexp
 
 import evor_infer
-from common.networks import FlowCritic, FlowPolicy, ReturnScale
+from common.flow import Ode
+from common.networks import FlowCritic, FlowPolicy
+from common.returns import affine_axis
 from common.training import Standardizer
 from evor_infer import AgentParams, Extraction, log_mean_exp, select
 
@@ -20,7 +22,7 @@ def make_agent(seed=0, kind="mlp"):
         policy=FlowPolicy(3, 2, width=16, depth=2, key=policy_key),
         critic=FlowCritic(3, 2, kind=kind, width=16, depth=3, key=critic_key),
         standardizer=Standardizer(jnp.array([1.0, 0.0, -1.0]), jnp.array([2.0, 1.0, 0.5])),
-        scale=ReturnScale.of(-100.0, 0.0, shift=-50.0, width=4.0),
+        axis=affine_axis(-50.0, 25.0, low=-100.0, high=0.0),
     )
 
 
@@ -67,7 +69,7 @@ def test_one_action_is_the_base_policy():
     key = jax.random.key(4)
     action = evor_infer.act_one(agent, x, Extraction(num_actions=1, flow_steps=5), key=key)
     noise = jax.random.normal(jax.random.split(key, 3)[0], (1, 2))
-    expected = agent.policy.sample((x - agent.standardizer.mean) / agent.standardizer.std, noise, flow_steps=5)[0]
+    expected = agent.policy.sample((x - agent.standardizer.mean) / agent.standardizer.std, noise, Ode())[0]
     np.testing.assert_allclose(action, expected, rtol=1e-6)
     broken = agent._replace(critic=jax.tree.map(lambda x: x * jnp.nan, agent.critic))
     np.testing.assert_array_equal(
@@ -82,12 +84,12 @@ def test_greedy_action_is_the_candidate_with_the_largest_score(kind):
     action = evor_infer.act_one(agent, x, settings, key=key)
     standard = agent.standardizer(x)
     noise = jax.random.normal(jax.random.split(key, 3)[0], (8, 2))
-    candidates = agent.policy.sample(standard, noise, flow_steps=4)
+    candidates = agent.policy.sample(standard, noise, Ode(4))
     z = evor_infer.return_noise(settings, key=key)
-    returns = jnp.stack([agent.critic.sample(standard, c, z, flow_steps=4) for c in candidates])
-    best = int(np.argmax([float(log_mean_exp(r, 0.2 * 4.0)) for r in returns]))
+    returns = jnp.stack([agent.critic.sample(standard, c, z, Ode(4)) for c in candidates])
+    best = int(np.argmax([float(log_mean_exp(r, 0.2)) for r in returns]))
     np.testing.assert_allclose(action, candidates[best], rtol=1e-5)
-    worst = int(np.argmin([float(log_mean_exp(r, 0.2 * 4.0)) for r in returns]))
+    worst = int(np.argmin([float(log_mean_exp(r, 0.2)) for r in returns]))
     assert not np.allclose(candidates[best], candidates[worst])
 
 
@@ -97,9 +99,11 @@ def test_candidates_share_their_return_noise():
     for independent in (False, True):
         settings = Extraction(num_returns=6, independent_noise=independent)
         z = evor_infer.return_noise(settings, key=jax.random.key(0))
-        score = jax.vmap(lambda a, z=z: evor_infer.score_one(agent.critic, x, a, z, temperature=0.5, flow_steps=3))(
-            jnp.zeros((4, 2))
-        )
+
+        def score_one(action, z=z):
+            return evor_infer.score_one(agent.critic, agent.axis, x, action, z, temperature=0.5, ode=Ode(3))
+
+        score = jax.vmap(score_one)(jnp.zeros((4, 2)))
         np.testing.assert_array_equal(score, jnp.full(4, score[0]))
 
 
@@ -148,7 +152,7 @@ def test_returns_and_values_are_in_environment_units():
     returns = agent.sample_returns(x, a, 8, key=key)
     standard = agent.params.standardizer(x[0])
     z = evor_infer.stratified_normal(8)
-    expected = -50.0 + 25.0 * agent.params.critic.sample(standard, a[0], z, flow_steps=10)
+    expected = -50.0 + 25.0 * agent.params.critic.sample(standard, a[0], z, Ode())
     np.testing.assert_allclose(returns[0], expected, rtol=1e-4)
     value = agent.q_value(x, a, num_returns=8, return_temperature=float("inf"), key=key)
     np.testing.assert_allclose(value, returns.mean(axis=1), rtol=1e-4)

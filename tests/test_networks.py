@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common.networks import MLP, FlowCritic, FlowPolicy, LayerNorm, ReturnScale, stratified_normal
+from common.flow import Ode
+from common.networks import MLP, FlowCritic, FlowPolicy, LayerNorm, stratified_normal
 
 
 def gelu(x):
@@ -83,10 +84,10 @@ def test_the_head_of_a_trunk_critic_hears_z_and_t_as_loudly_as_all_features():
 def test_samples_of_a_policy_are_clipped_and_one_per_noise():
     policy = FlowPolicy(3, 2, width=8, depth=2, key=jax.random.key(0))
     noise = 10 * jax.random.normal(jax.random.key(1), (6, 2))
-    actions = policy.sample(jnp.zeros(3), noise, flow_steps=4)
+    actions = policy.sample(jnp.zeros(3), noise, Ode(4))
     assert actions.shape == (6, 2)
     assert np.abs(actions).max() == 1.0
-    np.testing.assert_allclose(actions[2:3], policy.sample(jnp.zeros(3), noise[2:3], flow_steps=4), rtol=1e-5)
+    np.testing.assert_allclose(actions[2:3], policy.sample(jnp.zeros(3), noise[2:3], Ode(4)), rtol=1e-5)
 
 
 def test_unknown_critic_is_refused():
@@ -97,19 +98,3 @@ def test_unknown_critic_is_refused():
 def test_stratified_normal_is_the_midpoint_quantiles():
     np.testing.assert_allclose(stratified_normal(4), stats.norm.ppf([0.125, 0.375, 0.625, 0.875]), rtol=1e-5)
     np.testing.assert_allclose(stratified_normal(1), [0.0], atol=1e-7)
-
-
-def test_return_scale_maps_the_bounds_and_keeps_the_bellman_equation():
-    """z = r_model + g z' in the model's units must be R = r + g R' in the environment's, for any g, shift and scale."""
-    scale = ReturnScale.of(-200.0, 0.0, shift=-150.0, width=4.0)
-    np.testing.assert_allclose(scale.to_model(jnp.array([-200.0, -150.0, 0.0])), [-1.0, 0.0, 3.0])
-    np.testing.assert_allclose(scale.to_environment(jnp.array([-1.0, 3.0])), [-200.0, 0.0])
-    assert float(scale.width) == 4.0
-    reward, bootstrap, following = jnp.array([-2.0, 0.0]), jnp.array([0.99, 0.0]), jnp.array([-30.0, -77.0])
-    z = scale.reward_to_model(reward, bootstrap) + bootstrap * scale.to_model(following)
-    np.testing.assert_allclose(scale.to_environment(z), reward + bootstrap * following, rtol=1e-5, atol=1e-5)
-
-
-def test_return_scale_of_a_single_possible_return():
-    scale = ReturnScale.of(3.0, 3.0, shift=9.0, width=4.0)
-    assert float(scale.scale) == 1.0 and float(scale.to_environment(jnp.zeros(()))) == 3.0

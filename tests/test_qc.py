@@ -16,16 +16,19 @@ from baselines import critics, qc
 from benchmarks import probes
 from common import data
 from common.errors import UserError, parse_args
-from common.networks import DirectCritic, ReturnScale
+from common.flow import Ode
+from common.networks import DirectCritic
+from common.returns import affine_axis
 from tests.helpers import arrays, tiny_dataset
 from tests.test_training import Interrupted, files, interrupt_at
 
 ARGS = qc.Args(
-    horizon=3, width=16, depth=2, batch_size=32, num_next_actions=5, chunk=1, steps=1, flow_steps=4, discount=0.9,
+    horizon=3, width=16, depth=2, batch_size=32, num_next_actions=5, chunk=1, steps=1, flow_steps=4, solver="euler",
+    discount=0.9,
     learning_rate=1e-2, tau=0.1,
 )  # fmt: skip
 HEADER = dict(observation_dim=3, action_dim=2, horizon=3, critic="scalar", outputs=2, width=16, depth=2)
-SCALE = ReturnScale.of(-10.0, 10.0, shift=1.0, width=4.0)
+SCALE = affine_axis(1.0, 5.0, low=-10.0, high=10.0)
 STEP = jax.jit(qc.train_step, static_argnums=0)
 VALUES = jax.jit(lambda critic, x, a: critic(x, a))
 VELOCITY = jax.jit(lambda policy, x, a, t: policy.velocity(policy.features(x), a, t))
@@ -159,7 +162,7 @@ def test_joint_training_learns_the_greedy_value():
         found = probes.sample_returns(state.critic, scale, probe, query, num=1)[0, 0]
         np.testing.assert_allclose(found, expected, atol=0.06, err_msg=str(query))
     policy = jax.tree.map(lambda x: x[0], state.policy)
-    draws = policy.sample(jnp.array([0.0, 1.0]), jax.random.normal(jax.random.key(0), (500, 1)), flow_steps=10)
+    draws = policy.sample(jnp.array([0.0, 1.0]), jax.random.normal(jax.random.key(0), (500, 1)), Ode())
     assert np.mean(np.abs(draws) > 0.8) > 0.6 and 0.35 < np.mean(draws > 0) < 0.65
 
 

@@ -31,6 +31,7 @@ def make_run(path: Path, args: Any, *, solved: int, policy: str = "ab", bc_steps
     config = dict(
         env="cube-double-play", observation_dim=37, action_dim=5, horizon=args.horizon, critic=args.critic,
         width=args.width, depth=args.depth, head_width=64, head_depth=3, outputs=getattr(args, "outputs", 1),
+        return_axis=args.axis_kind,
         policy_run_dir=str(base), policy_sha256=policy, own_policy=args.own_policy, args=checkpoint.plain(args),
         data=dict(name="d", source="collected", sha256="cd"), versions=dict(jax="1"), git_revision="ef",
         replicas=[[task, seed]],
@@ -264,7 +265,7 @@ def test_a_sweep_is_drawn_again_from_its_rows(here: Path, monkeypatch: pytest.Mo
         folder = here / target / "tau_r"
         header = dict(
             stage="value", env="cube-double-play", observation_dim=3, action_dim=2, horizon=1, width=8, depth=2,
-            step=70, critic="mlp", replicas=[[2, 0]], policy_sha256="ab",
+            step=70, critic="mlp", return_axis="std", replicas=[[2, 0]], policy_sha256="ab",
             data=dict(name="d", source="collected", sha256="cd"), 
             args=dict(td_target=target, next_action="base", steps=70, discount=0.99, return_temperature=0.03),
         )  # fmt: skip
@@ -327,14 +328,16 @@ def test_every_table_is_that_of_its_rows(here: Path, monkeypatch: pytest.MonkeyP
     folder = Path(draw.__file__).parent
     for module in (candidates, draw, preview, sweeps, tasks, training, saturation):
         monkeypatch.setattr(module, "HERE", here)
-    for path in (*folder.glob("*.csv"), *folder.glob("*_words.md")):
-        shutil.copy(path, here)
+    (here / "laws").mkdir()
+    for path in (*folder.glob("*.csv"), *folder.glob("*_words.md"), *folder.glob("laws/*.csv")):
+        shutil.copy(path, here / path.relative_to(folder))
     draw.main(draw.Args())
-    drawn = {path.name: path.read_text() for path in here.glob("*.md")}
+    drawn = {path.relative_to(here): path.read_text() for path in here.rglob("*.md")}
     assert len(drawn) > 14
     assert drawn == {name: (folder / name).read_text() for name in drawn}
-    tables = {path.name for path in folder.glob("*.md")}
-    assert tables - drawn.keys() == {"inference.md", "notes.md", "quick.md", "same_data.md", "speed.md"} & tables
+    tables = {path.relative_to(folder) for path in (*folder.glob("*.md"), *folder.glob("laws/*.md"))}
+    words = {"inference.md", "notes.md", "quick.md", "same_data.md", "speed.md", "laws/README.md"}
+    assert tables - drawn.keys() <= {Path(name) for name in words}
 
 
 def evaluated_run(path: Path, args: Any, *, solved: list[int]) -> Path:

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from benchmarks import probes, return_law
 from common.errors import UserError
-from common.networks import Critic, ReturnScale
+from common.networks import Critic
+from common.returns import affine_axis
 
 
 class Known(Critic):
@@ -19,7 +20,7 @@ class Known(Critic):
     values: Float[Array, "*seeds n"]
     weights: Float[Array, "*seeds n"]
 
-    def law(self, observation, action, noise, *, flow_steps, solver="euler"):
+    def law(self, observation, action, noise, ode):
         return self.values, self.weights
 
 
@@ -28,14 +29,15 @@ def test_errors_of_a_critic_that_is_known():
     probe = dataclasses.replace(probes.CHAIN, laws={(4, 0.0): ((-1.0, 1.0), (0.5, 0.5))})
     values = jnp.array([[-1.0, 0.0], [-1.0, 0.0], [-0.5, -0.5]])  # (returns - 1) / 2
     weights = jnp.array([[0.5, 0.5], [0.2, 0.8], [0.5, 0.5]])
-    scale = ReturnScale(*(jnp.full(3, x) for x in (1.0, 2.0, -10.0, 10.0)))
-    found = return_law.measure(return_law.Args(), Known(values, weights), scale, probe)
-    np.testing.assert_allclose(found["w1"], [0.0, 0.6, 1.0], atol=0.01)
-    np.testing.assert_allclose(found["mean_error"], [0.0, 0.6, 0.0], atol=0.01)
-    tau = return_law.RETURN_TEMPERATURE * return_law.return_range(probe)  # 2
+    shift, scale, low, high = (jnp.full(3, x) for x in (1.0, 2.0, -10.0, 10.0))
+    axis = affine_axis(shift, scale, low=low, high=high)
+    found = return_law.measure(return_law.Args(), Known(values, weights), axis, probe)
+    np.testing.assert_allclose(found["w1"], [0.0, 0.3, 0.5], atol=0.005)
+    np.testing.assert_allclose(found["mean_error"], [0.0, 0.3, 0.0], atol=0.005)
+    tau = return_law.RETURN_TEMPERATURE * probe.law_range  # 0.2
     exact = tau * np.log(np.cosh(1 / tau))
     wrong = tau * np.log(0.2 * np.exp(-1 / tau) + 0.8 * np.exp(1 / tau))
-    np.testing.assert_allclose(found["q_error"], [0.0, wrong - exact, exact], atol=1e-5)
+    np.testing.assert_allclose(found["q_error"], [0.0, (wrong - exact) / 2, exact / 2], atol=1e-5)
 
 
 def test_table_and_figure_of_a_small_comparison(tmp_path: Path):
@@ -48,8 +50,10 @@ def test_table_and_figure_of_a_small_comparison(tmp_path: Path):
     rows = return_law.main(dataclasses.replace(args, methods=("qr",), width=16, append=True))
     assert len(rows) == 3 * 2 * 2 and {row["step"] for row in rows} == {2, 4}
     text = (tmp_path / "law.md").read_text()
-    assert "| `c51`, 51 atoms | 2 x 8 | 619 |" in text  # (5 + 1) 8 + 8, 8 8 + 8, 8 51 + 51, and 32 of LayerNorm
-    assert "| `qr`, 32 quantiles, Huber 0.005 | 2 x 16 |" in text and "N(Q, sigma^2)" in text
+    assert (
+        "`c51`, 51 atoms, 2 x 8 |" in text and "| 619 |" in text
+    )  # (5 + 1) 8 + 8, 8 8 + 8, 8 51 + 51, and 32 of LayerNorm
+    assert "`qr`, 32 quantiles, Huber 0.02, 2 x 16 |" in text and "to N(Q, sigma^2)" in text
     assert (tmp_path / "law.png").stat().st_size > 5_000
     again = return_law.main(dataclasses.replace(args, methods=(), append=True))
     assert len(again) == len(rows) and (tmp_path / "law.md").read_text() == text

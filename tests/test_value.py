@@ -9,12 +9,14 @@ import pytest
 
 import evor_value
 from benchmarks import probes
-from common.networks import FlowCritic, ReturnScale
+from common.flow import Ode
+from common.networks import FlowCritic
+from common.returns import ReturnAxis, affine_axis
 from common.training import stack_replicas
 from evor_value import Noise, td_target
 
 TARGETS = ("paper", "shared-noise", "independent-noise", "velocity")
-BOUNDS = dict(low=jnp.array(-2.0), high=jnp.array(2.0))
+AXIS = affine_axis(0.0, 1.0, low=-2.0, high=2.0)  # the environment's units
 
 
 def noise():
@@ -48,17 +50,35 @@ def expected(kind):
 def test_target_matches_its_formula(kind):
     """Swapped noises, a missing discount or an unmasked term changes these numbers; the second reward is terminal."""
     reward, bootstrap = jnp.asarray(REWARD, jnp.float32), jnp.asarray(BOOTSTRAP, jnp.float32)
-    found = td_target(kind, reward, bootstrap, noise(), *linear_next(), **BOUNDS)
+    found = td_target(kind, reward, bootstrap, noise(), *linear_next(), AXIS)
     for a, b in zip(found, expected(kind), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", evor_value.SAMPLING_TARGETS)
+def test_sampling_targets_are_right_on_any_axis(kind):
+    """`y = h(r + g h^-1(psi_bar_1))` in NumPy, with a bent h. The Bellman equation on the axis would give other
+    numbers, and so would one that forgets the clip (the first) or the mask (the second)."""
+    returns, places = np.array([-100.0, -90.0, 0.0, 50.0]), np.array([-2.0, 0.0, 1.0, 3.0])
+    axis = ReturnAxis(*(jnp.asarray(a, jnp.float32) for a in (returns, places, -100.0, 0.0, 10.0)))
+    reward, bootstrap = np.array([-1.0, -2.0]), np.array([0.5, 0.0])
+    z_0, z_next, t, _ = (np.asarray(x, np.float64) for x in noise())
+    start = z_0 if kind == "shared-noise" else z_next
+    following = np.interp(start * np.exp(0.5) + 1.0, places, returns)
+    y = np.interp(reward + bootstrap * np.clip(following, -110.0, 10.0), returns, places)
+    assert following[0] > 10.0
+    in_float32 = (jnp.asarray(x, jnp.float32) for x in (reward, bootstrap))
+    z_t, target = td_target(kind, *in_float32, noise(), *linear_next(0.5, 1.0), axis, margin=0.1)
+    np.testing.assert_allclose(z_t, (1 - t) * z_0 + t * y, rtol=1e-5)
+    np.testing.assert_allclose(target, y - z_0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", TARGETS)
 def test_terminal_transitions_ignore_the_next_state(kind):
     """With mask 0 nothing of (x', a') may enter, not even a NaN-free absurdity; and the path ends at the reward."""
     reward, bootstrap = jnp.array([0.3, -0.2]), jnp.zeros(2)
-    found = td_target(kind, reward, bootstrap, noise(), *linear_next(), **BOUNDS)
-    other = td_target(kind, reward, bootstrap, noise(), *linear_next(-30.0, 99.0), **BOUNDS)
+    found = td_target(kind, reward, bootstrap, noise(), *linear_next(), AXIS)
+    other = td_target(kind, reward, bootstrap, noise(), *linear_next(-30.0, 99.0), AXIS)
     for a, b in zip(found, other, strict=True):
         np.testing.assert_array_equal(a, b)
     if kind == "paper":
@@ -72,7 +92,7 @@ def test_terminal_transitions_ignore_the_next_state(kind):
 def test_bootstrapped_returns_are_clipped_to_the_possible_ones(kind):
     reward, bootstrap = jnp.array([0.0, 0.0]), jnp.array([0.9, 0.9])
     wild = (lambda z, t: 1e3 + 0 * z), (lambda z, t: 1e3 + 0 * z)
-    z_t, target = td_target(kind, reward, bootstrap, noise(), *wild, **BOUNDS)
+    z_t, target = td_target(kind, reward, bootstrap, noise(), *wild, AXIS)
     end = target if kind == "paper" else z_t + (1 - noise().t) * target
     np.testing.assert_allclose(end, jnp.full(2, 1.8), rtol=1e-4)
 
@@ -80,13 +100,11 @@ def test_bootstrapped_returns_are_clipped_to_the_possible_ones(kind):
 # --- One step: who gets gradients, who is the target -------------------------------------------------------------
 
 ARGS = evor_value.Args(
-    width=16, depth=2, batch_size=32, chunk=1, steps=1, learning_rate=1e-2, discount=0.9, target_steps=2, tau=0.1
+    width=16, depth=2, batch_size=32, chunk=1, steps=1, learning_rate=1e-2, discount=0.9, flow_steps=2, tau=0.1
 )
 
 
-REPLICA = evor_value.Replica(
-    jnp.array(0), jnp.array(0), ReturnScale.of(-10.0, 10.0, shift=0.0, width=4.0), jax.random.key(0)
-)
+REPLICA = evor_value.Replica(jnp.array(0), jnp.array(0), affine_axis(0.0, 5.0, low=-10.0, high=10.0), jax.random.key(0))
 DIMS = dict(width=16, depth=2, head_width=8, head_depth=2)
 CRITIC = FlowCritic(2, 1, width=16, depth=2, key=jax.random.key(0))
 
@@ -94,7 +112,7 @@ CRITIC = FlowCritic(2, 1, width=16, depth=2, key=jax.random.key(0))
 def one_step(args, *, perturb_target=0.0, seed=0):
     """State before and after one step on the stochastic-policy probe."""
     probe = probes.STOCHASTIC_POLICY
-    dataset = probes.make_data(probe, copies=20)
+    dataset = probes.make_data(probe, copies=20)[0]
     header = dict(observation_dim=2, action_dim=1, horizon=1, critic=args.critic) | DIMS | dict(depth=args.depth)
     state = evor_value.init_state(args, header, key=jax.random.key(seed))
     state = state._replace(target=jax.tree.map(lambda x: x + perturb_target, state.target))
@@ -128,7 +146,7 @@ def test_no_gradient_flows_into_the_target(kind):
     """The gradient of path point and target with respect to the next state's field is zero everywhere."""
 
     def through(scale):
-        z_t, target = td_target(kind, jnp.ones(2), jnp.full(2, 0.9), noise(), *linear_next(scale), **BOUNDS)
+        z_t, target = td_target(kind, jnp.ones(2), jnp.full(2, 0.9), noise(), *linear_next(scale), AXIS)
         return jnp.sum(z_t) + jnp.sum(target)
 
     assert float(jax.grad(through)(0.5)) == 0.0
@@ -139,11 +157,19 @@ def test_chosen_action_is_the_best_by_the_online_critic():
     """Stage 3's extraction over the bank: argmax at temperature 0, every candidate at a high one."""
     critic = FlowCritic(2, 1, kind="mlp", width=16, depth=2, key=jax.random.key(3))
     x, candidates, z = jnp.ones(2), jnp.array([[-0.9], [0.0], [0.4], [1.0]]), evor_value.stratified_normal(3)
-    returns = jnp.stack([critic.sample(x, c, z, flow_steps=2).mean() for c in candidates])
+    returns = jnp.stack([critic.sample(x, c, z, Ode(2)).mean() for c in candidates])
 
     def choose(temperature, key):
         return evor_value.choose_next_action(
-            critic, x, candidates, z, return_temperature=np.inf, action_temperature=temperature, flow_steps=2, key=key
+            critic,
+            REPLICA.axis,
+            x,
+            candidates,
+            z,
+            return_temperature=np.inf,
+            action_temperature=temperature,
+            ode=Ode(2),
+            key=key,
         )
 
     assert float(choose(0.0, jax.random.key(0))[0]) == float(candidates[jnp.argmax(returns), 0])
@@ -173,22 +199,22 @@ def test_base_next_actions_are_spread_over_the_bank():
 def test_replicas_use_their_own_task_and_bank():
     """Two replicas on one dataset: the first task pays 1, the second -1, both at once; each learns its own mean."""
     probe = probes.Probe("one step", [(1, 0, 0.0, 1.0, 0.0, 0)], {(0, 0.0): probes.point(1.0)})
-    dataset = probes.make_data(probe, copies=8)
+    dataset = probes.make_data(probe, copies=8)[0]
     dataset = dataset._replace(
         rewards=jnp.concatenate([dataset.rewards, -dataset.rewards]),
         bootstraps=jnp.concatenate([dataset.bootstraps] * 2),
         bank=jnp.concatenate([dataset.bank] * 2),
     )
     args = evor_value.Args(
-        steps=300, chunk=300, width=16, depth=2, batch_size=64, learning_rate=1e-2, discount=0.9, target_steps=1
+        steps=300, chunk=300, width=16, depth=2, batch_size=64, learning_rate=1e-2, discount=0.9, flow_steps=1
     )
     header = dict(observation_dim=1, action_dim=1, horizon=1, critic="mlp") | DIMS
     keys = jax.vmap(jax.random.key)(np.array([0, 1]))
-    scale = ReturnScale.of(np.full(2, -10.0), np.full(2, 10.0), shift=np.zeros(2), width=20.0)
+    axis = affine_axis(np.zeros(2), np.ones(2), low=np.full(2, -10.0), high=np.full(2, 10.0))
     state = stack_replicas(lambda key: evor_value.init_state(args, header, key=key), keys)
-    replicas = evor_value.Replica(jnp.array([0, 1]), jnp.array([0, 1]), scale, keys)
+    replicas = evor_value.Replica(jnp.array([0, 1]), jnp.array([0, 1]), axis, keys)
     state, _ = evor_value.train_chunk(args, state, dataset, replicas)
-    means = probes.sample_returns(state.critic, scale, probe, (0, 0.0), num=32).mean(axis=1)
+    means = probes.sample_returns(state.critic, axis, probe, (0, 0.0), num=32).mean(axis=1)
     np.testing.assert_allclose(means, [1.0, -1.0], atol=0.1)
 
 
@@ -196,7 +222,7 @@ def test_replicas_use_their_own_task_and_bank():
 
 TRAIN = evor_value.Args(
     steps=1500, chunk=1500, width=48, depth=2, batch_size=128, learning_rate=3e-3, schedule="cosine", tau=0.02,
-    target_steps=8, num_next_actions=4,
+    num_next_actions=4,
 )  # fmt: skip
 
 # Largest W1 distance allowed, in units of the reward. Each law's atoms lie 0.8 to 2 apart, and the law N(Q, 1) that a
@@ -205,8 +231,7 @@ LIMITS = {"shared-noise": 0.12, "velocity": 0.12, "independent-noise": 0.3}
 
 
 def train(probe, kind, **changes):
-    bounds = probes.data.return_bounds(np.array([[t[3] for t in probe.transitions]]), probe.discount)[0]
-    args = dataclasses.replace(TRAIN, td_target=kind, return_width=float(bounds[1] - bounds[0]), **changes)
+    args = dataclasses.replace(TRAIN, td_target=kind, **changes)
     return probes.train(probe, args, copies=40)
 
 
@@ -228,12 +253,13 @@ def test_law_with_the_trunk_critic():
 def test_paper_target_gives_the_mean_and_the_shape_of_the_noise():
     """N(Q, 1) at deterministic rewards: within 0.1 of that normal law, and far from the point that is right."""
     probe = probes.DETERMINISTIC
-    critic, scale = train(probe, "paper")
-    assert probes.w1(critic, scale, probe, noise_std=1.0)[0] < 0.1
-    assert probes.w1(critic, scale, probe)[0] > 0.6
+    critic, axis = train(probe, "paper")
+    sigma = float(axis.returns[0, 1] - axis.returns[0, 0])  # what a standard deviation of the noise stands for
+    assert probes.w1(critic, axis, probe, noise_std=sigma)[0] < 0.1 * sigma
+    assert probes.w1(critic, axis, probe)[0] > 0.6 * sigma
     for query, (values, _) in probe.laws.items():
-        draws = probes.sample_returns(critic, scale, probe, query)[0]
-        assert abs(draws.mean() - values[0]) < 0.1 and abs(draws.std() - 1.0) < 0.1
+        draws = probes.sample_returns(critic, axis, probe, query)[0]
+        assert abs(draws.mean() - values[0]) < 0.1 * sigma and abs(draws.std() - sigma) < 0.1 * sigma
 
 
 def test_softmax_backup_learns_the_law_of_the_better_policy():

@@ -1,0 +1,96 @@
+"""The return axis: the coordinate `z = h(R)` in which stage 2 learns the law of the reward-to-go R.
+
+A flow starts from noise N(0, 1) and learns a law best where that law is about as wide as the noise. The possible
+returns say little about where returns lie: those of a sparse task are nearly all within 1% of the lowest one. So h is
+made from the returns of the data.
+
+The axis costs no exactness. Let h be increasing and invertible, and let `Z(x, a) = r + g Z(x', a')` hold in law. Then
+`h(Z(x, a)) = h(r + g h^-1(h(Z(x', a'))))` holds in law, and the other way round. So a model whose target is
+`y = h(r + g h^-1(psi_bar_1(z_0 | x', a')))` has the law of h(Z) as its fixed point, whatever h is.
+
+That is so for targets that bootstrap a *sample*. `velocity` bootstraps a velocity: along the path `f(Z'_t)`, with
+`f(z) = h(r + g h^-1(z))`, it would have to be `f'(Z'_t)` times the next state's, and the path starts at N(0, 1) for an
+affine f alone. `paper` takes g times the next state's velocity, which is the same thing. So both need an affine h.
+"""
+
+from typing import Literal
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+from scipy import stats
+
+AxisKind = Literal["quantiles", "std", "bounds"]
+
+KNOTS = np.linspace(-3.2, 3.2, 65)  # of the axis where the data's returns lie; a 1,500th of them lie beyond
+TAIL = np.linspace(0.5, 6.0, 12)  # knots further out, on each side
+SMOOTHING = 0.3  # standard deviation of the Gaussian that smooths the quantiles, on the axis
+LINE = 0.1  # share of a straight line in the axis, so that its slope is nowhere zero
+
+
+class ReturnAxis(eqx.Module):
+    """The increasing map h between returns in the environment's units and places on the model's axis.
+
+    It is straight between its knots, and straight on beyond the outermost ones. Two knots make it affine.
+    """
+
+    returns: Float[Array, "*replicas knots"]  # increasing, environment units
+    places: Float[Array, "*replicas knots"]  # increasing: where they lie on the axis
+    low: Float[Array, "*replicas"]  # lowest possible return, environment units
+    high: Float[Array, "*replicas"]  # highest possible return
+    spread: Float[Array, "*replicas"]  # standard deviation of the data's returns, environment units
+
+    def to_model(self, returns: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """`h`, of one replica."""
+        return _along(returns, self.returns, self.places)
+
+    def to_environment(self, z: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """`h^-1`, of one replica."""
+        return _along(z, self.places, self.returns)
+
+    def bounds(self, margin: float) -> tuple[Float[Array, "*replicas"], Float[Array, "*replicas"]]:
+        """The possible returns and `margin`, a fraction of their range, on both sides; environment units."""
+        beyond = margin * (self.high - self.low)
+        return self.low - beyond, self.high + beyond
+
+
+def _along(x: Float[Array, "*batch"], xs: Float[Array, " knots"], ys: Float[Array, " knots"]) -> Float[Array, "*batch"]:
+    """The line through the knots, at x."""
+    i = jnp.searchsorted(xs[1:-1], x, method="compare_all")
+    slopes = (ys[1:] - ys[:-1]) / (xs[1:] - xs[:-1])
+    return ys[i] + slopes[i] * (x - xs[i])
+
+
+def affine_axis(shift: ArrayLike, scale: ArrayLike, *, low: ArrayLike, high: ArrayLike) -> ReturnAxis:
+    """`R = shift + scale z`."""
+    shift, scale, low, high = (jnp.asarray(x, jnp.float32) for x in (shift, scale, low, high))
+    returns = jnp.stack([shift, shift + scale], axis=-1)
+    return ReturnAxis(returns, jnp.broadcast_to(jnp.arange(2.0), returns.shape), low, high, scale)
+
+
+def make_axis(returns: Float[np.ndarray, " n"], bounds: Float[np.ndarray, "2"], *, kind: AxisKind) -> ReturnAxis:
+    """The axis of a task, from a sample of its data's returns, and the lowest and highest possible one.
+
+    `quantiles`: h^-1 is 0.9 times the smoothed quantile function of the returns, `z -> E q(Phi(z + 0.3 e))` with
+    e ~ N(0, 1), and 0.1 times the line of `std`. So the data's returns are about N(0, 1) on the axis. Beyond them h is
+    logarithmic: each further unit of the axis holds e times as many returns. `std`: affine, the returns have mean 0 and
+    standard deviation 1. `bounds`: affine, the mean return is at 0 and the possible returns are 4 long.
+
+    Multiplying all returns by a number changes no place on the axis.
+    """
+    low, high = bounds
+    mean, std = returns.mean(dtype=np.float64), returns.std(dtype=np.float64)
+    std = max(std, 1e-4 * abs(mean)) or (high - low) / 4 or 1.0  # single precision has to tell the knots apart
+    if kind != "quantiles":
+        scale = std if kind == "std" or low == high else (high - low) / 4
+        return eqx.tree_at(lambda a: a.spread, affine_axis(mean, scale, low=low, high=high), jnp.float32(std))
+    smoothing = SMOOTHING * stats.norm.ppf((np.arange(64) + 0.5) / 64)
+    levels = stats.norm.cdf(KNOTS[:, None] + smoothing)
+    quantiles = np.quantile(returns.astype(np.float64), levels, method="hazen").mean(axis=1)
+    inner = (1 - LINE) * quantiles + LINE * (mean + std * KNOTS)
+    first, last = np.diff(inner)[[0, -1]] / (KNOTS[1] - KNOTS[0])
+    below, above = inner[0] - first * np.expm1(TAIL)[::-1], inner[-1] + last * np.expm1(TAIL)
+    places = np.concatenate([KNOTS[0] - TAIL[::-1], KNOTS, KNOTS[-1] + TAIL])
+    arrays = np.concatenate([below, inner, above]), places, low, high, std
+    return ReturnAxis(*(jnp.asarray(a, jnp.float32) for a in arrays))
