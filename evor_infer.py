@@ -88,9 +88,9 @@ class Args:
     """N_pi: candidates from the base policy (32: the paper's)."""
     num_returns: tuple[int, ...] = (16,)
     """N: draws of the reward-to-go per candidate (ours)."""
-    return_temperature: tuple[float, ...] = (0.03,)
+    return_temperature: tuple[float, ...] = (0.3,)
     """tau_R, in standard deviations of the data's returns (ours); inf scores by the mean, 0 by the largest draw."""
-    action_temperature: tuple[float, ...] = (0.003,)
+    action_temperature: tuple[float, ...] = (0.2,)
     """tau_Q, in standard deviations of Q* among the candidates (ours); 0 takes the best candidate, inf any."""
     absolute: bool = False
     """Temperatures in the environment's units, as in the paper."""
@@ -132,8 +132,8 @@ class Extraction(eqx.Module):
 
     num_actions: int = eqx.field(static=True, default=32)
     num_returns: int = eqx.field(static=True, default=16)
-    return_temperature: float = 0.03
-    action_temperature: float = 0.003
+    return_temperature: float = 0.3
+    action_temperature: float = 0.2
     flow_steps: int = eqx.field(static=True, default=5)
     solver: Solver = eqx.field(static=True, default="midpoint")
     independent_noise: bool = eqx.field(static=True, default=False)
@@ -474,7 +474,7 @@ class Agent:
         actions: Float[Array | np.ndarray, "batch *chunk"],
         *,
         num_returns: int = 16,
-        return_temperature: float = 0.03,
+        return_temperature: float = 0.3,
         key: PRNGKeyArray,
         **settings,
     ) -> Float[Array, " batch"]:

@@ -152,7 +152,7 @@ class Args:
     redraw_bank: int = 0
     """Gradient steps after which the bank is drawn anew; 0 keeps the first."""
     backup_temperature: float = 0.0
-    """Temperature of the softmax backup, as a fraction of the return range; 0 takes the best of K."""
+    """Temperature of the softmax backup, in standard deviations of Q* among the K; 0 takes the best of K."""
     backup_returns: int = 4
     """Return draws per banked action in the softmax backup."""
     critic: Literal["mlp", "trunk"] = "mlp"
@@ -203,10 +203,10 @@ class Args:
     """N_pi at evaluation (32: the paper's)."""
     num_returns: int = 16
     """N at evaluation (ours)."""
-    return_temperature: float = 0.03
-    """tau_R, in the softmax backup and at evaluation, as a fraction of the return range (ours)."""
-    action_temperature: float = 0.003
-    """tau_Q at evaluation, as a fraction of the return range (ours); 0 takes the best candidate."""
+    return_temperature: float = 0.3
+    """tau_R, in the softmax backup and at evaluation, in standard deviations of the data's returns (ours)."""
+    action_temperature: float = 0.2
+    """tau_Q at evaluation, in standard deviations of Q* among the candidates (ours); 0 takes the best candidate."""
 
     @property
     def ode(self) -> Ode:
@@ -365,16 +365,22 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
     return optax.adam(learning_rate(args.learning_rate, args.schedule, args.steps))
 
 
-def draw_noise(args: Args, axis: ReturnAxis, *, key: PRNGKeyArray) -> Noise:
-    """Fresh noise for one batch."""
-    keys = jax.random.split(key, 4)
-    shape = (args.batch_size,)
+def draw_noise(batch_size: int, axis: ReturnAxis, *, key: PRNGKeyArray) -> Noise:
+    """Fresh noise for one batch.
+
+    The pairs (t, z_0) are a lattice with a random shift, taken through the inverse normal distribution in z_0: each pair
+    is distributed as if drawn alone, and together they lie evenly, so that the gradient is less noisy. (The additive
+    recurrence with the powers of 1 / 1.3247, the root of x^3 = x + 1, and a Cranley-Patterson rotation.)
+    """
+    shift_key, next_key, place_key = jax.random.split(key, 3)
+    lattice = np.outer([0.7548776662466927, 0.5698402909980532], np.arange(batch_size)) % 1.0
+    t, start = (jnp.asarray(lattice, jnp.float32) + jax.random.uniform(shift_key, (2, 1))) % 1.0
     low, high = axis.to_model(axis.low), axis.to_model(axis.high)
     return Noise(
-        z_0=jax.random.normal(keys[0], shape),
-        z_next=jax.random.normal(keys[1], shape),
-        t=jax.random.uniform(keys[2], shape),
-        u=jax.random.uniform(keys[3], shape, minval=low, maxval=high),
+        z_0=jax.scipy.special.ndtri(jnp.clip(start, 2**-24, 1 - 2**-24)),
+        z_next=jax.random.normal(next_key, (batch_size,)),
+        t=t,
+        u=jax.random.uniform(place_key, (batch_size,), minval=low, maxval=high),
     )
 
 
@@ -433,7 +439,7 @@ def train_step(
     def next_flow(z_0, end_time):
         return integrate(next_velocity, z_0, args.ode, end_time=end_time)
 
-    noise = draw_noise(args, replica.axis, key=noise_key)
+    noise = draw_noise(args.batch_size, replica.axis, key=noise_key)
     # Most returns of a sparse task lie at the lowest bound. Clipping right there cuts the errors below it and keeps
     # those above, a bias that the bootstrap multiplies by 1 / (1 - discount): leave a margin.
     z_t, target = td_target(

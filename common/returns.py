@@ -23,10 +23,12 @@ from scipy import stats
 
 AxisKind = Literal["quantiles", "std", "bounds"]
 
-KNOTS = np.linspace(-3.2, 3.2, 65)  # of the axis where the data's returns lie; a 1,500th of them lie beyond
+WIDTH = 2.0  # of the data's returns on the axis: their standard deviation, in those of the noise
+# All below is in standard deviations of the returns.
+KNOTS = np.linspace(-3.2, 3.2, 65)  # where the data's returns lie; a 1,500th of them lie beyond
 TAIL = np.linspace(0.5, 6.0, 12)  # knots further out, on each side
-SMOOTHING = 0.3  # standard deviation of the Gaussian that smooths the quantiles, on the axis
-LINE = 0.1  # share of a straight line in the axis, so that its slope is nowhere zero
+SMOOTHING = 0.3  # standard deviation of the Gaussian that smooths the quantiles
+LINE = 0.5  # share of a straight line in h^-1: no slope of the axis is more than twice that of the line
 
 
 class ReturnAxis(eqx.Module):
@@ -72,10 +74,11 @@ def affine_axis(shift: ArrayLike, scale: ArrayLike, *, low: ArrayLike, high: Arr
 def make_axis(returns: Float[np.ndarray, " n"], bounds: Float[np.ndarray, "2"], *, kind: AxisKind) -> ReturnAxis:
     """The axis of a task, from a sample of its data's returns, and the lowest and highest possible one.
 
-    `quantiles`: h^-1 is 0.9 times the smoothed quantile function of the returns, `z -> E q(Phi(z + 0.3 e))` with
-    e ~ N(0, 1), and 0.1 times the line of `std`. So the data's returns are about N(0, 1) on the axis. Beyond them h is
-    logarithmic: each further unit of the axis holds e times as many returns. `std`: affine, the returns have mean 0 and
-    standard deviation 1. `bounds`: affine, the mean return is at 0 and the possible returns are 4 long.
+    `std`: affine, the returns have mean 0 and standard deviation 2 on the axis. `quantiles`: h^-1 is the mean of that
+    line and of the smoothed quantile function of the returns, `z -> E q(Phi(z / 2 + 0.3 e))` with e ~ N(0, 1), which
+    alone would make the returns N(0, 4). It is finer where many returns lie, at atoms above all. Beyond the data's
+    returns it is logarithmic: each two further units of the axis hold e times as many returns. `bounds`: affine, the
+    mean return is at 0 and the possible returns are 4 long.
 
     Multiplying all returns by a number changes no place on the axis.
     """
@@ -83,7 +86,7 @@ def make_axis(returns: Float[np.ndarray, " n"], bounds: Float[np.ndarray, "2"], 
     mean, std = returns.mean(dtype=np.float64), returns.std(dtype=np.float64)
     std = max(std, 1e-4 * abs(mean)) or (high - low) / 4 or 1.0  # single precision has to tell the knots apart
     if kind != "quantiles":
-        scale = std if kind == "std" or low == high else (high - low) / 4
+        scale = std / WIDTH if kind == "std" or low == high else (high - low) / 4
         return eqx.tree_at(lambda a: a.spread, affine_axis(mean, scale, low=low, high=high), jnp.float32(std))
     smoothing = SMOOTHING * stats.norm.ppf((np.arange(64) + 0.5) / 64)
     levels = stats.norm.cdf(KNOTS[:, None] + smoothing)
@@ -91,6 +94,6 @@ def make_axis(returns: Float[np.ndarray, " n"], bounds: Float[np.ndarray, "2"], 
     inner = (1 - LINE) * quantiles + LINE * (mean + std * KNOTS)
     first, last = np.diff(inner)[[0, -1]] / (KNOTS[1] - KNOTS[0])
     below, above = inner[0] - first * np.expm1(TAIL)[::-1], inner[-1] + last * np.expm1(TAIL)
-    places = np.concatenate([KNOTS[0] - TAIL[::-1], KNOTS, KNOTS[-1] + TAIL])
+    places = WIDTH * np.concatenate([KNOTS[0] - TAIL[::-1], KNOTS, KNOTS[-1] + TAIL])
     arrays = np.concatenate([below, inner, above]), places, low, high, std
     return ReturnAxis(*(jnp.asarray(a, jnp.float32) for a in arrays))

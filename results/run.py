@@ -36,7 +36,7 @@ MAZE = "pointmaze-medium-navigate"
 PREVIEW = ("cube-single-play", CUBE, MAZE)
 FULL = ("pointmaze-large-navigate", "cube-single-play", CUBE, "scene-play", "puzzle-3x3-play")
 HORIZON = dict.fromkeys((CUBE, "scene-play", "puzzle-3x3-play"), "--horizon 5")
-POLICY = {CUBE: "--ignore-observations 6 7 8 9 10 11"}  # joint velocities, see the README
+POLICY = dict.fromkeys((CUBE, "scene-play"), "--ignore-observations 6 7 8 9 10 11")  # joint velocities, see the README
 IMPROVED = "--next-action softmax --discount 0.995"  # what mazes need, see the README
 
 
@@ -65,10 +65,14 @@ def sweep(name: str, flags: str, *, run: str = "tasks", tasks: str = "2", env: s
     )
 
 
-FRACTIONS = "0 0.001 0.003 0.01 0.03 0.1 0.3 1 inf"
-GREEDY = "--action-temperature 0"  # the best candidate: the default when these were run
-AT = f"--return-temperature 0.1 {GREEDY}"  # the default before
+TEMPERATURES = "0 0.03 0.1 0.2 0.3 0.5 1 3 inf"
+GREEDY = "--action-temperature 0"  # the best candidate
 SCHEDULES = {"cosine": "", "constant": "--schedule constant --learning-rate 3e-4"}  # the preset's, and the paper's
+AXES = {  # what the return axis is compared with, and the one before
+    "quantiles": "",
+    "std": "--return-axis std",
+    "bounds": "--return-axis bounds --solver euler --flow-steps 10",
+}
 SIZES = ("--width 64", "--width 128", "--width 256", "--depth 2")  # beside 4 x 512
 EXPERIMENTS: dict[str, list[str]] = {
     # For two CPU cores.
@@ -77,11 +81,17 @@ EXPERIMENTS: dict[str, list[str]] = {
     "seeds": [preview(env, "seeds", f"--first-seed 1 --policy-seed 0 {GREEDY * (env == MAZE)}") for env in PREVIEW],
     "paper": [preview(env, "paper", "--td-target paper") for env in PREVIEW[:2]],
     "maze": [
-        preview(MAZE, "softmax", f"{IMPROVED} {AT}"),  # task 1; about 20 minutes each
-        *(preview(MAZE, f"softmax-{task}", f"{IMPROVED} {AT} --tasks {task}") for task in (2, 3, 4, 5)),
-        preview(MAZE, "softmax-seed", f"{IMPROVED} {AT} --first-seed 1 --policy-seed 0"),
+        preview(MAZE, "softmax", f"{IMPROVED}"),  # task 1; about 20 minutes each
+        *(preview(MAZE, f"softmax-{task}", f"{IMPROVED} --tasks {task}") for task in (2, 3, 4, 5)),
+        preview(MAZE, "softmax-seed", f"{IMPROVED} --first-seed 1 --policy-seed 0"),
     ],
-    "maze_backup": [preview(MAZE, "discount", f"--discount 0.995 {AT}")],
+    "maze_backup": [preview(MAZE, "discount", "--discount 0.995")],
+    "scene_policy": [policy("scene-play", "--preview")],
+    "axes": [
+        preview(env, f"axis-{name}", f"{flags} {axis} --seeds 2 --policy-seed 0")
+        for env, flags in (("scene-play", "--reward sparse --tasks 1 2 3 4 5"), *((env, "") for env in PREVIEW))
+        for name, axis in AXES.items()
+    ],
     "schedule": [preview(CUBE, name, f"{flags} --eval-every 10000 {GREEDY}") for name, flags in SCHEDULES.items()],
     "policy_schedule": [  # of stage 1, at a quarter of its steps
         policy(CUBE, f"--preview --steps 50000 {flags} --run-dir runs/policy-{name}/{CUBE}")
@@ -89,23 +99,24 @@ EXPERIMENTS: dict[str, list[str]] = {
     ],
     "capacity": [preview(CUBE, "capacity" + flags[1:].replace(" ", "-"), f"{flags} {GREEDY}") for flags in SIZES],
     "actions": [sweep("actions", "--num-actions 1 2 4 8 16 32 64", tasks="1 2")],
-    "tau_q": [sweep("tau_q", f"--num-actions 16 --action-temperature {FRACTIONS}")],
+    "tau_q": [sweep("tau_q", f"--num-actions 16 --action-temperature {TEMPERATURES}")],
     "tau_r": [
-        sweep("tau_r", f"--num-actions 16 --return-temperature {FRACTIONS} {GREEDY}", run=r) for r in ("tasks", "paper")
+        sweep("tau_r", f"--num-actions 16 --return-temperature {TEMPERATURES} {GREEDY}", run=r)
+        for r in ("tasks", "paper")
     ],
     "tau_r_tasks": [
-        sweep("tau_r_tasks", f"--num-actions 16 --return-temperature 0.03 0.1 {GREEDY}", tasks="1 2 3 4 5", env=env)
+        sweep("tau_r_tasks", f"--num-actions 16 --return-temperature 0.1 0.3 1 {GREEDY}", tasks="1 2 3 4 5", env=env)
         for env in ("cube-single-play", CUBE)
     ],
     "tau_q_tasks": [
-        sweep("tau_q_tasks", "--num-actions 16 --action-temperature 0 0.003 0.01", run=run, tasks=tasks, env=env)
+        sweep("tau_q_tasks", "--num-actions 16 --action-temperature 0 0.1 0.2 0.5", run=run, tasks=tasks, env=env)
         for run, tasks in (("tasks", "1 2 3 4 5"), ("seeds", "2"))
         for env in PREVIEW[:2]
     ],
     "tau_q_maze": [
         sweep(
             "tau_q_maze",
-            "--num-actions 16 --return-temperature 0.03 0.1 --action-temperature 0 0.003 0.01",
+            "--num-actions 16 --return-temperature 0.3 1 --action-temperature 0 0.2 0.5",
             run="softmax" if task == 1 else f"softmax-{task}",
             tasks=str(task),
             env=MAZE,
@@ -115,7 +126,7 @@ EXPERIMENTS: dict[str, list[str]] = {
     "temperatures": [
         sweep(
             "temperatures",
-            "--num-actions 16 --return-temperature 0 0.01 0.03 0.1 inf --action-temperature 0 0.003 0.01 0.03 0.1",
+            "--num-actions 16 --return-temperature 0 0.1 0.3 1 inf --action-temperature 0 0.1 0.2 0.5 1",
         )
     ],
     "noise": [sweep("noise", "--num-actions 1 16 --action-noise 0 0.1 0.2 0.4")],

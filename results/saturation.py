@@ -55,8 +55,8 @@ class Args:
     """Validation states."""
     num_returns: int = 8
     """Draws of the return per candidate."""
-    return_temperature: float = 0.03
-    """tau_R, as a fraction of the return range."""
+    return_temperature: float = 0.3
+    """tau_R, in standard deviations of the data's returns."""
 
 
 def values_of(

@@ -92,7 +92,7 @@ def test_an_evaluation_of_other_settings_is_not_the_one_that_was_asked_for(tmp_p
     evor_value.main(args)
     ((task, seed),) = read_json(tmp_path / "run" / "value" / "config.json")["replicas"]
     row = dict(step=20, task=task, seed=seed, num_actions=args.num_actions, num_returns=args.num_returns)
-    row |= dict(return_temperature=0.1, action_temperature=0.003)
+    row |= dict(return_temperature=0.1, action_temperature=args.action_temperature)
     for changes, number, found in (
         ({}, args.eval_episodes, "done"),
         ({}, args.eval_episodes - 1, "step 20 of 20"),

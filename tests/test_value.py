@@ -1,11 +1,13 @@
 """Stage 2: every TD target against its formula, against problems whose return laws are known, and its gradients."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 import evor_value
 from benchmarks import probes
@@ -95,6 +97,19 @@ def test_bootstrapped_returns_are_clipped_to_the_possible_ones(kind):
     z_t, target = td_target(kind, reward, bootstrap, noise(), *wild, AXIS)
     end = target if kind == "paper" else z_t + (1 - noise().t) * target
     np.testing.assert_allclose(end, jnp.full(2, 1.8), rtol=1e-4)
+
+
+def test_the_noise_of_a_batch_has_the_right_laws_and_is_spread_evenly():
+    """Over 200 batches each element is N(0, 1) or uniform, and its neighbours are independent of it; the mean over a
+    batch of z_0, t and t z_0 varies by less than 0.6 of what independent draws would."""
+    axis = affine_axis(0.0, 1.0, low=-3.0, high=1.0)
+    drawn = jax.vmap(lambda key: evor_value.draw_noise(64, axis, key=key))(jax.random.split(jax.random.key(0), 200))
+    for values, law in zip(drawn, (stats.norm(), stats.norm(), stats.uniform(0, 1), stats.uniform(-3, 4)), strict=True):
+        assert stats.kstest(np.asarray(values[:, 5]), law.cdf).pvalue > 1e-3
+    for i, j in itertools.combinations(range(4), 2):
+        assert abs(np.corrcoef(np.ravel(drawn[i]), np.ravel(drawn[j]))[0, 1]) < 0.03
+    for values in (drawn.z_0, drawn.t, drawn.t * drawn.z_0):
+        assert np.std(values.mean(axis=1)) < 0.6 * np.std(values) / np.sqrt(64)
 
 
 # --- One step: who gets gradients, who is the target -------------------------------------------------------------
