@@ -368,7 +368,7 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
 def draw_noise(batch_size: int, axis: ReturnAxis, *, key: PRNGKeyArray) -> Noise:
     """Fresh noise for one batch.
 
-    The pairs (t, z_0) are a lattice with a random shift, taken through the inverse normal distribution in z_0: each pair
+    The pairs (t, z_0) are a lattice with a random shift, z_0 taken through the inverse normal distribution. Each pair
     is distributed as if drawn alone, and together they lie evenly, so that the gradient is less noisy. (The additive
     recurrence with the powers of 1 / 1.3247, the root of x^3 = x + 1, and a Cranley-Patterson rotation.)
     """
