@@ -134,7 +134,8 @@ def measure(args: Args, critic: Critic, axis: ReturnAxis, probe: probes.Probe) -
     """Errors of trained critics as shares of the range of the probe's laws, each with one number per seed."""
     ode = Ode(args.flow_steps, args.solver)
     # What one standard deviation of the noise stands for on an affine axis.
-    noise_std = float(axis.to_environment(jnp.ones(()))[0] - axis.to_environment(jnp.zeros(()))[0])
+    ends = jax.vmap(lambda a: a.to_environment(jnp.arange(2.0)))(axis)
+    noise_std = float(ends[0, 1] - ends[0, 0])
 
     def mean_error(query):
         draws = probes.sample_returns(critic, axis, probe, query, ode=ode)
