@@ -5,6 +5,7 @@ Each lists its possible transitions with probabilities and, for some state-actio
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -103,16 +104,25 @@ def lottery(
     atoms: Sequence[float], *, discount: float, steps: int = 2, looped: bool = False, unit: float = 1.0
 ) -> Probe:
     """`steps` states without reward, then a lottery with the equally likely prizes `atoms`, times `unit`. It ends
-    there, or with `looped` goes on in a state that pays nothing for ever."""
-    last, share = steps + 1, 1 / len(atoms)
+    there, or with `looped` goes on from the first state again."""
+    prizes, share = unit * np.array(atoms), 1 / len(atoms)
     rows = [(1, k, 0.0, 0.0, 1.0, k + 1) for k in range(steps)]
-    rows += [(share, steps, 0.0, unit * a, float(looped), last if looped else steps) for a in atoms]
-    rows += [(1, last, 0.0, 0.0, 1.0, last)] * looped
+    rows += [(share, steps, 0.0, prize, float(looped), 0 if looped else steps) for prize in prizes]
+    if looped:
+        prizes = discounted_sums(prizes, discount ** (steps + 1))
     laws = {
-        (k, 0.0): ([unit * a * discount ** (steps - k) for a in atoms], [share] * len(atoms)) for k in range(steps + 1)
+        (k, 0.0): (discount ** (steps - k) * prizes, np.full(len(prizes), 1 / len(prizes))) for k in range(steps + 1)
     }
     name = f"lottery of {len(atoms)}, {'looped' if looped else 'ended'}, discount {discount:g}"
     return Probe(name + f", unit {unit:g}" * (unit != 1), rows, laws, discount=discount)
+
+
+def discounted_sums(prizes: np.ndarray, factor: float, *, draws: int = 40_000, quantiles: int = 400) -> np.ndarray:
+    """Quantiles of `X_0 + factor X_1 + factor^2 X_2 + ...`, each X_i one of the prizes: from as many draws."""
+    rng, total = np.random.default_rng(0), np.zeros(draws)
+    for _ in range(math.ceil(math.log(1e-4) / math.log(factor))):
+        total = rng.permutation(np.resize(prizes, draws)) + factor * total
+    return np.quantile(total, (np.arange(quantiles) + 0.5) / quantiles)
 
 
 LOTTERIES = [

@@ -618,14 +618,6 @@ def test_return_bounds_are_the_extremes_of_all_returns(rewards: tuple[float, flo
     assert high + 1e-9 >= max(returns) >= high - rest - 1e-9
 
 
-def test_mean_return_solves_the_bellman_equation_on_average():
-    """Rewards -1 at discount 0.9 with a tenth of the transitions ending: c = -0.9 + 0.81 c in the first task."""
-    rewards, masks = np.full((2, 10), -1.0, np.float32), np.ones((2, 10), np.float32)
-    rewards[0, 3] = masks[0, 3] = 0.0
-    found = data.mean_return(rewards, np.float32(0.9) * masks)
-    np.testing.assert_allclose(found, [-0.9 / 0.19, -10.0], rtol=1e-5)
-
-
 def test_print_summary_counts_success_and_warns(capsys: pytest.CaptureFixture):
     terminals = ends_at([4, 4, 2])
     masks = np.ones((2, 10), np.float32)
@@ -655,11 +647,6 @@ def test_success_in_last_rows_alone_is_no_success(capsys: pytest.CaptureFixture)
     assert "solved in 0.00% of the transitions, in 0 of 2 episodes" in printed
     assert "returns within [0, 0]" in printed
     assert "solved in last rows alone (2)" in printed
-
-
-def test_mean_return_solves_the_average_bellman_equation():
-    rewards, bootstraps = np.array([[-1.0, -1.0, 0.0, -1.0]]), np.array([[0.9, 0.9, 0.0, 0.9]])
-    np.testing.assert_allclose(data.mean_return(rewards, bootstraps), [-0.75 / (1 - 0.675)])
 
 
 def test_rows_with_complete_returns_are_chosen_by_their_place_alone():
