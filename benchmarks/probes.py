@@ -23,7 +23,7 @@ from common.networks import CRITIC_FIELDS, Critic, stratified_normal
 from common.returns import ReturnAxis, make_axis
 from common.training import stack_replicas
 
-Atoms = tuple[Sequence[float], Sequence[float]]  # values, probabilities
+Atoms = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]  # values, probabilities
 DEFAULT_ODE = Ode()
 
 

@@ -240,8 +240,8 @@ TRAIN = evor_value.Args(
     num_next_actions=4,
 )  # fmt: skip
 
-# Largest W1 distance allowed, as a share of the range of a probe's laws. A wrong law, N(Q, 1) on the axis, is off by 15%
-# or more. Atoms that are far apart take more than these 1,500 steps of a small network: see the last test.
+# Largest W1 distance allowed, as a share of the range of a probe's laws. A wrong law, N(Q, 1) on the axis, is off by 15
+# percent or more. Atoms that are far apart take more than these 1,500 steps of a small network: see the last test.
 LIMITS = {"shared-noise": 0.06, "velocity": 0.06, "independent-noise": 0.15}
 LOTTERIES = {"shared-noise": 0.06, "velocity": 0.12}
 
