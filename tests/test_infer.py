@@ -159,6 +159,40 @@ def test_returns_and_values_are_in_environment_units():
     assert agent.sample_actions(x, 5, key=key).shape == (4, 5, 2)
 
 
+def test_temperatures_are_relative_unless_they_are_absolute():
+    """tau_R is a multiple of the spread of the data's returns, 25 here; tau_Q of that of Q* among the candidates."""
+    agent = evor_infer.Agent(make_agent())
+    x, a, key = jnp.zeros((4, 3)), jnp.zeros((4, 2)), jax.random.key(0)
+    returns = agent.sample_returns(x, a, 8, key=key)
+    absolute = dict(return_temperature=7.0, absolute=True)
+    for settings, temperature in ((dict(return_temperature=0.2), 5.0), (absolute, 7.0)):
+        value = agent.q_value(x, a, num_returns=8, key=key, **settings)
+        np.testing.assert_allclose(value, log_mean_exp(returns, temperature), rtol=1e-5)
+    scores = jnp.array([-99.0, -98.0, -95.0])
+    for unit in (1e-3, 1.0, 1e3):
+        np.testing.assert_allclose(evor_infer.standardise(unit * scores), evor_infer.standardise(scores), rtol=1e-4)
+    np.testing.assert_allclose(np.std(evor_infer.standardise(scores)), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, np.inf])
+def test_candidates_of_one_score_are_equally_likely(temperature):
+    scores = evor_infer.standardise(jnp.full(3, -100.0))
+    keys = jax.random.split(jax.random.key(0), 3_000)
+    drawn = jax.vmap(lambda key: select(scores, temperature, key=key))(keys)
+    np.testing.assert_allclose(np.bincount(drawn) / 3_000, 1 / 3, atol=0.04)
+
+
+def test_the_unit_of_the_returns_changes_no_choice():
+    """Returns times 1,024, which rounds nothing: the same actions. At an absolute temperature others are chosen."""
+    agent, observations = make_agent(), jax.random.normal(jax.random.key(1), (64, 3))
+    scaled = agent._replace(axis=affine_axis(-50.0 * 1024, 25.0 * 1024, low=-100.0 * 1024, high=0.0))
+    first, second = evor_infer.Agent(agent), evor_infer.Agent(scaled)
+    settings = dict(key=jax.random.key(2), num_actions=4, num_returns=3, action_temperature=1.0)
+    np.testing.assert_array_equal(first.act(observations, **settings), second.act(observations, **settings))
+    absolute = settings | dict(absolute=True)
+    assert not np.array_equal(first.act(observations, **absolute), second.act(observations, **absolute))
+
+
 def test_stratified_noise_has_less_error_than_independent_noise():
     """Error of Q* at N = 16 for a normal law, whose log-mean-exp is mu + sigma^2 / (2 tau) = 0.5 at mu 0, tau 1."""
     stratified = abs(float(log_mean_exp(evor_infer.stratified_normal(16), 1.0)) - 0.5)
