@@ -477,5 +477,5 @@ def test_the_main_job_on_collected_data_with_chunks(tmp_path, monkeypatch, capsy
     assert sorted({(row["step"], row["num_actions"]) for row in rows}) == [(20, 1), (20, 3)]
     assert json.loads((run / "value" / "config.json").read_text())["args"]["num_actions"] == 3
     assert (run / "value" / "model.eqx").read_bytes() == before
-    with pytest.raises(UserError, match=r"has return_temperature 0\.03, not 0\.5"):  # the softmax backup trains with it
+    with pytest.raises(UserError, match=r"has return_temperature 0\.3, not 0\.5"):  # the softmax backup trains with it
         evor_value.main(dataclasses.replace(args, resume=True, return_temperature=0.5))
