@@ -109,8 +109,8 @@ def calibration(
 SAYS = {
     "num_actions": "N_pi, candidate actions",
     "num_returns": "N, returns per candidate",
-    "return_temperature": "tau_R, share of the return range",
-    "action_temperature": "tau_Q, share of the return range",
+    "return_temperature": "tau_R",
+    "action_temperature": "tau_Q",
     "action_noise": "standard deviation of the action noise",
 }
 

@@ -25,7 +25,7 @@ AxisKind = Literal["quantiles", "std", "bounds"]
 
 WIDTH = 2.0  # of the data's returns on the axis: their standard deviation, in those of the noise
 # All below is in standard deviations of the returns.
-KNOTS = np.linspace(-3.2, 3.2, 65)  # where the data's returns lie; a 1,500th of them lie beyond
+KNOTS = np.linspace(-3.2, 3.2, 65)  # where the data's returns lie, but for 0.07% on each side
 TAIL = np.linspace(0.5, 6.0, 12)  # knots further out, on each side
 SMOOTHING = 0.3  # standard deviation of the Gaussian that smooths the quantiles
 LINE = 0.5  # share of a straight line in h^-1: no slope of the axis is more than twice that of the line
