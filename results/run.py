@@ -65,6 +65,13 @@ def sweep(name: str, flags: str, *, run: str = "tasks", tasks: str = "2", env: s
     )
 
 
+def readout(env: str, run: str, name: str, flags: str = "") -> str:
+    return (
+        f"evor_infer.py --env {env} --run-dir runs/{run}/{env} --policy-run-dir runs/{env} "
+        f"--num-actions 16 --num-returns 8 --eval-episodes {25 if env == 'scene-play' else 50} {flags} --out {name}"
+    )
+
+
 TEMPERATURES = "0 0.03 0.1 0.2 0.3 0.5 1 3 inf"
 GREEDY = "--action-temperature 0"  # the best candidate
 SCHEDULES = {"cosine": "", "constant": "--schedule constant --learning-rate 3e-4"}  # the preset's, and the paper's
@@ -72,6 +79,10 @@ AXES = {  # what the return axis is compared with, and the one before
     "quantiles": "",
     "std": "--return-axis std",
     "bounds": "--return-axis bounds --solver euler --flow-steps 10",
+}
+AXES_ON = {  # flags, and how long the range of the possible returns is
+    "scene-play": ("--reward sparse --tasks 1 2 3 4 5", 100),
+    **{env: ("", 200 if env == CUBE else 100) for env in PREVIEW},
 }
 SIZES = ("--width 64", "--width 128", "--width 256", "--depth 2")  # beside 4 x 512
 EXPERIMENTS: dict[str, list[str]] = {
@@ -88,9 +99,22 @@ EXPERIMENTS: dict[str, list[str]] = {
     "maze_backup": [preview(MAZE, "discount", "--discount 0.995")],
     "scene_policy": [policy("scene-play", "--preview")],
     "axes": [
-        preview(env, f"axis-{name}", f"{flags} {axis} --seeds 2 --policy-seed 0")
-        for env, flags in (("scene-play", "--reward sparse --tasks 1 2 3 4 5"), *((env, "") for env in PREVIEW))
-        for name, axis in AXES.items()
+        command
+        for env, (flags, returns) in AXES_ON.items()
+        for command in (
+            *(
+                preview(env, f"axis-{name}", f"{flags} {axis} --seeds 2 --policy-seed 0 --eval-episodes 0")
+                for name, axis in AXES.items()
+            ),
+            readout(env, "axis-quantiles", "after"),
+            readout(
+                env,
+                "axis-bounds",
+                "before",
+                "--absolute --solver euler --flow-steps 10 "
+                f"--return-temperature {0.03 * returns:g} --action-temperature {0.003 * returns:g}",
+            ),
+        )
     ],
     "schedule": [preview(CUBE, name, f"{flags} --eval-every 10000 {GREEDY}") for name, flags in SCHEDULES.items()],
     "policy_schedule": [  # of stage 1, at a quarter of its steps

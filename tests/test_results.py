@@ -16,7 +16,7 @@ from common import checkpoint
 from common.errors import UserError
 from common.metrics import read_csv, sha256, write_csv
 from common.statistics import success_interval
-from results import baselines, candidates, check, draw, preview, saturation, sweeps, tasks, training
+from results import axes, baselines, candidates, check, draw, preview, saturation, sweeps, tasks, training
 
 ROOT = Path(__file__).parent.parent
 
@@ -623,3 +623,38 @@ def test_the_readmes_other_numbers_are_those_of_the_rows():
     noise = listed(rates("sweep_noise_episodes.csv", "action_noise", num_actions="16")).rpartition(", ")
     sentences.append(f"{noise[0]} and {noise[2]} of task 2 at standard deviations of 0, 0.1, 0.2 and 0.4")
     assert [sentence for sentence in sentences if sentence not in readme] == []
+
+
+def test_axes_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(axes, "HERE", tmp_path / "axes")
+    bounds = dict(return_axis="bounds", solver="euler", flow_steps=10)
+    runs = [
+        make_run(tmp_path / f"{name}-{seed}", evor_value.Args(horizon=5, first_seed=seed, **flags), solved=0)
+        for name, flags in (("quantiles", {}), ("bounds", bounds))
+        for seed in (0, 1)
+    ]
+    for run, crps in zip(runs, (1.0, 2.0, 4.0, 5.0), strict=True):
+        rows = read_csv(run / "value" / "calibration.csv")
+        rows = [row | (dict(value=crps) if row["metric"] == "crps" else {}) for row in rows]
+        write_csv(run / "value" / "calibration.csv", list(rows[0]), rows)
+    for run, readout, solved in ((runs[0], "after", 3), (runs[1], "after", 4), (runs[2], "before", 1)):
+        settings = dict(num_actions=16, num_returns=8, return_temperature=0.3, action_temperature=0.2)
+        settings |= dict(absolute=readout == "before", flow_steps=5, solver="midpoint")
+        rows = [
+            dict(task=2, seed=int(run.name[-1]), episode=i, success=float(i < solved), length=100, **settings)
+            for i in range(5)
+        ]
+        write_csv(run / readout / "episodes.csv", list(rows[0]), rows)
+    axes.main(axes.Args(runs=tuple(runs)))
+    low, high = success_interval(7.0, 10)
+    line = (tmp_path / "axes" / "table.md").read_text().splitlines()[2]
+    assert line.startswith("| cube-double-play | 2 | 4.50 |  | 1.50 | 0.50 |  | 0.50 | 20% [")
+    assert line.endswith(f"| 70% [{low:.0%}, {high:.0%}] |")
+
+    # A run that is gathered again takes the place of its rows, and leaves the others.
+    before = (tmp_path / "axes" / "calibration.csv").read_text()
+    axes.main(axes.Args(runs=(runs[1],)))
+    assert (tmp_path / "axes" / "calibration.csv").read_text() == before
+    assert len(read_csv(tmp_path / "axes" / "success.csv")) == 3
+    with pytest.raises(UserError, match="holds no run"):
+        axes.main(axes.Args(runs=(tmp_path / "nothing",)))
