@@ -312,3 +312,22 @@ def test_softmax_backup_learns_the_law_of_the_better_policy():
     assert draws.mean() > 0.9 * 0.6, draws.mean()
     base = probes.sample_returns(*train(probe, "shared-noise"), probe, (0, 0.0))[0]
     assert abs(base.mean() + 0.45) < 0.2, base.mean()
+
+
+def test_an_iterated_backup_goes_far_beyond_the_datas_returns():
+    """A state that loops and pays 1 for an action that the data took in one of five cases. Best-of-16 takes it in
+    1 - 0.8^16 = 97%, for ever: a return of 9.75 for it, where the data's have a mean of 2 and a standard deviation of
+    0.9. Fails if the return axis gives out there, or bends so that errors grow."""
+    chances = {-1.0: 0.8, 1.0: 0.2}
+    probe = probes.Probe(
+        "rare reward",
+        [(chance, 0, action, max(action, 0.0), 1.0, 0) for action, chance in chances.items()],
+        {(0, 1.0): probes.point(1 + 0.9 * (1 - 0.8**16) / (1 - 0.9))},
+        policy={0: (list(chances), list(chances.values()))},
+    )
+    settings = dict(num_next_actions=16, backup_returns=1, steps=2000, chunk=2000)
+    args = dataclasses.replace(TRAIN, next_action="softmax", **settings)
+    critic, axis = probes.train(probe, args, copies=400)
+    draws = probes.sample_returns(critic, axis, probe, (0, 1.0))[0]
+    assert float(axis.spread[0]) < 1.0
+    assert abs(draws.mean() - 9.75) < 0.4 and draws.std() < 0.8, (draws.mean(), draws.std())
