@@ -6,17 +6,18 @@ Given the base policy (stage 1) and the reward-to-go law (stage 2), in an observ
 
     a^(1..N_pi) ~ pi_base(. | x)                                    candidates
     r^(i,1..N)  ~ R_theta(. | x, a^(i))                             draws of the reward-to-go
-    Q*(x, a^(i)) = tau_R log( (1/N) sum_j exp(r^(i,j) / tau_R) )    log-mean-exp
-    a ~ softmax_i( Q*(x, a^(i)) / tau_Q )                           tau_Q = 0: the best candidate
+    Q*(x, a^(i)) = T log( (1/N) sum_j exp(r^(i,j) / T) )            log-mean-exp, T = tau_R sigma_R
+    a ~ softmax_i( Q*(x, a^(i)) / (tau_Q sigma_Q) )                 tau_Q = 0: the best candidate
 
 | symbol | here                 | symbol  | here                 |
 |--------|----------------------|---------|----------------------|
 | N_pi   | `num_actions`        | tau_R   | `return_temperature` |
 | N      | `num_returns`        | tau_Q   | `action_temperature` |
 
-Temperatures are relative, so that one number means the same in every environment: tau_R to the standard deviation of
-the data's returns, tau_Q to that of Q* among the candidates of this observation. With `--absolute` both are in the
-environment's units, as in the paper. `num_actions = 1` is the base policy.
+sigma_R is the standard deviation of the data's returns, over all its states, and sigma_Q that of Q* among the
+candidates of this observation. So temperatures are relative, and one number means the same in every environment. With
+`--absolute` both sigma are 1, as in the paper: temperatures are in the environment's units. `num_actions = 1` is the
+base policy.
 
 Lists on the command line are a sweep: every combination is evaluated on the same episodes, without retraining.
 Reads `runs/ENV/{bc,value}/model.eqx`; writes `runs/ENV/infer/{config.json, episodes.csv,

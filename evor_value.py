@@ -2,40 +2,44 @@
 
     python evor_value.py --env cube-double-play
 
-`s_theta(z_t, t | x, a)` is a velocity field on the line. It moves noise z_0 ~ N(0, 1) to draws of the reward-to-go,
+`s_theta(z_t, t | x, a)` is a velocity field on the line. It moves noise z_0 ~ N(0, 1) to draws of z = h(Z), where Z is
+the reward-to-go of the action chunk a,
 
-    Z(x, a) = r + discount * mask * Z(x', a'),   a' ~ pi_base(. | x'),
+    Z(x, a) = r + g Z(x', a'),   a' ~ pi_base(. | x'),
 
-and is regressed on a TD target that is made with a target network s_bar (its flow: psi_bar). With g = discount * mask
-and t ~ U[0, 1], L(theta) = E( s_theta(z_t, t | x, a) - target )^2 where
+r its discounted reward and g = discount^horizon * mask. The return axis h is an increasing map that is made from the
+data's returns, so that they spread over the scale of the noise wherever they lie (`common/returns.py`). On this axis
+the Bellman equation is z = f(z') in law, with f(z') = h(r + g h^-1(z')).
+
+The field is regressed on a TD target that is made with a target network s_bar (its flow: psi_bar). With t ~ U[0, 1],
+L(theta) = E( s_theta(z_t, t | x, a) - target )^2 where
 
     --td-target          path point z_t                               target
-    paper                z_0 + t u                                    r + g s_bar(z_t, t | x', a')
-    shared-noise         (1-t) z_0 + t y,  y = r + g psi_bar_1(z_0)   y - z_0
-    independent-noise    (1-t) z_0 + t y,  y = r + g psi_bar_1(z_0')  y - z_0
-    velocity             t r + g Z'_t + (1-t)(1-g) z_0                r + g s_bar(Z'_t, t | x', a') - (1-g) z_0
+    paper                z_0 + t u                                    f(0) + g s_bar(z_t, t | x', a')
+    shared-noise         (1-t) z_0 + t y,  y = f(psi_bar_1(z_0))      y - z_0
+    independent-noise    (1-t) z_0 + t y,  y = f(psi_bar_1(z_0'))     y - z_0
+    velocity             f(Z'_t) + (1-t) (z_0 - f(z_0))               g s_bar(Z'_t, t | x', a') + f(z_0) - z_0
                          where Z'_t = psi_bar_t(z_0)
 
+z_0' is fresh noise. The two targets in the middle hold for any h. The others need an affine one: f(z') = f(0) + g z'.
+
 Regressing on dZ_t/dt along any random path gives a flow from law(Z_0) to law(Z_1). The last three do that, so that one
-sweep is the distributional Bellman operator and the fixed point is the law of Z. `paper`, the formula as published,
-does not: with deterministic rewards its only fixed point is the constant field Q(x, a), the law N(Q, 1). Its mean is
-right, its shape is that of the noise. `benchmarks/return_law.py` measures both.
+sweep is the distributional Bellman operator and the fixed point is the law of h(Z). `paper`, the formula as published,
+does not: its only fixed point is the constant field h(Q(x, a)), the law N(h(Q), 1). Its mean is right, its shape is
+that of the noise. `benchmarks/return_law.py` measures both.
 
 The policy is frozen: it is never trained on the value. So next actions are drawn once, ahead of training, K for each
 transition (the next-action bank). `--next-action base` takes one of them: the law is that of pi_base. `dataset` takes
-the action that was taken. `softmax` picks among the K by exp(Q*(x', a') / temperature), chosen by the online network
-and valued by the target network: the law of the policy that stage 3 extracts.
-
-The model works on a return axis, z = h(R) with h increasing and made from the data's returns, so that they spread over
-the scale of the noise wherever they lie (`common/returns.py`). The two targets in the middle hold for any such h with
-y = h(r + g h^-1(psi_bar_1)): a law commutes with an invertible map. The others need an affine one.
+the action that was taken. `softmax` picks among the K as stage 3 does, chosen by the online network and valued by the
+target network: the law of an extracted policy with N_pi = K and tau_Q = `--backup-temperature`.
 
 Reads `runs/ENV/bc/model.eqx` (trained first if missing); writes `runs/ENV/value/{config.json, metrics.csv, model.eqx,
 train_state.eqx, train_state.previous.eqx, evaluation.csv, calibration.csv, *.png}`.
 
 Differences from the paper: (1) the default target is consistent, see above; (2) the bank; (3) the paper does not say
-which z_1 makes the `paper` target's z_t: we use z_1 = z_0 + u, u uniform on the possible returns, which covers the
-paths of its fixed point and is independent of r and a'; (4) bootstrapped returns are clipped to the possible ones.
+which z_1 makes the `paper` target's z_t: we use z_1 = z_0 + u, u uniform on the places of the possible returns, which
+covers the paths of its fixed point and is independent of r and a'; (4) bootstrapped returns are clipped to the possible
+ones, widened by `--clip-margin`.
 Source: EVOR, arXiv 2510.08218, stage 2. *Ours*, not disclosed there: discount, tau, batch size, LayerNorm, flow steps.
 """
 
@@ -152,7 +156,7 @@ class Args:
     redraw_bank: int = 0
     """Gradient steps after which the bank is drawn anew; 0 keeps the first."""
     backup_temperature: float = 0.0
-    """Temperature of the softmax backup, in standard deviations of Q* among the K; 0 takes the best of K."""
+    """tau_Q of the softmax backup, in standard deviations of Q* among the K; 0 takes the best of K."""
     backup_returns: int = 4
     """Return draws per banked action in the softmax backup."""
     critic: Literal["mlp", "trunk"] = "mlp"
@@ -169,8 +173,8 @@ class Args:
     clip_margin: float = 0.1
     """How far beyond the possible returns bootstrapped ones may go, as a fraction of the return range (ours)."""
     flow_steps: int = 5
-    """Steps of all flows: the target's, whose error the bootstrap multiplies by 1 / (1 - discount), the next actions',
-    and at evaluation (ours)."""
+    """Steps of all flows: the target's, whose error the bootstrap multiplies by 1 / (1 - discount^horizon), the next
+    actions', and at evaluation (ours)."""
     solver: Solver = "midpoint"
     """Their solver: midpoint takes two evaluations a step, euler one (ours)."""
 
@@ -297,7 +301,7 @@ def td_target(
     """Path point `z_t` and regression target, the table at the top of the file; both on the return axis.
 
     Args:
-        reward, bootstrap: `r` and `g = discount * mask` of `R = r + g R'`, in the environment's units.
+        reward, bootstrap: `r` and `g = discount^horizon * mask` of `R = r + g R'`, in the environment's units.
         next_velocity: `(z, t) -> s_bar(z, t | x', a')`, of the target network.
         next_flow: `(z_0, t) -> psi_bar_t(z_0 | x', a')`, of the target network.
         axis: the map h. With `paper` and `velocity` it has to be affine.
@@ -313,7 +317,7 @@ def td_target(
         y = axis.to_model(r + g * jnp.clip(axis.to_environment(next_z), low, high))
         z_t, target = (1.0 - t) * z_0 + t * y, y - z_0
     else:
-        # An affine h turns R = r + g R' into z = r + g z' with another r.
+        # With an affine h, f(z) = f(0) + g z: from here on r is f(0).
         r = axis.to_model(r + g * axis.to_environment(jnp.zeros_like(r)))
         low, high = axis.to_model(low), axis.to_model(high)
         if kind == "paper":

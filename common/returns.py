@@ -4,13 +4,18 @@ A flow starts from noise N(0, 1) and learns a law best where that law is about a
 returns say little about where returns lie: those of a sparse task are nearly all within 1% of the lowest one. So h is
 made from the returns of the data.
 
-The axis costs no exactness. Let h be increasing and invertible, and let `Z(x, a) = r + g Z(x', a')` hold in law. Then
-`h(Z(x, a)) = h(r + g h^-1(h(Z(x', a'))))` holds in law, and the other way round. So a model whose target is
-`y = h(r + g h^-1(psi_bar_1(z_0 | x', a')))` has the law of h(Z) as its fixed point, whatever h is.
+The axis does not change the fixed point. Let h be increasing and invertible, and let `Z(x, a) = r + g Z(x', a')` hold
+in law. Then `h(Z(x, a)) = h(r + g h^-1(h(Z(x', a'))))` holds in law, and the other way round. So a model whose target
+is `y = h(r + g h^-1(psi_bar_1(z_0 | x', a')))` has the law of h(Z) as its fixed point, whatever h is. Clipping
+`h^-1(psi_bar_1)` to the possible returns changes nothing there, since the law has none beyond them.
 
-That is so for targets that bootstrap a *sample*. `velocity` bootstraps a velocity: along the path `f(Z'_t)`, with
-`f(z) = h(r + g h^-1(z))`, it would have to be `f'(Z'_t)` times the next state's, and the path starts at N(0, 1) for an
-affine f alone. `paper` takes g times the next state's velocity, which is the same thing. So both need an affine h.
+A model that errs is another matter: where h bends, an error of the law's shape becomes one of its mean, which the
+bootstrap multiplies by 1 / (1 - discount). So h is half a straight line.
+
+The proof is for targets that bootstrap a *sample*. `velocity` bootstraps a velocity. With `f(z) = h(r + g h^-1(z))`,
+the velocity of the image f(Z'_t) of the next state's path is `f'(Z'_t)` times that of Z'_t. Its formula has the
+constant g in the place of f'(Z'_t), so it needs an affine h. So does `paper`, which takes g times the next state's
+velocity.
 """
 
 from typing import Literal
@@ -23,12 +28,12 @@ from scipy import stats
 
 AxisKind = Literal["quantiles", "std", "bounds"]
 
-WIDTH = 2.0  # of the data's returns on the axis: their standard deviation, in those of the noise
-# All below is in standard deviations of the returns.
+WIDTH = 2.0  # standard deviation of all the data's returns on the axis; the law of one (x, a) is narrower
+# In units of z / WIDTH:
 KNOTS = np.linspace(-3.2, 3.2, 65)  # where the data's returns lie, but for 0.07% on each side
 TAIL = np.linspace(0.5, 6.0, 12)  # knots further out, on each side
 SMOOTHING = 0.3  # standard deviation of the Gaussian that smooths the quantiles
-LINE = 0.5  # share of a straight line in h^-1: no slope of the axis is more than twice that of the line
+LINE = 0.5  # share of the straight line in h^-1: so h is nowhere more than twice as steep as the line alone
 
 
 class ReturnAxis(eqx.Module):
@@ -74,11 +79,14 @@ def affine_axis(shift: ArrayLike, scale: ArrayLike, *, low: ArrayLike, high: Arr
 def make_axis(returns: Float[np.ndarray, " n"], bounds: Float[np.ndarray, "2"], *, kind: AxisKind) -> ReturnAxis:
     """The axis of a task, from a sample of its data's returns, and the lowest and highest possible one.
 
-    `std`: affine, the returns have mean 0 and standard deviation 2 on the axis. `quantiles`: h^-1 is the mean of that
-    line and of the smoothed quantile function of the returns, `z -> E q(Phi(z / 2 + 0.3 e))` with e ~ N(0, 1), which
-    alone would make the returns N(0, 4). It is finer where many returns lie, at atoms above all. Beyond the data's
-    returns it is logarithmic: each two further units of the axis hold e times as many returns. `bounds`: affine, the
-    mean return is at 0 and the possible returns are 4 long.
+    `std`: affine, the returns have mean 0 and standard deviation 2 on the axis.
+
+    `quantiles`: h^-1 is the mean of that line and of the smoothed quantile function of the returns,
+    `z -> E q(Phi(z / 2 + 0.3 e))` with e ~ N(0, 1), which alone would make the returns N(0, 4). It is finer where many
+    returns lie, at atoms above all. Beyond the data's returns h grows like a logarithm, so that returns far beyond them
+    have a place too: two units further out, one unit of z covers e times as long an interval of returns.
+
+    `bounds`: affine, the mean return is at 0 and the possible returns are 4 long.
 
     Multiplying all returns by a number changes no place on the axis.
     """
