@@ -202,8 +202,9 @@ def score_one(
 
 
 def standardise(scores: Float[Array, " num_actions"]) -> Float[Array, " num_actions"]:
-    """Scores in units of their own standard deviation."""
-    return (scores - jnp.mean(scores)) / (jnp.std(scores) + jnp.finfo(scores.dtype).tiny)
+    """Scores in units of their own standard deviation; what single precision rounds off stays small."""
+    info = jnp.finfo(scores.dtype)
+    return (scores - jnp.mean(scores)) / (jnp.std(scores) + info.eps * jnp.max(jnp.abs(scores)) + info.tiny)
 
 
 def select(
@@ -564,7 +565,7 @@ def film_episode(agent: Agent, settings: Extraction, env: Env, path: Path, *, se
 
 def read_episodes(path: Path, *, words: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Rows of an `evaluation.csv` or `episodes.csv`, with numbers as numbers; `words` are more columns without any."""
-    words = ("env", "data_source", "data_sha256", "solver", "independent_noise", "absolute", *words)
+    words = ("env", "data_source", "data_sha256", "solver", *words)
     whole = (
         "task",
         "seed",
@@ -578,6 +579,7 @@ def read_episodes(path: Path, *, words: Sequence[str] = ()) -> list[dict[str, An
         "length",
     )
     kinds = dict.fromkeys(words, str) | dict.fromkeys(whole, int)
+    kinds |= dict.fromkeys(("independent_noise", "absolute"), "True".__eq__)
     return [{key: kinds.get(key, float)(value) for key, value in row.items()} for row in read_csv(path)]
 
 

@@ -37,9 +37,9 @@ Reads `runs/ENV/bc/model.eqx` (trained first if missing); writes `runs/ENV/value
 train_state.eqx, train_state.previous.eqx, evaluation.csv, calibration.csv, *.png}`.
 
 Differences from the paper: (1) the default target is consistent, see above; (2) the bank; (3) the paper does not say
-which z_1 makes the `paper` target's z_t: we use z_1 = z_0 + u, u uniform on the places of the possible returns, which
-covers the paths of its fixed point and is independent of r and a'; (4) bootstrapped returns are clipped to the possible
-ones, widened by `--clip-margin`.
+which z_1 makes the `paper` target's z_t: we use z_1 = z_0 + u, u uniform on the places of the possible returns up to
+five standard deviations of the data's, which covers the paths of its fixed point and is independent of r and a'; (4)
+bootstrapped returns are clipped to the possible ones, widened by `--clip-margin`.
 Source: EVOR, arXiv 2510.08218, stage 2. *Ours*, not disclosed there: discount, tau, batch size, LayerNorm, flow steps.
 """
 
@@ -67,7 +67,7 @@ from common.evaluation import Episodes
 from common.flow import Ode, Solver, integrate
 from common.metrics import CALIBRATED, sha256, write_csv
 from common.networks import CRITIC_FIELDS, Critic, FlowCritic, FlowPolicy, make_critic, stratified_normal
-from common.returns import AxisKind, ReturnAxis, make_axis
+from common.returns import WIDTH, AxisKind, ReturnAxis, make_axis
 from common.rotation import Rotation, pad
 from common.statistics import calibration
 from common.training import (
@@ -87,6 +87,7 @@ from common.training import (
 
 Target = Literal["paper", "shared-noise", "independent-noise", "velocity"]
 SAMPLING_TARGETS = ("shared-noise", "independent-noise")  # that bootstrap a sample: right on any return axis
+FARTHEST = 5 * WIDTH  # place on the axis that the `paper` target's paths go to: five standard deviations of the returns
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
@@ -281,7 +282,7 @@ class Noise(NamedTuple):
     z_0: Float[Array, " batch"]  # N(0, 1): start of the path
     z_next: Float[Array, " batch"]  # N(0, 1): start of the bootstrap where it is not shared
     t: Float[Array, " batch"]  # U[0, 1)
-    u: Float[Array, " batch"]  # U[low, high): where the `paper` target's path goes
+    u: Float[Array, " batch"]  # uniform: where the `paper` target's path goes
 
 
 # --- Maths -------------------------------------------------------------------------------------------------------
@@ -379,7 +380,7 @@ def draw_noise(batch_size: int, axis: ReturnAxis, *, key: PRNGKeyArray) -> Noise
     shift_key, next_key, place_key = jax.random.split(key, 3)
     lattice = np.outer([0.7548776662466927, 0.5698402909980532], np.arange(batch_size)) % 1.0
     t, start = (jnp.asarray(lattice, jnp.float32) + jax.random.uniform(shift_key, (2, 1))) % 1.0
-    low, high = axis.to_model(axis.low), axis.to_model(axis.high)
+    low, high = jnp.clip(axis.to_model(jnp.stack([axis.low, axis.high])), -FARTHEST, FARTHEST)
     return Noise(
         z_0=jax.scipy.special.ndtri(jnp.clip(start, 2**-24, 1 - 2**-24)),
         z_next=jax.random.normal(next_key, (batch_size,)),
@@ -814,7 +815,6 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
         return_axis=args.axis_kind,
         replicas=[(task, seed) for task in tasks for seed in args.all_seeds],
         data=info,
-        ignored_observations=np.flatnonzero(np.isinf(standardizer.std)).tolist(),
         policy_run_dir=policy_run_dir.resolve(),
         policy_sha256=policy_sha256,
         own_policy=args.own_policy,

@@ -139,6 +139,7 @@ def with_atoms(critic: DirectCritic, low: Float[Array, ""], high: Float[Array, "
     """The critic with its atoms evenly over `[low, high]`."""
     if critic.kind != "c51":
         return critic
+    high = jnp.where(high > low, high, low + 1.0)  # one possible return: its law is that of the first atom
     return eqx.tree_at(lambda c: c.atoms, critic, jnp.linspace(low, high, len(critic.atoms)))
 
 

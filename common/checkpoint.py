@@ -91,7 +91,7 @@ def _read_header(file: BinaryIO, path: Path, stage: str) -> dict[str, Any]:
         raise UserError(f"{path} is a checkpoint of stage {found!r}, not {stage!r}: pass the other run directory.")
     for field in REQUIRED.get(stage, ()):
         if field not in header:
-            raise UserError(f"{path} is damaged ({field} is missing): delete it and train again.")
+            raise UserError(f"{path} has no {field}, as those of an older revision: use that one, or train again.")
     for field, value in header.items():
         if not _makes_sense(field, value, stage):
             raise UserError(f"{path} is damaged ({field} is {value!r:.50}): delete it and train again.")

@@ -388,11 +388,11 @@ def return_sample(trajectories: Trajectories, *, discount: float, most: int = 50
     for rewards, masks in zip(trajectories.rewards, trajectories.masks, strict=True):
         partial, tail = monte_carlo_returns(rewards, masks, trajectories.terminals, discount=discount)
         partial, tail = partial[rows], tail[rows]
-        lacking = tail.mean()
-        returns = np.full(len(rows), partial.mean() / (1.0 - lacking))  # right on average from the start
-        for _ in range(math.ceil(math.log(1e-3) / math.log(lacking)) if lacking > 1e-3 else 1):
-            returns = partial + tail * rng.permutation(returns)
-        found.append(returns)
+        mean = partial.mean() / (1.0 - tail.mean())  # of the complete returns
+        while tail.mean() > 1e-3:  # each round squares what is lacking
+            j = rng.permutation(len(rows))
+            partial, tail = partial + tail * partial[j], tail * tail[j]
+        found.append(partial + tail * mean)
     return np.stack(found)
 
 

@@ -92,7 +92,8 @@ def make_axis(returns: Float[np.ndarray, " n"], bounds: Float[np.ndarray, "2"], 
     """
     low, high = bounds
     mean, std = returns.mean(dtype=np.float64), returns.std(dtype=np.float64)
-    std = max(std, 1e-4 * abs(mean)) or (high - low) / 4 or 1.0  # single precision has to tell the knots apart
+    # Returns that hardly differ: single precision has to tell the knots apart, and the possible returns have a place.
+    std = max(std, 1e-4 * abs(mean), 1e-3 * (high - low)) or 1.0
     if kind != "quantiles":
         scale = std / WIDTH if kind == "std" or low == high else (high - low) / 4
         return eqx.tree_at(lambda a: a.spread, affine_axis(mean, scale, low=low, high=high), jnp.float32(std))

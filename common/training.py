@@ -72,7 +72,7 @@ class Standardizer(eqx.Module):
         mean = observations.mean(axis=0, dtype=np.float64)
         std = observations.std(axis=0, dtype=np.float64)
         # What single precision rounds off is no signal.
-        constant = std <= np.maximum(1e-6 * np.abs(mean), np.finfo(np.float32).tiny)
+        constant = std <= np.maximum(2 * np.finfo(np.float32).eps * np.abs(mean), np.finfo(np.float32).tiny)
         std[constant] = np.inf
         std[list(ignore)] = np.inf
         return cls(jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32))

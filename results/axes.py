@@ -69,7 +69,7 @@ def gather(run: Path) -> tuple[Rows, Rows]:
 def table(calibration: Rows, success: Rows) -> str:
     """Markdown: a line per environment and task, means over seeds."""
     lines = [
-        "| data | task | CRPS: bounds | std | quantiles | correlation: bounds | std | quantiles "
+        "| data | task | CRPS: bounds, Euler 10 | std | quantiles | correlation: bounds, Euler 10 | std | quantiles "
         "| success before | after |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]

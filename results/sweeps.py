@@ -37,6 +37,7 @@ ALIKE = (
     "discount",
     "flow_steps",
     "solver",
+    "absolute",
     "eval_seed",
 )
 SETTINGS = ("num_actions", "num_returns", "return_temperature", "action_temperature", "action_noise")
@@ -118,6 +119,10 @@ def main(args: Args) -> None:
         )
     (HERE / f"sweep_{args.name}.md").write_text("\n".join(lines) + "\n")
     title = f"{summary[0]['env']} ({summary[0]['data_source']} data), {rows[0]['steps']:,} steps"
+    if {"return_temperature", "action_temperature"} & set(swept):
+        # Rows of revision 90dd10a do not say it: theirs are fractions of the range of the possible returns.
+        units = {None: "fractions of the return range", True: "units of return", False: "standard deviations"}
+        title += f", temperatures in {units[rows[0].get('absolute')]}"
     path = HERE / f"sweep_{args.name}.png"
     if swept == ["return_temperature", "action_temperature"]:
         panels: dict[str, list[dict[str, Any]]] = {}

@@ -26,10 +26,10 @@ from evor_infer import summarise
 from results.preview import gather, refuse_mixtures
 
 HERE = Path(__file__).parent
-METHOD = ("env", "reward", "horizon", "td_target", "next_action", "critic", "discount", "steps")
+METHOD = ("env", "reward", "horizon", "td_target", "return_axis", "next_action", "critic", "discount", "steps")
 METHOD += ("return_temperature", "action_temperature")
 ALIKE = ("head_width", "head_depth", "width", "depth", "batch_size", "tau", "target_steps", "return_width")
-ALIKE += ("return_axis", "solver")
+ALIKE += ("solver",)
 ALIKE += ("num_next_actions", "backup_temperature", "learning_rate", "schedule", "num_actions", "num_returns")
 ALIKE += ("ignored_observations", "clip_margin", "backup_returns", "redraw_bank", "flow_steps", "policy_sha256")
 
@@ -69,7 +69,7 @@ def refuse(runs: Rows) -> None:
 
 
 def select(rows: Rows, **values: str) -> Rows:
-    return [row for row in rows if all(row[key] == value for key, value in values.items())]
+    return [row for row in rows if all(row.get(key, "") == value for key, value in values.items())]
 
 
 def named(row: dict[str, str]) -> str:
@@ -77,9 +77,14 @@ def named(row: dict[str, str]) -> str:
     return f"{row['env']}, sparse" if row["reward"] == "sparse" else row["env"]
 
 
+def target(row: dict[str, str]) -> str:
+    """The TD target and its return axis. (Rows of revision 90dd10a name none: all had that of the possible returns.)"""
+    return f"`{row['td_target']}`" + f", {row['return_axis']}" * bool(row.get("return_axis"))
+
+
 def by_method(runs: Rows) -> Iterator[Rows]:
     """The rows of each method, in the order in which they came."""
-    for method in dict.fromkeys(tuple(row[key] for key in METHOD) for row in runs):
+    for method in dict.fromkeys(tuple(row.get(key, "") for key in METHOD) for row in runs):
         yield select(runs, **dict(zip(METHOD, method, strict=True)))
 
 
@@ -140,7 +145,7 @@ def table(runs: Rows, episodes: Rows, published: Rows, published_tasks: Rows) ->
         seeds = {row["seed"] for row in rows}
         means.append(
             f"| {named(one)} ({one['data_source']}) | {' '.join(tasks_of(rows))} | {len(seeds)} "
-            f"| `{one['td_target']}` | `{one['next_action']}` | {one['critic']} | {one['horizon']} "
+            f"| {target(one)} | `{one['next_action']}` | {one['critic']} | {one['horizon']} "
             f"| {one['discount']} | {one['return_temperature']} | {one['action_temperature']} "
             f"| {int(one['steps']):,} | **{evor}** | {f'{np.mean(last):.0%}' if last else ''} | {base} "
             f"| {np.mean([float(row['crps']) for row in rows]):.1f} |"
@@ -151,7 +156,7 @@ def table(runs: Rows, episodes: Rows, published: Rows, published_tasks: Rows) ->
             names = ("discount", "return_temperature", "action_temperature", "task", "seed")
             values = " | ".join(row[name] for name in names)
             singles.append(
-                f"| {named(row)} | `{row['td_target']}` | `{row['next_action']}` | {values} | {' | '.join(cells)} |"
+                f"| {named(row)} | {target(row)} | `{row['next_action']}` | {values} | {' | '.join(cells)} |"
             )
     environments = {row["env"] for row in runs}
     others = ["| data (official) | highest known | method | source |", "|---|---|---|---|"]

@@ -1,6 +1,7 @@
 """Stage 3: scores and selection against closed forms, and the properties that make them a policy."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +172,21 @@ def test_temperatures_are_relative_unless_they_are_absolute():
     scores = jnp.array([-99.0, -98.0, -95.0])
     for unit in (1e-3, 1.0, 1e3):
         np.testing.assert_allclose(evor_infer.standardise(unit * scores), evor_infer.standardise(scores), rtol=1e-4)
-    np.testing.assert_allclose(np.std(evor_infer.standardise(scores)), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(np.std(evor_infer.standardise(scores)), 1.0, rtol=1e-4)
+
+
+def test_what_single_precision_rounds_off_decides_nothing():
+    """Scores that differ in the last place alone: fails if one is preferred by two standard deviations."""
+    scores = evor_infer.standardise(jnp.full(8, -100.0).at[3].add(7.7e-6))
+    assert 0 < float(scores[3] - scores[0]) < 1.0
+
+
+def test_rows_of_an_evaluation_keep_their_settings(tmp_path: Path):
+    """Fails if a flag is read as text: a resumed run would drop its earlier evaluations as those of other settings."""
+    settings = dataclasses.asdict(Extraction(absolute=True))
+    evor_infer.write_csv(tmp_path / "evaluation.csv", [*settings, "success"], [settings | dict(success=1.0)])
+    (row,) = evor_infer.read_episodes(tmp_path / "evaluation.csv")
+    assert row == settings | dict(success=1.0)
 
 
 @pytest.mark.parametrize("temperature", [0.5, np.inf])
