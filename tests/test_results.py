@@ -658,3 +658,9 @@ def test_axes_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(read_csv(tmp_path / "axes" / "success.csv")) == 3
     with pytest.raises(UserError, match="holds no run"):
         axes.main(axes.Args(runs=(tmp_path / "nothing",)))
+
+
+def test_the_readmes_table_of_axes_is_that_of_the_rows():
+    stored = [read_csv(axes.HERE / f"{name}.csv") for name in ("calibration", "success")]
+    assert axes.table(*stored) == (axes.HERE / "table.md").read_text()
+    assert axes.table(*stored) in (ROOT / "README.md").read_text()
