@@ -89,7 +89,7 @@ def main(args: Args) -> None:
     if args.folders:
         rows = [row for folder in args.folders for row in gather(folder)]
         for field in ALIKE:
-            if len({row[field] for row in rows}) > 1:
+            if len({row.get(field) for row in rows}) > 1:
                 raise UserError(f"the folders' evaluations differ in {field}: they share no figure.")
         models = [(row["td_target"], row["task"], row["seed"], row["critic_sha256"]) for row in rows]
         if len({model[:3] for model in models}) < len(set(models)) or len(set(args.folders)) < len(args.folders):

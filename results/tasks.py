@@ -79,7 +79,7 @@ def named(row: dict[str, str]) -> str:
 
 def target(row: dict[str, str]) -> str:
     """The TD target and its return axis. (Rows of revision 90dd10a name none: all had that of the possible returns.)"""
-    return f"`{row['td_target']}`" + f", {row['return_axis']}" * bool(row.get("return_axis"))
+    return ", ".join(filter(None, (f"`{row['td_target']}`", row.get("return_axis"))))
 
 
 def by_method(runs: Rows) -> Iterator[Rows]:
