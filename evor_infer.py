@@ -202,9 +202,10 @@ def score_one(
 
 
 def standardise(scores: Float[Array, " num_actions"]) -> Float[Array, " num_actions"]:
-    """Scores in units of their own standard deviation; what single precision rounds off stays small."""
+    """Scores in units of their own standard deviation, or of what single precision rounds off where that is more."""
     info = jnp.finfo(scores.dtype)
-    return (scores - jnp.mean(scores)) / (jnp.std(scores) + info.eps * jnp.max(jnp.abs(scores)) + info.tiny)
+    rounding = jnp.maximum(info.eps * jnp.max(jnp.abs(scores)), info.tiny)
+    return (scores - jnp.mean(scores)) / jnp.maximum(jnp.std(scores), rounding)
 
 
 def select(

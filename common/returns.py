@@ -10,7 +10,7 @@ is `y = h(r + g h^-1(psi_bar_1(z_0 | x', a')))` has the law of h(Z) as its fixed
 `h^-1(psi_bar_1)` to the possible returns changes nothing there, since the law has none beyond them.
 
 A model that errs is another matter: where h bends, an error of the law's shape becomes one of its mean, which the
-bootstrap multiplies by 1 / (1 - discount). So h is half a straight line.
+bootstrap multiplies by 1 / (1 - g). So half of h^-1 is a straight line where the data's returns lie.
 
 The proof is for targets that bootstrap a *sample*. `velocity` bootstraps a velocity. With `f(z) = h(r + g h^-1(z))`,
 the velocity of the image f(Z'_t) of the next state's path is `f'(Z'_t)` times that of Z'_t. Its formula has the
@@ -30,7 +30,7 @@ AxisKind = Literal["quantiles", "std", "bounds"]
 
 WIDTH = 2.0  # standard deviation of all the data's returns on the axis; the law of one (x, a) is narrower
 # In units of z / WIDTH:
-KNOTS = np.linspace(-3.2, 3.2, 65)  # where the data's returns lie, but for 0.07% on each side
+KNOTS = np.linspace(-3.2, 3.2, 65)  # normal quantiles: all levels but 0.07% on each side
 TAIL = np.linspace(0.5, 6.0, 12)  # knots further out, on each side
 SMOOTHING = 0.3  # standard deviation of the Gaussian that smooths the quantiles
 LINE = 0.5  # share of the straight line in h^-1: so h is nowhere more than twice as steep as the line alone
@@ -88,11 +88,12 @@ def make_axis(returns: Float[np.ndarray, " n"], bounds: Float[np.ndarray, "2"], 
 
     `bounds`: affine, the mean return is at 0 and the possible returns are 4 long.
 
-    Multiplying all returns by a number changes no place on the axis.
+    A standard deviation below 1e-4 of the mean or 1e-3 of the range of the possible returns counts as that much, here
+    and in `spread`. Multiplying all returns by a number changes no place on the axis.
     """
     low, high = bounds
     mean, std = returns.mean(dtype=np.float64), returns.std(dtype=np.float64)
-    # Returns that hardly differ: single precision has to tell the knots apart, and the possible returns have a place.
+    # Single precision has to tell the knots apart, and the possible returns have to be within reach.
     std = max(std, 1e-4 * abs(mean), 1e-3 * (high - low)) or 1.0
     if kind != "quantiles":
         scale = std / WIDTH if kind == "std" or low == high else (high - low) / 4

@@ -18,7 +18,7 @@ import numpy as np
 
 from common.errors import UserError, run_cli
 from common.metrics import read_csv, read_json, write_csv
-from common.statistics import success_interval
+from common.statistics import mean_interval
 from evor_infer import read_episodes, summarise
 
 HERE = Path(__file__).parent / "axes"
@@ -67,7 +67,7 @@ def gather(run: Path) -> tuple[Rows, Rows]:
 
 
 def table(calibration: Rows, success: Rows) -> str:
-    """Markdown: a line per environment and task, means over seeds."""
+    """Markdown: a line per environment and task, means over seeds, intervals over seeds and episodes."""
     lines = [
         "| data | task | CRPS: bounds, Euler 10 | std | quantiles | correlation: bounds, Euler 10 | std | quantiles "
         "| success before | after |",
@@ -83,10 +83,13 @@ def table(calibration: Rows, success: Rows) -> str:
         for readout in READOUTS:
             same = dict(env=env, reward=reward, task=task, readout=readout)
             rows = [row for row in success if same.items() <= row.items()]
-            episodes = sum(int(row["episodes"]) for row in rows)
-            solved = sum(float(row["success"]) * int(row["episodes"]) for row in rows)
-            low, high = success_interval(solved, episodes) if rows else (0.0, 0.0)
-            cells.append(f"{solved / episodes:.0%} [{low:.0%}, {high:.0%}]" if rows else "")
+            if not rows:
+                cells.append("")
+                continue
+            # (seeds, episodes): which of them were solved makes no difference.
+            solved = np.array([np.arange(n := int(row["episodes"])) < round(float(row["success"]) * n) for row in rows])
+            low, high = mean_interval([solved.astype(float)])
+            cells.append(f"{solved.mean():.0%} [{low:.0%}, {high:.0%}]")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

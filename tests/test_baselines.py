@@ -80,6 +80,13 @@ def critic_of(kind: str, seed: int = 0) -> DirectCritic:
     return critics.with_atoms(critic, jnp.float32(-2.0), jnp.float32(2.0))
 
 
+def test_one_possible_return_is_the_first_atom():
+    """Fails if the atoms coincide: the projection would divide zero by zero."""
+    critic = critics.with_atoms(critic_of("c51"), jnp.float32(3.0), jnp.float32(3.0))
+    projected = critics.project(jnp.full(9, 3.0), jnp.full(9, 1 / 9), critic.atoms)
+    np.testing.assert_allclose(projected, [1.0, *[0.0] * 8], atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["scalar", "c51", "qr"])
 @pytest.mark.parametrize("bootstrap", [0.0, 0.9, 0.99**5])
 @pytest.mark.parametrize("reward", [-0.5, 0.0, 3.0])

@@ -314,6 +314,13 @@ def test_softmax_backup_learns_the_law_of_the_better_policy():
     assert abs(base.mean() + 0.45) < 0.2, base.mean()
 
 
+def test_the_paper_targets_paths_stay_near_the_noise():
+    """Rare returns lie far out on an affine axis, here at 200: fails if the target is trained all the way there."""
+    axis = affine_axis(-100.0, 0.5, low=-100.0, high=0.0)
+    u = evor_value.draw_noise(4_096, axis, key=jax.random.key(0)).u
+    assert float(u.min()) >= 0.0 and 9.9 < float(u.max()) <= 10.0
+
+
 def test_an_iterated_backup_goes_far_beyond_the_datas_returns():
     """A state that loops and pays 1 for an action that the data took in one of five cases. Best-of-16 takes it in
     1 - 0.8^16 = 97%, for ever: a return of 9.75 for it, where the data's have a mean of 2 and a standard deviation of
