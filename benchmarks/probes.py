@@ -131,7 +131,8 @@ LOTTERIES = [
     for discount in (0.9, 0.99)
     for looped in (False, True)
 ]
-PROBES = (CHAIN, DETERMINISTIC, STOCHASTIC_REWARD, MASKS, RANDOM_NEXT_STATE, STOCHASTIC_POLICY, *LOTTERIES)
+UNITS = [lottery((0.0, -1.0, -4.0), discount=0.99, unit=unit) for unit in (1e-3, 1e3)]
+PROBES = (CHAIN, DETERMINISTIC, STOCHASTIC_REWARD, MASKS, RANDOM_NEXT_STATE, STOCHASTIC_POLICY, *LOTTERIES, *UNITS)
 
 
 def make_data(

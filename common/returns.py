@@ -30,7 +30,7 @@ AxisKind = Literal["quantiles", "std", "bounds"]
 
 WIDTH = 2.0  # standard deviation of all the data's returns on the axis; the law of one (x, a) is narrower
 # In units of z / WIDTH:
-KNOTS = np.linspace(-3.2, 3.2, 65)  # normal quantiles: all levels but 0.07% on each side
+KNOTS = np.linspace(-4.5, 4.5, 91)  # normal quantiles: all levels but 3 in a million on each side
 TAIL = np.linspace(0.5, 6.0, 12)  # knots further out, on each side
 SMOOTHING = 0.3  # standard deviation of the Gaussian that smooths the quantiles
 LINE = 0.5  # share of the straight line in h^-1: so h is nowhere more than twice as steep as the line alone
