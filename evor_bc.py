@@ -24,29 +24,29 @@ it: batch size, flow steps, standardised observations.
 """
 
 import dataclasses
-import functools
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from common import data, sources
+from common.args import TrainArgs, check
 from common.envs import default_run_dir, run_name
-from common.errors import UserError, run_cli
+from common.errors import run_cli
 from common.networks import FlowPolicy, make_policy
 from common.rotation import Rotation, pad
 from common.training import (
     Run,
     Standardizer,
+    chunked,
     copy_to_devices,
     first_host_first,
     join_hosts,
     learning_rate,
-    over_replicas,
     spread,
     stack_replicas,
 )
@@ -58,64 +58,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(TrainArgs):
     """Stage 1: train the base policy by flow-matching behaviour cloning."""
-
-    # --- experiment ---
-    env: str = "cube-double-play"
-    """OGBench dataset: a short name or a full id. With --dataset, only a name for the run."""
-    seeds: int = 1
-    """Number of seeds: one policy for each, all trained in one program."""
-    first_seed: int = 0
-    """The first seed; the others follow it."""
-    run_dir: Path | None = None
-    """Where the run goes; runs/ENV (runs/ENV-quick) by default. This stage writes to its folder bc/."""
-    resume: bool = False
-    """Continue from the last checkpoint in the run directory."""
-    overwrite: bool = False
-    """Start anew where a run stands already."""
-    track: bool = False
-    """Also log to Weights & Biases."""
-    distributed: bool = False
-    """One of several processes that train together (jax.distributed); see `common.training.join_hosts`."""
-    quick: bool = False
-    """Preset: a smoke run that ends in minutes on a laptop's CPU. Its policy is not good."""
-    preview: bool = False
-    """Preset: reaches a working policy on a CPU in tens of minutes."""
-
-    # --- data ---
-    dataset: Path | None = None
-    """An .npz file in OGBench's layout to train on instead, or a folder of them, which take turns."""
-    episodes: int | None = None
-    """Episodes to collect if the data can neither be found nor downloaded; OGBench's number by default."""
-    file_steps: int = 10_000
-    """Gradient steps before the next file takes its turn, where --dataset is a folder of several."""
-    horizon: int = 1
-    """Length of an action chunk; QC uses 5."""
-    ignore_observations: tuple[int, ...] = ()
-    """Coordinates of the observation that all networks see as constant, such as velocities; see the README's Tuning."""
-
-    # --- network and optimisation ---
-    width: int = 512
-    """Units per hidden layer."""
-    depth: int = 4
-    """Hidden layers."""
-    steps: int = 1_000_000
-    """Gradient steps."""
-    batch_size: int = 256
-    """Transitions per gradient step (ours)."""
-    learning_rate: float = 3e-4
-    """Adam's step size, or its peak with a schedule."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Constant as in the paper, or cosine decay to zero over all steps."""
-    chunk: int = 1_000
-    """Gradient steps per compiled call; metrics are averages over it."""
-    save_every: int = 10_000
-    """Gradient steps between checkpoints, at most: more are made where they cost little time."""
-
-    @property
-    def all_seeds(self) -> tuple[int, ...]:
-        return tuple(range(self.first_seed, self.first_seed + self.seeds))
 
 
 class BCData(NamedTuple):
@@ -179,7 +123,7 @@ def action_chunks(
     return jax.vmap(lambda start: actions[start + jnp.arange(horizon)].reshape(-1))(starts)
 
 
-def train_step(args: Args, state: TrainState, dataset: BCData, *, key: PRNGKeyArray) -> tuple[TrainState, dict]:
+def train_step(args: Args, state: TrainState, dataset: BCData, key: PRNGKeyArray) -> tuple[TrainState, dict]:
     """One gradient step of one replica. The key is derived from the step, so a resumed run draws the same batches."""
     batch_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
     starts = dataset.starts[jax.random.randint(batch_key, (args.batch_size,), 0, dataset.count)]
@@ -191,17 +135,7 @@ def train_step(args: Args, state: TrainState, dataset: BCData, *, key: PRNGKeyAr
     return state, {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def train_chunk(
-    args: Args, state: TrainState, dataset: BCData, keys: Key[Array, " replicas"]
-) -> tuple[TrainState, dict]:
-    """`args.chunk` gradient steps of all replicas in one call; metrics are averaged over the chunk."""
-
-    def steps_of_one(state, key):
-        return jax.lax.scan(lambda s, _: train_step(args, s, dataset, key=key), state, length=args.chunk)
-
-    state, metrics = over_replicas(steps_of_one, state, keys)
-    return state, jax.tree.map(lambda m: jnp.mean(m, axis=1), metrics)
+train_chunk = chunked(train_step)
 
 
 def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> TrainState:
@@ -210,26 +144,10 @@ def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> Trai
     return TrainState(policy, make_optimizer(args).init(policy), jnp.zeros((), jnp.int32))
 
 
-def check_args(args: Any) -> None:
-    """Raises `UserError` for settings of stage 1 or 2 that cannot work together."""
-    for name in ("seeds", "horizon", "width", "depth", "batch_size", "chunk", "episodes"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
-    if not args.learning_rate > 0:
-        raise UserError(f"--learning-rate must be positive, not {args.learning_rate}.")
-    if args.first_seed < 0:
-        raise UserError(f"--first-seed must not be negative: {args.first_seed}.")
-    turns = ("file_steps",) if args.dataset is not None and args.dataset.is_dir() else ()
-    for name in ("steps", "save_every", *turns):
-        if getattr(args, name) < 1 or getattr(args, name) % args.chunk:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {getattr(args, name)} is no multiple of --chunk {args.chunk}: change one of them.")
-
-
 def main(args: Args) -> dict[str, float]:
     """Trains the base policy of every seed; returns the last metrics."""
     args = dataclasses.replace(args, save_every=min(args.save_every, args.steps))
-    check_args(args)
+    check(args)
     if args.distributed:
         join_hosts()
     name = run_name(args.env, args.dataset)

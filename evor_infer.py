@@ -36,7 +36,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -46,6 +46,7 @@ from gymnasium import Env
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PRNGKeyArray
 
 from common import checkpoint, figures, film
+from common.args import Count, at_least, check, each, not_negative
 from common.envs import check_env, default_run_dir, parse_env, run_name
 from common.errors import UserError, run_cli
 from common.evaluation import Episodes, episode_seed
@@ -71,7 +72,7 @@ class Args:
     """OGBench dataset: a short name or a full id."""
     tasks: tuple[int, ...] = ()
     """Tasks to evaluate; all that stage 2 trained by default."""
-    seeds: int | None = None
+    seeds: Annotated[int | None, at_least(1)] = None
     """Number of seeds to evaluate; all that stage 2 trained by default."""
     first_seed: int = 0
     """The first of them, with --seeds."""
@@ -85,17 +86,17 @@ class Args:
     """Preset: a short sweep over the number of actions."""
 
     # --- extraction ---
-    num_actions: tuple[int, ...] = (32,)
+    num_actions: Annotated[tuple[int, ...], each(at_least(1))] = (32,)
     """N_pi: candidates from the base policy (32: the paper's)."""
-    num_returns: tuple[int, ...] = (16,)
+    num_returns: Annotated[tuple[int, ...], each(at_least(1))] = (16,)
     """N: draws of the reward-to-go per candidate (ours)."""
-    return_temperature: tuple[float, ...] = (0.3,)
+    return_temperature: Annotated[tuple[float, ...], each(not_negative)] = (0.3,)
     """tau_R, in standard deviations of the data's returns (ours); inf scores by the mean, 0 by the largest draw."""
-    action_temperature: tuple[float, ...] = (0.2,)
+    action_temperature: Annotated[tuple[float, ...], each(not_negative)] = (0.2,)
     """tau_Q, in standard deviations of Q* among the candidates (ours); 0 takes the best candidate, inf any."""
     absolute: bool = False
     """Temperatures in the environment's units, as in the paper."""
-    flow_steps: int = 5
+    flow_steps: Count = 5
     """Steps of both flows (ours)."""
     solver: Solver = "midpoint"
     """Their solver; midpoint takes two evaluations a step, euler one."""
@@ -103,13 +104,13 @@ class Args:
     """Draw the return noise at random, still shared by all candidates, instead of normal quantiles."""
 
     # --- evaluation ---
-    eval_episodes: int = 50
+    eval_episodes: Count = 50
     """Episodes per task and seed (OGBench: 50)."""
     eval_seed: int = 0
     """Seed of the initial states."""
-    action_noise: tuple[float, ...] = (0.0,)
+    action_noise: Annotated[tuple[float, ...], each(not_negative)] = (0.0,)
     """Standard deviation of Gaussian noise in the executed actions, which are in [-1, 1]: stochastic transitions."""
-    workers: int | None = None
+    workers: Annotated[int | None, at_least(1)] = None
     """Processes that step environments; all cores by default."""
     video: Path | None = None
     """Also film an episode of the first task and seed, from the first initial state of the evaluation, with the last
@@ -601,22 +602,10 @@ def summarise(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[dict
     return out
 
 
-def check_args(args: Args) -> None:
-    """Raises `UserError` for settings that cannot be evaluated."""
-    for name in ("num_actions", "num_returns", "return_temperature", "action_temperature", "action_noise"):
-        values, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        lowest = 1 if name.startswith("num_") else 0.0
-        if not values or not all(value >= lowest for value in values):
-            raise UserError(f"{flag} needs one or more numbers of at least {lowest}.")
-    for name in ("seeds", "eval_episodes", "flow_steps", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1.".replace("_", "-"))
-
-
 def main(args: Args) -> list[dict[str, Any]]:
     """Evaluates every combination of the lists; returns the summary rows."""
     began = time.monotonic()
-    check_args(args)
+    check(args)
     if args.video is not None:
         film.choose_renderer()
         film.make_writer(args.video)  # now, rather than after the sweep

@@ -46,10 +46,10 @@ Source: EVOR, arXiv 2510.08218, stage 2. *Ours*, not disclosed there: discount, 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ from jaxtyping import Array, ArrayLike, Float, Float16, Int, Key, PRNGKeyArray
 import evor_bc
 import evor_infer
 from common import checkpoint, data, figures, sources
+from common.args import Count, TrainArgs, check, multiple_of, not_negative, within
 from common.bank import make_bank
 from common.envs import NUM_TASKS, default_run_dir, parse_env, run_name, validation_path
 from common.errors import UserError, run_cli
@@ -74,12 +75,12 @@ from common.training import (
     STATES,
     Run,
     Standardizer,
+    chunked,
     copy_to_devices,
     first_host_first,
     in_blocks,
     join_hosts,
     learning_rate,
-    over_replicas,
     spread,
     stack_replicas,
     state_to_resume,
@@ -101,117 +102,79 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(TrainArgs):
     """Stage 2, the main job: train the reward model (and the base policy if there is none), then evaluate."""
 
     # --- experiment ---
-    env: str = "cube-double-play"
-    """OGBench dataset: a short name or a full id. With --dataset, only a name for the run."""
     tasks: tuple[int, ...] = ()
     """OGBench's single tasks; the environment's default task by default."""
-    seeds: int = 1
-    """Number of seeds: one reward model per task and seed, all trained in one program."""
-    first_seed: int = 0
-    """The first seed; the others follow it."""
-    run_dir: Path | None = None
-    """Where the run goes; runs/ENV (runs/ENV-quick) by default. This stage writes to its folder value/."""
     policy_run_dir: Path | None = None
     """The run directory with the base policy; --run-dir by default."""
-    policy_seed: int | None = None
+    policy_seed: Annotated[int | None, not_negative] = None
     """The base policy that all seeds share, by its seed; each seed's own by default."""
-    resume: bool = False
-    """Continue from the last checkpoint in the run directory. Settings of the evaluation may be others then; of a run
-    that is complete, only the evaluation is done again."""
-    overwrite: bool = False
-    """Start anew where a run stands already."""
-    track: bool = False
-    """Also log to Weights & Biases."""
-    distributed: bool = False
-    """One of several processes that train together (jax.distributed); see `common.training.join_hosts`."""
-    quick: bool = False
-    """Preset: a smoke run that ends in minutes on a laptop's CPU. What it trains is not good."""
-    preview: bool = False
-    """Preset: reaches a working policy on a CPU in tens of minutes."""
-
-    # --- data ---
-    dataset: Path | None = None
-    """An .npz file in OGBench's layout, with its own rewards and masks or with qpos, or a folder of them."""
-    episodes: int | None = None
-    """Episodes to collect if the data can neither be found nor downloaded; OGBench's number by default."""
-    file_steps: int = 10_000
-    """Gradient steps before the next file takes its turn, where --dataset is a folder of several."""
     reward: Literal["default", "sparse"] = "default"
     """OGBench's reward, or -1 until the task is solved (QC's variant)."""
-    horizon: int = 1
-    """Length of an action chunk; the base policy's."""
-    ignore_observations: tuple[int, ...] = ()
-    """Coordinates that a base policy trained here sees as constant. The reward model always follows the policy."""
 
     # --- reward model ---
     td_target: Target = "shared-noise"
     """The regression target; see the table at the top of the file."""
     next_action: Literal["base", "dataset", "softmax"] = "base"
     """Whose reward-to-go: the base policy's, the data's, or the extracted policy's."""
-    num_next_actions: int = 4
+    num_next_actions: Count = 4
     """K: banked next actions per transition."""
-    redraw_bank: int = 0
+    redraw_bank: Annotated[int, not_negative, multiple_of("chunk")] = 0
     """Gradient steps after which the bank is drawn anew; 0 keeps the first."""
-    backup_temperature: float = 0.0
+    backup_temperature: Annotated[float, not_negative] = 0.0
     """tau_Q of the softmax backup, in standard deviations of Q* among the K; 0 takes the best of K."""
-    backup_returns: int = 4
+    backup_returns: Count = 4
     """Return draws per banked action in the softmax backup."""
     critic: Literal["mlp", "trunk"] = "mlp"
     """The paper's MLP, or features of (x, a) with a small flow head."""
-    head_width: int = 64
+    head_width: Count = 64
     """Units per hidden layer of the trunk critic's head."""
-    head_depth: int = 3
+    head_depth: Count = 3
     """Hidden layers of the trunk critic's head."""
-    discount: float = 0.99
+    discount: Annotated[float, within(0, 1, brackets="[)")] = 0.99
     """Discount per environment step (ours)."""
     return_axis: AxisKind | None = None
     """The axis that the law is learned on: the data's quantiles, an affine one of their standard deviation, or the one
     of the possible returns (ours); quantiles by default, std for targets that need an affine axis."""
     clip_margin: float = 0.1
     """How far beyond the possible returns bootstrapped ones may go, as a fraction of the return range (ours)."""
-    flow_steps: int = 5
+    flow_steps: Count = 5
     """Steps of all flows: the target's, whose error the bootstrap multiplies by 1 / (1 - discount^horizon), the next
     actions', and at evaluation (ours)."""
     solver: Solver = "midpoint"
     """Their solver: midpoint takes two evaluations a step, euler one (ours)."""
-
-    # --- optimisation ---
-    width: int = 512
-    """Units per hidden layer."""
-    depth: int = 4
-    """Hidden layers."""
-    steps: int = 1_000_000
-    """Gradient steps."""
-    batch_size: int = 256
-    """Transitions per gradient step (ours)."""
-    learning_rate: float = 3e-4
-    """Adam's step size, or its peak with a schedule."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Constant as in the paper, or cosine decay to zero over all steps."""
-    tau: float = 0.005
+    tau: Annotated[float, within(0, 1, brackets="(]")] = 0.005
     """Polyak rate of the target network (ours)."""
-    chunk: int = 1_000
-    """Gradient steps per compiled call; metrics are averages over it."""
-    save_every: int = 10_000
-    """Gradient steps between checkpoints, at most: more are made where they cost little time."""
 
     # --- evaluation ---
-    eval_every: int = 100_000
+    eval_every: Annotated[int, not_negative, multiple_of("chunk")] = 100_000
     """Gradient steps between evaluations; one always ends the run, 0 leaves out the others."""
-    eval_episodes: int = 50
+    eval_episodes: Annotated[int, not_negative] = 50
     """Episodes per task and seed (OGBench: 50); 0 skips evaluation."""
-    num_actions: int = 32
+    num_actions: Count = 32
     """N_pi at evaluation (32: the paper's)."""
-    num_returns: int = 16
+    num_returns: Count = 16
     """N at evaluation (ours)."""
-    return_temperature: float = 0.3
+    return_temperature: Annotated[float, not_negative] = 0.3
     """tau_R, in the softmax backup and at evaluation, in standard deviations of the data's returns (ours)."""
-    action_temperature: float = 0.2
+    action_temperature: Annotated[float, not_negative] = 0.2
     """tau_Q at evaluation, in standard deviations of Q* among the candidates (ours); 0 takes the best candidate."""
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        if self.redraw_bank and self.next_action == "dataset":
+            yield "--redraw-bank: --next-action dataset uses no bank: leave one of them out."
+        if len(set(self.tasks)) != len(self.tasks):
+            yield "--tasks needs each task once."
+        if not set(self.tasks) <= set(range(1, NUM_TASKS + 1)):
+            yield f"--tasks {list(self.tasks)}: a task does not exist, OGBench has tasks 1 to {NUM_TASKS}."
+        if self.critic == "trunk" and self.depth < 2:
+            yield f"--critic trunk needs --depth 2 or more, not {self.depth}: its last layer is the head."
+        if self.return_axis == "quantiles" and self.td_target not in SAMPLING_TARGETS:
+            yield f"--td-target {self.td_target} needs an affine axis: leave out --return-axis quantiles."
 
     @property
     def ode(self) -> Ode:
@@ -220,10 +183,6 @@ class Args:
     @property
     def axis_kind(self) -> AxisKind:
         return self.return_axis or ("quantiles" if self.td_target in SAMPLING_TARGETS else "std")
-
-    @property
-    def all_seeds(self) -> tuple[int, ...]:
-        return tuple(range(self.first_seed, self.first_seed + self.seeds))
 
     @property
     def policy_seeds(self) -> tuple[int, ...]:
@@ -470,15 +429,7 @@ def train_step(
     return TrainState(critic, target_critic, opt_state, state.step + 1), metrics
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def train_chunk(args: Args, state: TrainState, dataset: ValueData, replicas: Replica) -> tuple[TrainState, dict]:
-    """`args.chunk` gradient steps of all replicas in one call; metrics are averaged over the chunk."""
-
-    def steps_of_one(state, replica):
-        return jax.lax.scan(lambda s, _: train_step(args, s, dataset, replica), state, length=args.chunk)
-
-    state, metrics = over_replicas(steps_of_one, state, replicas)
-    return state, jax.tree.map(lambda m: jnp.mean(m, axis=1), metrics)
+train_chunk = chunked(train_step)
 
 
 def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> TrainState:
@@ -598,40 +549,6 @@ def last_screen(
     for file in sorted(directory.glob("*.csv")) + sorted(directory.glob("*.png")):
         print(f"              {file}")
     print(line)
-
-
-def check_args(args: Args) -> None:
-    """Raises `UserError` for settings that cannot work together."""
-    evor_bc.check_args(args)
-    if args.eval_every < 0 or args.eval_every % args.chunk:
-        raise UserError(f"--eval-every {args.eval_every} is no multiple of --chunk {args.chunk}: change one of them.")
-    if args.redraw_bank and args.next_action == "dataset":
-        raise UserError("--redraw-bank: --next-action dataset uses no bank: leave one of them out.")
-    if args.redraw_bank < 0 or args.redraw_bank % args.chunk:
-        raise UserError(f"--redraw-bank {args.redraw_bank} is no multiple of --chunk {args.chunk}: change one of them.")
-    if args.policy_seed is not None and args.policy_seed < 0:
-        raise UserError(f"--policy-seed must not be negative: {args.policy_seed}.")
-    if args.eval_episodes < 0:
-        raise UserError(f"--eval-episodes must not be negative: {args.eval_episodes}; 0 skips evaluation.")
-    if not 0.0 < args.tau <= 1.0:
-        raise UserError(f"--tau must be in (0, 1], not {args.tau}.")
-    for field in ("return_temperature", "action_temperature", "backup_temperature"):
-        if not getattr(args, field) >= 0:
-            raise UserError(f"--{field.replace('_', '-')} must not be negative: {getattr(args, field)}.")
-    if not 0.0 <= args.discount < 1.0:
-        raise UserError(f"--discount must be in [0, 1), not {args.discount}.")
-    if len(set(args.tasks)) != len(args.tasks):
-        raise UserError("--tasks needs each task once.")
-    if not set(args.tasks) <= set(range(1, NUM_TASKS + 1)):
-        raise UserError(f"--tasks {list(args.tasks)}: a task does not exist, OGBench has tasks 1 to {NUM_TASKS}.")
-    if args.critic == "trunk" and args.depth < 2:
-        raise UserError(f"--critic trunk needs --depth 2 or more, not {args.depth}: its last layer is the head.")
-    if args.return_axis == "quantiles" and args.td_target not in SAMPLING_TARGETS:
-        raise UserError(f"--td-target {args.td_target} needs an affine axis: leave out --return-axis quantiles.")
-    counts = ("head_width", "head_depth", "num_next_actions", "backup_returns")
-    for field in (*counts, "flow_steps", "num_actions", "num_returns"):
-        if getattr(args, field) < 1:
-            raise UserError(f"--{field.replace('_', '-')} must be at least 1, not {getattr(args, field)}.")
 
 
 def choose_tasks(args: Args, path: Path, own_rewards: bool) -> tuple[int, ...]:
@@ -766,7 +683,7 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
     """
     init, train = (baseline.init_state, baseline.train_chunk) if baseline else (init_state, train_chunk)
     args = dataclasses.replace(args, save_every=min(args.save_every, args.steps))
-    check_args(args)
+    check(args)
     if args.distributed:
         join_hosts()
     name = run_name(args.env, args.dataset)
@@ -942,14 +859,14 @@ def main(args: Args, *, baseline: ModuleType | None = None) -> list[dict[str, An
 
     evaluated = args.eval_episodes > 0 and not own_rewards
 
-    def check(step: int, state: Any) -> None:
+    def assess(step: int, state: Any) -> None:
         if validation is not None:
             check_calibration(step, state)
         if evaluated:
             evaluate(step, state)
 
-    checked = evaluated or validation is not None
-    run.train(state, next_chunk, model=model, evaluate=check if checked else None, evaluate_every=args.eval_every)
+    assessed = evaluated or validation is not None
+    run.train(state, next_chunk, model=model, evaluate=assess if assessed else None, evaluate_every=args.eval_every)
 
     # Report.
     if jax.process_index() > 0:

@@ -26,7 +26,8 @@ Sources: C51, Bellemare et al., arXiv 1707.06887; QR, Dabney et al., arXiv 1710.
 import dataclasses
 import functools
 import sys
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 import equinox as eqx
 import jax
@@ -36,11 +37,12 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 import evor_bc
 import evor_value
-from common.errors import UserError, run_cli
+from common.args import Count, at_least, positive
+from common.errors import run_cli
 from common.flow import Ode
 from common.networks import DirectCritic, make_critic
 from common.returns import AxisKind, ReturnAxis
-from common.training import over_replicas
+from common.training import chunked
 
 PRESETS: dict[str, dict[str, Any]] = {
     name: {key: value for key, value in preset.items() if key != "critic"}
@@ -54,14 +56,19 @@ class Args(evor_value.Args):
 
     critic: Literal["scalar", "c51", "qr"] = "scalar"  # type: ignore[assignment]
     """The critic; see the table at the top of the file."""
-    ensemble: int = 1
+    ensemble: Count = 1
     """Scalar critics, whose mean is the value; QC has 2."""
-    atoms: int = 51
+    atoms: Annotated[int, at_least(2)] = 51
     """Atoms of C51, evenly over the possible returns and --clip-margin on the return axis."""
-    quantiles: int = 32
+    quantiles: Count = 32
     """Quantiles of QR."""
-    huber: float = 0.02
+    huber: Annotated[float, positive] = 0.02
     """Threshold of QR's Huber loss, on the return axis (ours)."""
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        if self.critic == "scalar" and self.axis_kind == "quantiles":
+            yield "--critic scalar needs an affine axis: leave out --return-axis quantiles."
 
     @property
     def method(self) -> str:
@@ -177,17 +184,7 @@ def train_step(
     return evor_value.TrainState(critic, target_critic, opt_state, state.step + 1), metrics
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def train_chunk(
-    args: Args, state: evor_value.TrainState, dataset: evor_value.ValueData, replicas: evor_value.Replica
-) -> tuple[evor_value.TrainState, dict]:
-    """`args.chunk` gradient steps of all replicas in one call; metrics are averaged over the chunk."""
-
-    def steps_of_one(state, replica):
-        return jax.lax.scan(lambda s, _: train_step(args, s, dataset, replica), state, length=args.chunk)
-
-    state, metrics = over_replicas(steps_of_one, state, replicas)
-    return state, jax.tree.map(lambda m: jnp.mean(m, axis=1), metrics)
+train_chunk = chunked(train_step)
 
 
 def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> evor_value.TrainState:
@@ -198,19 +195,8 @@ def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> evor
     return evor_value.TrainState(critic, target, optimizer.init(critic), jnp.zeros((), jnp.int32))
 
 
-def check_args(args: Args) -> None:
-    """Raises `UserError` for settings of these critics that cannot work."""
-    if args.atoms < 2 or args.quantiles < 1 or args.ensemble < 1:
-        raise UserError("--atoms must be at least 2, --quantiles and --ensemble at least 1.")
-    if args.critic == "scalar" and args.axis_kind == "quantiles":
-        raise UserError("--critic scalar needs an affine axis: leave out --return-axis quantiles.")
-    if not args.huber > 0:
-        raise UserError(f"--huber must be positive, not {args.huber}.")
-
-
 def main(args: Args) -> list[dict[str, Any]]:
     """`evor_value.main` with these critics; returns the summary of the last evaluation."""
-    check_args(args)
     return evor_value.main(args, baseline=sys.modules[__name__])
 
 

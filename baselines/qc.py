@@ -33,7 +33,8 @@ Source: Q-chunking, Li, Zhou, Levine, arXiv 2507.07969.
 import dataclasses
 import functools
 import sys
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +44,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 import evor_bc
 import evor_value
 from baselines import critics
-from common.errors import UserError, run_cli
+from common.args import Count, at_least, not_negative
+from common.errors import run_cli
 from common.networks import DirectCritic, FlowPolicy, make_critic, make_policy
-from common.training import in_blocks, over_replicas
+from common.training import chunked, in_blocks
 
 PRESETS: dict[str, dict[str, Any]] = {
     name: {key: value for key, value in preset.items() if key != "num_actions"}
@@ -61,16 +63,27 @@ class Args(critics.Args):
 
     policy: Literal["joint", "frozen"] = "joint"
     """A policy trained with the critic, or stage 1's; see the top of the file."""
-    num_next_actions: int = 32
+    num_next_actions: Count = 32
     """N: draws of the policy, of which the backup takes the best."""
-    num_actions: int | None = None  # type: ignore[assignment]
+    num_actions: Annotated[int | None, at_least(1)] = None  # type: ignore[assignment]
     """N at evaluation; --num-next-actions by default."""
     next_action: Literal["base", "dataset", "softmax"] = "softmax"
     """softmax is QC's: with --backup-temperature 0, the best of N. The others need --policy frozen."""
-    action_temperature: float = 0.0
+    action_temperature: Annotated[float, not_negative] = 0.0
     """tau_Q at evaluation; 0 is QC's: the best of N."""
-    ensemble: int = 2
+    ensemble: Count = 2
     """Critics, whose mean is the value."""
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        if self.critic != "scalar":
+            yield f"--critic {self.critic}: QC's is scalar; the others are in baselines.critics."
+        if self.policy == "joint" and (self.next_action != "softmax" or self.backup_temperature != 0):
+            yield "--policy joint backs up the best of N: leave out --next-action and --backup-temperature."
+        if self.policy == "joint" and (
+            self.policy_run_dir is not None or self.policy_seed is not None or self.redraw_bank
+        ):
+            yield "--policy joint: leave out --policy-run-dir, --policy-seed and --redraw-bank; see --policy."
 
     @property
     def method(self) -> str:
@@ -149,17 +162,7 @@ def train_step(
     return TrainState(critic, target_critic, policy, opt_state, state.step + 1), metrics
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def train_chunk(
-    args: Args, state: TrainState, dataset: evor_value.ValueData, replicas: evor_value.Replica
-) -> tuple[TrainState, dict]:
-    """`args.chunk` gradient steps of all replicas in one call; metrics are averaged over the chunk."""
-
-    def steps_of_one(state, replica):
-        return jax.lax.scan(lambda s, _: train_step(args, s, dataset, replica), state, length=args.chunk)
-
-    state, metrics = over_replicas(steps_of_one, state, replicas)
-    return state, jax.tree.map(lambda m: jnp.mean(m, axis=1), metrics)
+train_chunk = chunked(train_step)
 
 
 def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> TrainState:
@@ -176,15 +179,8 @@ def main(args: Args) -> list[dict[str, Any]]:
     args = dataclasses.replace(
         args, num_actions=args.num_next_actions if args.num_actions is None else args.num_actions
     )
-    critics.check_args(args)
-    if args.critic != "scalar":
-        raise UserError(f"--critic {args.critic}: QC's is scalar; the others are in baselines.critics.")
     if args.policy == "frozen":
         return critics.main(args)
-    if args.next_action != "softmax" or args.backup_temperature != 0:
-        raise UserError("--policy joint backs up the best of N: leave out --next-action and --backup-temperature.")
-    if args.policy_run_dir is not None or args.policy_seed is not None or args.redraw_bank:
-        raise UserError("--policy joint: leave out --policy-run-dir, --policy-seed and --redraw-bank; see --policy.")
     return evor_value.main(args, baseline=sys.modules[__name__])
 
 

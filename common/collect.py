@@ -37,11 +37,12 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from common.args import at_least, check, not_negative, within
 from common.envs import collected_path, import_ogbench, num_cores, parse_env, validation_path
 from common.errors import UserError, run_cli
 from common.metrics import atomic, locked, package_versions, plain, read_json, record_sha256, write_json
@@ -130,17 +131,17 @@ class Args:
     """Dataset to collect: {cube-*,scene,puzzle-*}-{play,noisy}, pointmaze-*-{navigate,stitch}."""
     episodes: int | None = None
     """Training episodes, OGBench's number by default; a tenth as many more go to the validation file."""
-    seed: int = 0
+    seed: Annotated[int, not_negative] = 0
     """Seed of all episodes."""
-    noise: float | None = None
+    noise: Annotated[float | None, not_negative] = None
     """Another noise level than OGBench's; needs --out."""
-    noise_smoothing: float | None = None
+    noise_smoothing: Annotated[float | None, not_negative] = None
     """Another smoothing of the plan's noise than OGBench's; needs --out."""
-    min_norm: float | None = None
+    min_norm: Annotated[float | None, not_negative] = None
     """Another smallest norm of the Markov oracle's actions than OGBench's; needs --out."""
-    random_actions: float | None = None
+    random_actions: Annotated[float | None, within(0, 1, brackets="[]")] = None
     """Another probability of random actions than OGBench's; needs --out."""
-    workers: int | None = None
+    workers: Annotated[int | None, at_least(1)] = None
     """Processes; all cores by default."""
     out: Path | None = None
     """Training file to write; OGBench's cache, under `collected/`, by default."""
@@ -465,21 +466,10 @@ def _collect(dataset_name: str, recipe: Recipe, train_path: Path, seed: int, wor
     shutil.rmtree(folder)
 
 
-def check_args(args: Args) -> None:
-    """Raises `UserError` for settings that make no sense."""
-    for name in ("seed", "noise", "noise_smoothing", "min_norm"):
-        if getattr(args, name) is not None and not getattr(args, name) >= 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative: {getattr(args, name)}.")
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers must be at least 1, not {args.workers}.")
-    if args.random_actions is not None and not 0 <= args.random_actions <= 1:
-        raise UserError(f"--random-actions is a probability, not {args.random_actions}.")
+def main(args: Args) -> None:
+    check(args)
     if args.out is not None and args.out.is_dir():
         raise UserError(f"--out {args.out} is a folder: name a file in it.")
-
-
-def main(args: Args) -> None:
-    check_args(args)
     dataset_name = parse_env(args.env).dataset
     fields = ("noise", "noise_smoothing", "min_norm", "random_actions")
     changes = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}

@@ -2,13 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 
 from common import data, figures, sources
+from common.args import check, each, within
 from common.collect import is_collectable
 from common.envs import ENVIRONMENTS, NUM_TASKS, import_ogbench, parse_env, run_name
 from common.errors import UserError
@@ -27,9 +28,9 @@ class Args:
     """OGBench dataset; with --dataset FILE that brings rewards, only a name."""
     dataset: Path | None = None
     """A file (.npz) or folder of your own in the layout of OGBench's."""
-    tasks: tuple[int, ...] = (1, 2, 3, 4, 5)
+    tasks: Annotated[tuple[int, ...], each(within(1, NUM_TASKS, brackets="[]"))] = (1, 2, 3, 4, 5)
     """OGBench's single tasks."""
-    discounts: tuple[float, ...] = (0.99,)
+    discounts: Annotated[tuple[float, ...], each(within(0, 1, brackets="[)"))] = (0.99,)
     """Discounts of the returns."""
     episodes: int | None = None
     """Episodes to collect if the data can neither be found nor downloaded; OGBench's number by default."""
@@ -42,7 +43,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     if args.list:
         print(listing())
         return []
-    check_args(args)
+    check(args)
     name = run_name(args.env, args.dataset)
     path, source = sources.find_files(args.env, args.dataset, episodes=args.episodes)
     files = sources.data_files(path)
@@ -60,17 +61,6 @@ def main(args: Args) -> list[dict[str, Any]]:
     draw(trajectories, tasks, args.discounts, out / "report.png", title=f"{files[0].name} ({source})", env=args.env)
     print(f"rows: {out / 'report.csv'}\nfigure: {out / 'report.png'}")
     return rows
-
-
-def check_args(args: Args) -> None:
-    """Raises `UserError` for settings that make no sense."""
-    for discount in args.discounts:
-        if not 0.0 <= discount < 1.0:
-            raise UserError(f"--discounts must be in [0, 1), not {discount}.")
-    if not args.discounts or not args.tasks:
-        raise UserError("--tasks and --discounts need at least one number each.")
-    if not set(args.tasks) <= set(range(1, NUM_TASKS + 1)):
-        raise UserError(f"--tasks {list(args.tasks)}: OGBench has tasks 1 to {NUM_TASKS}.")
 
 
 def listing() -> str:

@@ -107,6 +107,26 @@ def over_replicas(function: Callable, *trees: Any) -> Any:
     return jax.vmap(function)(*trees)
 
 
+def chunked(train_step: Callable) -> Callable:
+    """`train_chunk(args, state, dataset, replicas)`: `args.chunk` steps of all replicas in one compiled call.
+
+    Args:
+        train_step: `(args, state, dataset, replica) -> (state, metrics)`, one gradient step of one replica.
+
+    `state`, whose memory is reused, and `replicas` have a leading axis of replicas. Metrics are means over the steps.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def train_chunk(args: Any, state: Any, dataset: Any, replicas: Any) -> tuple[Any, dict[str, Array]]:
+        def steps_of_one(state, replica):
+            return jax.lax.scan(lambda s, _: train_step(args, s, dataset, replica), state, length=args.chunk)
+
+        state, metrics = over_replicas(steps_of_one, state, replicas)
+        return state, jax.tree.map(lambda m: jnp.mean(m, axis=1), metrics)
+
+    return train_chunk
+
+
 def in_blocks(function: Callable, *trees: Any, rows: int) -> Any:
     """`vmap` over the leading axis of every leaf of `trees`, a block at a time; for use inside `jit`.
 

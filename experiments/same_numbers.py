@@ -50,7 +50,7 @@ CASES: dict[str, str] = {
         critic: f"{BASELINE} --critic {critic} --next-action {backup}".replace("{module}", "critics")
         for critic, backup in dict(scalar="base", c51="softmax", qr="dataset").items()
     },
-    "qc": BASELINE.replace("{module}", "qc"),
+    "qc": BASELINE.replace("{module}", "qc").replace("--policy-run-dir {out}/{policy} ", ""),
     "qc-frozen": f"{BASELINE} --policy frozen".replace("{module}", "qc"),
 }
 RUN = """

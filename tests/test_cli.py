@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import errno
 import gc
+import inspect
 import io
 import os
 import re
@@ -70,8 +71,10 @@ def test_every_flag_is_explained(script, capsys: pytest.CaptureFixture):
         parse_args(script.Args, script.PRESETS, ["--help"])
     assert stop.value.code == 0
     words = "".join(c if c.isalnum() else " " for c in capsys.readouterr().out).split()
-    source = Path(script.__file__).read_text().split("class Args:")[1].split("\nclass ")[0]
-    docstrings = [line.strip().strip('"') for line in source.splitlines() if line.startswith('    """')][1:]
+    docstrings = []
+    for kind in script.Args.__mro__[:-1]:  # all but `object`
+        lines = [line.strip().strip('"') for line in inspect.getsource(kind).splitlines() if line.startswith('    """')]
+        docstrings += lines[1:]
     assert len(docstrings) == len(dataclasses.fields(script.Args))
     for docstring in docstrings:
         last = "".join(c if c.isalnum() else " " for c in docstring).split()[-1]
@@ -338,7 +341,7 @@ MISTAKES_OF_TRAINING = {
     "a folder as dataset": (dict(dataset=Path("run")), "no training files|--dataset"),
     "a name for no run": (dict(env="../escape"), "--env '../escape'|use letters"),
     "steps and chunk": (dict(steps=5), "--steps 5|--chunk 2|change one of them"),
-    "no steps": (dict(steps=0), "--steps 0|--chunk"),
+    "no steps": (dict(steps=0), "--steps must be at least 1, not 0"),
     "save_every and chunk": (dict(save_every=3), "--save-every 3|--chunk 2"),
     "no chunk": (dict(chunk=0), "--chunk"),
     "a negative chunk": (dict(chunk=-2), "--chunk"),
@@ -386,10 +389,10 @@ MISTAKES_OF_INFERENCE = {
     "own rewards": (dict(), "was trained on rewards of its own|no environment"),
     "a task not trained": (dict(tasks=(0, 3)), "has no task 3|[0]|evor_value.py"),
     "a seed not trained": (dict(seeds=1, first_seed=7), "has no seed 7|[0]|evor_value.py"),
-    "nothing to sweep": (dict(num_actions=()), "--num-actions needs one or more numbers of at least 1"),
-    "no actions": (dict(num_actions=(4, 0)), "--num-actions needs one or more numbers of at least 1"),
-    "no returns": (dict(num_returns=(0,)), "--num-returns needs one or more numbers of at least 1"),
-    "a negative temperature": (dict(return_temperature=(-0.1,)), "--return-temperature needs|at least 0"),
+    "nothing to sweep": (dict(num_actions=()), "--num-actions needs at least one number"),
+    "no actions": (dict(num_actions=(4, 0)), "--num-actions must be at least 1, not 0"),
+    "no returns": (dict(num_returns=(0,)), "--num-returns must be at least 1, not 0"),
+    "a negative temperature": (dict(return_temperature=(-0.1,)), "--return-temperature must not be negative: -0.1"),
     "the folder of the reward model": (dict(out="value"), "--out value|not for sweeps"),
     "a folder of no name": (dict(out="."), "--out .|not for sweeps"),
     "no episodes": (dict(eval_episodes=0), "--eval-episodes must be at least 1"),

@@ -227,7 +227,7 @@ def test_flags():
         (dict(backup_temperature=0.1), "--policy joint backs up the best of N"),
         (dict(policy_seed=0), "--policy joint: leave out --policy-run-dir"),
         (dict(num_actions=0), "--num-actions must be at least 1"),
-        (dict(ensemble=0), "--ensemble at least 1"),
+        (dict(ensemble=0), "--ensemble must be at least 1"),
     ):
         with pytest.raises(UserError, match=sentence):
             qc.main(qc.Args(**changes))

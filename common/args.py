@@ -1,0 +1,157 @@
+"""Arguments of the two trainings, and constraints that are declared beside a field.
+
+    steps: Annotated[int, at_least(1), multiple_of("chunk")] = 1_000_000
+
+`check` holds an object's fields against them. It serves the command line and Python alike.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from common.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraint:
+    """What a field has to fulfil, and the sentence for one that does not."""
+
+    holds: Callable[[Any, Any], bool]  # of the field's value and the whole object
+    complaint: Callable[[str, Any, Any], str]  # of the flag, the value and the object
+
+
+def at_least(low: int) -> Constraint:
+    return Constraint(lambda x, _: x >= low, lambda flag, x, _: f"{flag} must be at least {low}, not {x}.")
+
+
+def each(constraint: Constraint) -> Constraint:
+    """Of a list: at least one element, and `constraint` for each of them."""
+    return Constraint(
+        lambda xs, args: len(xs) > 0 and all(constraint.holds(x, args) for x in xs),
+        lambda flag, xs, args: next(
+            (constraint.complaint(flag, x, args) for x in xs if not constraint.holds(x, args)),
+            f"{flag} needs at least one number.",
+        ),
+    )
+
+
+def multiple_of(other: str) -> Constraint:
+    """A multiple of another field."""
+
+    def holds(x: int, args: Any) -> bool:
+        unit = getattr(args, other)
+        return unit < 1 or x % unit == 0  # a unit below 1 breaks its own constraint
+
+    return Constraint(
+        holds,
+        lambda flag, x, args: (
+            f"{flag} {x} is no multiple of {flag_of(other)} {getattr(args, other)}: change one of them."
+        ),
+    )
+
+
+def within(low: int, high: int, *, brackets: str) -> Constraint:
+    """An interval, with `brackets` such as `[)` for one that its lower end belongs to."""
+
+    def holds(x: float, _: Any) -> bool:
+        return (low <= x if brackets[0] == "[" else low < x) and (x <= high if brackets[1] == "]" else x < high)
+
+    interval = f"{brackets[0]}{low}, {high}{brackets[1]}"
+    return Constraint(holds, lambda flag, x, _: f"{flag} must be in {interval}, not {x}.")
+
+
+not_negative = Constraint(lambda x, _: x >= 0, lambda flag, x, _: f"{flag} must not be negative: {x}.")
+positive = Constraint(lambda x, _: x > 0, lambda flag, x, _: f"{flag} must be positive, not {x}.")
+
+Count = Annotated[int, at_least(1)]
+
+
+def flag_of(field: str) -> str:
+    """The field's name on the command line."""
+    return f"--{field.replace('_', '-')}"
+
+
+def check(args: Any) -> None:
+    """Holds the fields of `args` against their constraints; None fulfils all of them.
+
+    Raises:
+        UserError: one does not hold, or `args.conflicts()` names settings that cannot work together.
+    """
+    for field, hint in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, field)
+        for constraint in getattr(hint, "__metadata__", ()) if value is not None else ():
+            if isinstance(constraint, Constraint) and not constraint.holds(value, args):
+                raise UserError(constraint.complaint(flag_of(field), value, args))
+    for sentence in args.conflicts() if hasattr(args, "conflicts") else ():
+        raise UserError(sentence)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArgs:
+    """What both trainings take."""
+
+    # --- experiment ---
+    env: str = "cube-double-play"
+    """OGBench dataset: a short name or a full id. With --dataset, only a name for the run."""
+    seeds: Count = 1
+    """Number of seeds, all trained in one program: base policies, or a reward model per task and seed."""
+    first_seed: Annotated[int, not_negative] = 0
+    """The first seed; the others follow it."""
+    run_dir: Path | None = None
+    """Where the run goes; runs/ENV (runs/ENV-quick) by default. Stage 1 writes to its folder bc/, stage 2 to value/."""
+    resume: bool = False
+    """Continue from the last checkpoint in the run directory. Settings of the evaluation may be others then; of a run
+    that is complete, only the evaluation is done again."""
+    overwrite: bool = False
+    """Start anew where a run stands already."""
+    track: bool = False
+    """Also log to Weights & Biases."""
+    distributed: bool = False
+    """One of several processes that train together (jax.distributed); see `common.training.join_hosts`."""
+    quick: bool = False
+    """Preset: a smoke run that ends in minutes on a laptop's CPU. What it trains is not good."""
+    preview: bool = False
+    """Preset: reaches a working policy on a CPU in tens of minutes."""
+
+    # --- data ---
+    dataset: Path | None = None
+    """An .npz file in OGBench's layout to train on instead, or a folder of them, which take turns. Stage 2 needs
+    rewards and masks in it, or qpos."""
+    episodes: Annotated[int | None, at_least(1)] = None
+    """Episodes to collect if the data can neither be found nor downloaded; OGBench's number by default."""
+    file_steps: Count = 10_000
+    """Gradient steps before the next file takes its turn, where --dataset is a folder of several."""
+    horizon: Count = 1
+    """Length of an action chunk; QC uses 5."""
+    ignore_observations: tuple[int, ...] = ()
+    """Coordinates of the observation that the base policy sees as constant, such as velocities (README, Tuning). The
+    reward model always follows its policy."""
+
+    # --- network and optimisation ---
+    width: Count = 512
+    """Units per hidden layer."""
+    depth: Count = 4
+    """Hidden layers."""
+    steps: Annotated[Count, multiple_of("chunk")] = 1_000_000
+    """Gradient steps."""
+    batch_size: Count = 256
+    """Transitions per gradient step (ours)."""
+    learning_rate: Annotated[float, positive] = 3e-4
+    """Adam's step size, or its peak with a schedule."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Constant as in the paper, or cosine decay to zero over all steps."""
+    chunk: Count = 1_000
+    """Gradient steps per compiled call; metrics are averages over it."""
+    save_every: Annotated[Count, multiple_of("chunk")] = 10_000
+    """Gradient steps between checkpoints, at most: more are made where they cost little time."""
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        return tuple(range(self.first_seed, self.first_seed + self.seeds))
+
+    def conflicts(self) -> Iterator[str]:
+        """Sentences about settings that cannot work together."""
+        turns = multiple_of("chunk")
+        if self.dataset is not None and self.dataset.is_dir() and not turns.holds(self.file_steps, self):
+            yield turns.complaint("--file-steps", self.file_steps, self)

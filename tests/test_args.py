@@ -1,0 +1,77 @@
+"""Constraints declared beside a field."""
+
+import dataclasses
+from typing import Annotated
+
+import pytest
+
+import evor_bc
+import evor_infer
+import evor_value
+from baselines import critics, qc
+from common.args import Constraint, Count, at_least, check, each, multiple_of, not_negative, positive, within
+from common.errors import UserError, parse_args
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    unit: Count = 2
+    steps: Annotated[Count, multiple_of("unit")] = 4
+    maybe: Annotated[int | None, at_least(3)] = None
+    share: Annotated[float, within(0, 1, brackets="[)")] = 0.0
+    rate: Annotated[float, within(0, 1, brackets="(]")] = 1.0
+    size: Annotated[float, positive] = 1.0
+    noise: Annotated[float, not_negative] = 0.0
+    many: Annotated[tuple[int, ...], each(at_least(1))] = (1,)
+
+    def conflicts(self):
+        if self.size == self.noise:
+            yield "--size and --noise are the same."
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(unit=0), "--unit must be at least 1, not 0."),
+        (dict(unit=0, steps=3), "--unit must be at least 1, not 0."),
+        (dict(steps=0), "--steps must be at least 1, not 0."),
+        (dict(steps=3), "--steps 3 is no multiple of --unit 2: change one of them."),
+        (dict(maybe=2), "--maybe must be at least 3, not 2."),
+        (dict(share=1.0), "--share must be in [0, 1), not 1.0."),
+        (dict(share=float("nan")), "--share must be in [0, 1), not nan."),
+        (dict(rate=0.0), "--rate must be in (0, 1], not 0.0."),
+        (dict(size=0.0), "--size must be positive, not 0.0."),
+        (dict(noise=-0.1), "--noise must not be negative: -0.1."),
+        (dict(noise=float("nan")), "--noise must not be negative: nan."),
+        (dict(many=()), "--many needs at least one number."),
+        (dict(many=(2, 0)), "--many must be at least 1, not 0."),
+        (dict(noise=1.0), "--size and --noise are the same."),
+    ],
+)
+def test_what_breaks_a_constraint_is_said(changes: dict, sentence: str):
+    with pytest.raises(UserError) as error:
+        check(Args(**changes))
+    assert str(error.value) == sentence
+
+
+def test_what_fulfils_all_passes():
+    check(Args())
+    check(Args(unit=1, steps=1, maybe=3, share=0.999, rate=1e-9, noise=5.0, many=(1, 1)))
+
+
+@pytest.mark.parametrize("script", [evor_bc, evor_value, evor_infer, critics, qc], ids=lambda script: script.__name__)
+def test_defaults_and_presets_fulfil_their_constraints(script):
+    """Fails if a subclass that declares a field anew has another default than its constraint allows."""
+    for words in ([], *([f"--{name}"] for name in script.PRESETS)):
+        check(parse_args(script.Args, script.PRESETS, words))
+
+
+def test_a_baseline_keeps_the_constraints_of_fields_that_it_declares_anew():
+    """A field that is declared anew loses what its parent's annotation said."""
+    for args in (critics.Args, qc.Args):
+        for field in dataclasses.fields(args):
+            parent = evor_value.Args.__annotations__.get(field.name)
+            declared = args.__annotations__.get(field.name)
+            if parent is not None and declared is not None:
+                constrained = [x for x in getattr(parent, "__metadata__", ()) if isinstance(x, Constraint)]
+                assert bool(constrained) <= bool(getattr(declared, "__metadata__", ())), field.name
