@@ -160,7 +160,7 @@ class Args(TrainArgs):
     """N at evaluation (ours)."""
     return_temperature: Annotated[float, not_negative] = 0.3
     """tau_R, in the softmax backup and at evaluation, in standard deviations of the data's returns (ours)."""
-    action_temperature: Annotated[float, not_negative] = 0.2
+    action_temperature: Annotated[float, not_negative] = 1.0
     """tau_Q at evaluation, in standard deviations of Q* among the candidates (ours); 0 takes the best candidate."""
 
     def conflicts(self) -> Iterator[str]:

@@ -106,7 +106,8 @@ EXPERIMENTS: dict[str, list[str]] = {
                 preview(env, f"axis-{name}", f"{flags} {axis} --seeds 2 --policy-seed 0 --eval-episodes 0")
                 for name, axis in AXES.items()
             ),
-            readout(env, "axis-quantiles", "after"),
+            # The default of tau_Q when the stored rows were made; it is 1 today.
+            readout(env, "axis-quantiles", "after", "--action-temperature 0.2"),
             readout(
                 env,
                 "axis-bounds",
