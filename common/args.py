@@ -54,7 +54,7 @@ def multiple_of(other: str) -> Constraint:
 def within(low: int, high: int, *, brackets: str) -> Constraint:
     """An interval, with `brackets` such as `[)` for one that its lower end belongs to."""
 
-    def holds(x: float, _: Any) -> bool:
+    def holds(x: float | int, _: Any) -> bool:
         return (low <= x if brackets[0] == "[" else low < x) and (x <= high if brackets[1] == "]" else x < high)
 
     interval = f"{brackets[0]}{low}, {high}{brackets[1]}"
