@@ -33,7 +33,7 @@ SMALL = (
 )
 VALUE = f"evor_value {SMALL} --policy-run-dir {{out}}/{{policy}} --num-next-actions 2 --eval-episodes 1 --tasks 1 2"
 BASELINE = VALUE.replace("evor_value", "baselines.{module}")
-# Name, command, and what `policy` and `module` stand for.
+# Name and command. `{out}`, `{name}` and `{policy}`, the case with the base policy, are filled in by `train`.
 CASES: dict[str, str] = {
     "bc": f"evor_bc {SMALL} --seeds 2",
     "bc-horizon": f"evor_bc {SMALL} --horizon 3 --schedule cosine --ignore-observations 1",
@@ -53,6 +53,7 @@ CASES: dict[str, str] = {
     "qc": BASELINE.replace("{module}", "qc").replace("--policy-run-dir {out}/{policy} ", ""),
     "qc-frozen": f"{BASELINE} --policy frozen".replace("{module}", "qc"),
 }
+NEEDED = ("bc", "bc-horizon", "value")
 RUN = """
 import json, runpy, sys
 for words in json.load(sys.stdin):
@@ -73,7 +74,7 @@ class Args:
     revision: Annotated[str, tyro.conf.Positional]
     """The revision to compare with."""
     only: tuple[str, ...] = ()
-    """Cases; all by default. `bc` and `bc-horizon` are always trained, since the others need them."""
+    """Cases; all by default. `bc`, `bc-horizon` and `value` are always trained, since others need them."""
 
 
 def train(tree: Path, out: Path, cases: list[str]) -> subprocess.Popen:
@@ -141,7 +142,7 @@ def main(args: Args) -> None:
     """
     if unknown := set(args.only) - set(CASES):
         raise UserError(f"there are no cases {', '.join(sorted(unknown))}: choose among {', '.join(CASES)}.")
-    cases = [name for name in CASES if not args.only or name in args.only or name.startswith("bc")]
+    cases = [name for name in CASES if not args.only or name in args.only or name in NEEDED]
     place = Path(tempfile.mkdtemp(prefix="same_numbers-"))
     tree = place / "tree"
     git = ["git", "-C", str(ROOT), "worktree"]
@@ -151,9 +152,10 @@ def main(args: Args) -> None:
         raise UserError(f"git cannot check out {args.revision!r}: {made.stderr.strip()}.")
     try:
         outs = {place / "old": tree, place / "new": ROOT}
-        for out, process in [(out, train(code, out, cases)) for out, code in outs.items()]:
-            if process.wait():
-                raise UserError(f"a training failed: its last words stand at the end of {out}.log.")
+        processes = {out: train(code, out, cases) for out, code in outs.items()}
+        failed = [str(out) for out, process in processes.items() if process.wait()]  # both end before the tree goes
+        if failed:
+            raise UserError(f"a training failed: its last words stand at the end of {failed[0]}.log.")
     finally:
         subprocess.run([*git, "remove", "--force", str(tree)], check=False)
     differ = 0
