@@ -24,6 +24,7 @@ it: batch size, flow steps, standardised observations.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,23 +34,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from common import data, sources
-from common.args import TrainArgs, check
-from common.envs import default_run_dir, run_name
-from common.errors import run_cli
-from common.networks import FlowPolicy, make_policy
-from common.rotation import Rotation, pad
-from common.training import (
-    Run,
-    Standardizer,
-    chunked,
-    copy_to_devices,
-    first_host_first,
-    join_hosts,
-    learning_rate,
-    spread,
-    stack_replicas,
-)
+from common import checkpoint
+from common.args import TrainArgs, learning_rate
+from common.errors import UserError, run_cli
+from common.metrics import sha256
+from common.networks import FlowPolicy, PolicySpec, Sizes, Standardizer, make_policy
+from common.problem import BasePolicy, Dataset, Problem, Replica, sample_batch
+from common.replicas import chunked
+from common.run import STATES, Run
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(steps=2_000, width=128, batch_size=128, episodes=30, chunk=500),
@@ -62,21 +54,22 @@ class Args(TrainArgs):
     """Stage 1: train the base policy by flow-matching behaviour cloning."""
 
 
-class BCData(NamedTuple):
-    """The dataset as it lies on the device; an argument of every jitted function, never a closure."""
-
-    observations: Float[Array, "rows observation"]  # standardised
-    actions: Float[Array, "rows action"]
-    starts: Int[Array, " n"]  # rows at which a transition starts
-    count: Int[Array, ""]  # how many of `starts` count; the others fill up a file that is shorter than the longest
-
-
 class TrainState(NamedTuple):
     """Arrays only; with replicas, each leaf has a leading axis."""
 
     policy: FlowPolicy
     opt_state: optax.OptState
     step: Int[Array, ""]
+
+
+class TrainedPolicy(NamedTuple):
+    """What `model.eqx` keeps: the policies of all seeds (leading axis), and what scales their inputs."""
+
+    policy: FlowPolicy
+    standardizer: Standardizer
+
+    def spec(self) -> PolicySpec:
+        return self.policy.spec
 
 
 # --- Maths -------------------------------------------------------------------------------------------------------
@@ -116,20 +109,11 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
     return optax.adam(learning_rate(args.learning_rate, args.schedule, args.steps))
 
 
-def action_chunks(
-    actions: Float[Array, "rows action"], starts: Int[Array, " batch"], horizon: int
-) -> Float[Array, "batch chunk"]:
-    """The `horizon` actions from each start on, as one vector: `[a_i, ..., a_{i+h-1}]`."""
-    return jax.vmap(lambda start: actions[start + jnp.arange(horizon)].reshape(-1))(starts)
-
-
-def train_step(args: Args, state: TrainState, dataset: BCData, key: PRNGKeyArray) -> tuple[TrainState, dict]:
+def train_step(args: Args, state: TrainState, dataset: Dataset, replica: Replica) -> tuple[TrainState, dict]:
     """One gradient step of one replica. The key is derived from the step, so a resumed run draws the same batches."""
-    batch_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
-    starts = dataset.starts[jax.random.randint(batch_key, (args.batch_size,), 0, dataset.count)]
-    observations = dataset.observations[starts]
-    actions = action_chunks(dataset.actions, starts, args.horizon)
-    loss, gradient = jax.value_and_grad(bc_loss)(state.policy, observations, actions, key=loss_key)
+    batch_key, loss_key = jax.random.split(jax.random.fold_in(replica.key, state.step))
+    batch = sample_batch(dataset, args.batch_size, args.horizon, key=batch_key)
+    loss, gradient = jax.value_and_grad(bc_loss)(state.policy, batch.observations, batch.actions, key=loss_key)
     updates, opt_state = make_optimizer(args).update(gradient, state.opt_state)
     state = TrainState(optax.apply_updates(state.policy, updates), opt_state, state.step + 1)
     return state, {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
@@ -138,72 +122,125 @@ def train_step(args: Args, state: TrainState, dataset: BCData, key: PRNGKeyArray
 train_chunk = chunked(train_step)
 
 
-def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> TrainState:
+def init_state(args: Args, sizes: Sizes, *, key: PRNGKeyArray) -> TrainState:
     """A fresh training state of one replica."""
-    policy = make_policy(header, key=key)
+    policy = FlowPolicy(sizes.observation, sizes.chunk, width=args.width, depth=args.depth, key=key)
     return TrainState(policy, make_optimizer(args).init(policy), jnp.zeros((), jnp.int32))
 
 
 def main(args: Args) -> dict[str, float]:
     """Trains the base policy of every seed; returns the last metrics."""
-    args = dataclasses.replace(args, save_every=min(args.save_every, args.steps))
-    check(args)
-    if args.distributed:
-        join_hosts()
-    name = run_name(args.env, args.dataset)
-    path, source = first_host_first(lambda: sources.find_files(args.env, args.dataset, episodes=args.episodes))
-    info = sources.describe(path, source)
-    files = sources.data_files(path)
-    trajectories = data.load_trajectories(files[0], env=args.env)
-    data.print_summary(trajectories, info, tasks=(), discount=0.0, files=len(files))
+    with Run(args, stage="bc") as run:
+        problem = Problem(args)
 
-    dims = trajectories.observations.shape[1]
-    standardizer = Standardizer.of(trajectories.observations, ignore=args.ignore_observations)
-    longest = max(data.check_headers(file, like=trajectories) for file in files)
+        def model(state: TrainState) -> TrainedPolicy:
+            return TrainedPolicy(state.policy, problem.standardizer)
 
-    def load(file: Path) -> BCData:
-        """What training needs of one file, on the devices."""
-        found = trajectories if file == files[0] else data.load_trajectories(file, env=args.env)
-        starts = data.transition_starts(found.terminals, args.horizon, where=file.name)
-        arrays = standardizer.rows(found.observations), found.actions, starts
-        dataset = BCData(*(jnp.asarray(pad(array, longest)) for array in arrays), jnp.asarray(len(starts)))
-        return copy_to_devices(dataset, args.seeds)
+        state = run.start(problem, init_state, model=model)
+        for step in run.steps():
+            state, metrics = train_chunk(args, state, problem.data(step), problem.replicas)
+            run.record(state, metrics)
+    print(f"base policy: {run.model_path}")
+    return run.means()
 
-    rotation = Rotation(files, load, every=args.file_steps, steps=args.steps)
-    data.transition_starts(trajectories.terminals, args.horizon, where=files[0].name)  # before an old run is deleted
-    header = dict(
-        stage="bc",
-        env=name,
-        observation_dim=dims,
-        action_dim=trajectories.actions.shape[1],
-        horizon=args.horizon,
-        width=args.width,
-        depth=args.depth,
-        seeds=args.all_seeds,
-        data=info,
-        args=args,
+
+# --- The base policy of stage 2 ----------------------------------------------------------------------------------
+
+
+def load(path: Path) -> tuple[dict[str, Any], TrainedPolicy]:
+    """Header and policies of a `model.eqx`.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+
+    def build(header):
+        spec = checkpoint.read_spec(PolicySpec, header["model"], path)
+        keys = jax.random.split(jax.random.key(0), len(header["seeds"]))
+        standardizer = Standardizer(jnp.zeros(spec.observation), jnp.ones(spec.observation))
+        return TrainedPolicy(jax.vmap(lambda key: make_policy(spec, key=key))(keys), standardizer)
+
+    return checkpoint.load(path, build, stage="bc", remedy="train it with evor_bc.py first.")
+
+
+def args_for(args: Any) -> Args:
+    """The arguments with which a missing base policy is trained: the preset, data, seeds and horizon of stage 2's."""
+    preset = "quick" if args.quick else "preview" if args.preview else None
+    changes = dict(PRESETS[preset], **{preset: True}) if preset else {}
+    chunk = changes.get("chunk", Args.chunk)
+    shared = ("env", "dataset", "episodes", "horizon", "ignore_observations", "track", "distributed")
+    return Args(
+        **changes,
+        **{name: getattr(args, name) for name in shared},
+        seeds=len(args.policy_seeds),
+        first_seed=args.policy_seeds[0],
+        run_dir=args.directory,
+        file_steps=math.ceil(args.file_steps / chunk) * chunk,
     )
-    run = Run(
-        (args.run_dir or default_run_dir(name, quick=args.quick)) / "bc",
-        header,
-        replicas=[("", s) for s in args.all_seeds],
-        args=args,
-    )
 
-    replica_keys = jax.vmap(jax.random.key)(np.asarray(args.all_seeds))
-    keys = jax.vmap(lambda key: jax.random.split(key))(replica_keys)
-    init_keys, train_keys = keys[:, 0], keys[:, 1]
-    state = stack_replicas(lambda key: init_state(args, header, key=key), init_keys)
-    state = run.restore(state)
-    rotation.at(int(np.max(state.step)))  # loads before the progress bar of training starts
-    state, train_keys = spread((state, train_keys), args.seeds)
-    metrics = run.train(
-        state,
-        lambda state, step: train_chunk(args, state, rotation.at(step), train_keys),
-        model=lambda state: (state.policy, standardizer),
+
+def load_or_train(args: Any, *, sizes: Sizes, data_sha256: str) -> BasePolicy:
+    """The base policies of `args.policy_seeds`, for stage 2.
+
+    Where none stand in stage 2's own run directory they are trained; a training that was interrupted is continued.
+
+    Raises:
+        UserError: what stands there was trained for something else, or not for these seeds.
+    """
+    path = (args.policy_run_dir or args.directory) / "bc" / "model.eqx"
+    done = path.is_file() and _trained_to_its_end(path)
+    if not done and args.policy_run_dir is None:
+        resume = any((path.parent / name).is_file() for name in STATES)
+        print(f"{'unfinished' if resume else 'no'} base policy at {path}: training it first.", flush=True)
+        main(dataclasses.replace(args_for(args), resume=resume))
+    elif not path.is_file():
+        raise UserError(f"there is no base policy at {path}: train it with evor_bc.py, or leave out --policy-run-dir.")
+    elif not done:
+        raise UserError(f"the base policy at {path} is not trained to its end: finish it with evor_bc.py --resume.")
+    header, (policies, standardizer) = load(path)
+    _check_fits(args, header, path, sizes, data_sha256)
+    print(
+        f"base policy: {path}, {header['step']:,} steps, {policies.spec.depth} x {policies.spec.width}, "
+        f"trained on {header['data']['name']} (sha256 {header['data']['sha256'][:12]})"
     )
-    print(f"base policy: {run.directory / 'model.eqx'}")
-    return metrics
+    index = np.array([header["seeds"].index(seed) for seed in args.policy_seeds])
+    return BasePolicy(jax.tree.map(lambda x: jnp.asarray(x)[index], policies), standardizer, path, sha256(path))
+
+
+def _trained_to_its_end(path: Path) -> bool:
+    header = checkpoint.read_header(path, stage="bc", remedy="")
+    return header["step"] >= header["args"]["steps"]
+
+
+def _check_fits(args: Any, header: dict[str, Any], path: Path, sizes: Sizes, data_sha256: str) -> None:
+    """Whether base policies fit what stage 2 is about to train.
+
+    Raises:
+        UserError: they do not.
+    """
+    spec = header["model"]
+    expected = dict(env=args.name, horizon=sizes.horizon, observation=sizes.observation, action=sizes.chunk)
+    checkpoint.require(header | dict(observation=spec["observation"], action=spec["action"]), path, **expected)
+    if header["data"]["sha256"] != data_sha256 and args.policy_run_dir is None:
+        raise UserError(
+            f"the base policy at {path} was trained on other data, {header['data']['name']}: pass another --run-dir, "
+            f"or --policy-run-dir {path.parent.parent} if that is meant."
+        )
+    ignored = header["args"].get("ignore_observations", [])
+    if args.ignore_observations and sorted(args.ignore_observations) != sorted(ignored):
+        raise UserError(
+            f"--ignore-observations {list(args.ignore_observations)}: the base policy at {path} ignores {ignored}: "
+            f"train it anew, or leave the flag out."
+        )
+    lost = {seed for _, seed in header.get("diverged", ())} & set(args.policy_seeds)
+    if lost:
+        raise UserError(f"the base policy of seed {min(lost)} at {path} diverged: use another, with --policy-seed.")
+    unknown = set(args.policy_seeds) - set(header["seeds"])
+    if unknown:
+        raise UserError(
+            f"{path} has no seed {min(unknown)}: train it with evor_bc.py --first-seed {args.policy_seeds[0]} --seeds "
+            f"{len(args.policy_seeds)} --overwrite, or use its seeds, {header['seeds']}, or one with --policy-seed."
+        )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ Sources: C51, Bellemare et al., arXiv 1707.06887; QR, Dabney et al., arXiv 1710.
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -39,10 +38,15 @@ import evor_bc
 import evor_value
 from common.args import Count, at_least, positive
 from common.errors import run_cli
+from common.evaluation import Evaluation
 from common.flow import Ode
-from common.networks import DirectCritic, make_critic
+from common.networks import DirectCritic, Sizes
+from common.problem import Dataset, Replica, ValueProblem, sample_batch
+from common.replicas import chunked
 from common.returns import AxisKind, ReturnAxis
-from common.training import chunked
+from common.run import Run
+from evor_infer import Agent
+from evor_value import TrainState, make_optimizer, next_actions
 
 PRESETS: dict[str, dict[str, Any]] = {
     name: {key: value for key, value in preset.items() if key != "critic"}
@@ -151,28 +155,25 @@ def with_atoms(critic: DirectCritic, low: Float[Array, ""], high: Float[Array, "
 
 
 def train_step(
-    args: Args, state: evor_value.TrainState, dataset: evor_value.ValueData, replica: evor_value.Replica
-) -> tuple[evor_value.TrainState, dict[str, Float[Array, ""]]]:
+    args: Args, state: TrainState, dataset: Dataset, replica: Replica
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One gradient step of one replica. Keys are derived from the step, so a resumed run draws the same batches."""
     batch_key, _, action_key = jax.random.split(jax.random.fold_in(replica.key, state.step), 3)
-    index = jax.random.randint(batch_key, (args.batch_size,), 0, dataset.count)
-    starts = dataset.starts[index]
-    observations, next_observations = dataset.observations[starts], dataset.observations[starts + args.horizon]
-    actions = evor_bc.action_chunks(dataset.actions, starts, args.horizon)
-    reward, bootstrap = dataset.rewards[replica.task, index], dataset.bootstraps[replica.task, index]
+    batch = sample_batch(dataset, args.batch_size, args.horizon, key=batch_key)
+    reward, bootstrap = batch.rewards[replica.task], batch.bootstraps[replica.task]
 
     low, high = map(replica.axis.to_model, replica.axis.bounds(args.clip_margin))
     online, target_critic = with_atoms(state.critic, low, high), with_atoms(state.target, low, high)
-    chosen = evor_value.next_actions(args, online, dataset, replica, index, key=action_key)
+    chosen = next_actions(args, online, dataset, replica, batch, key=action_key)
 
     def loss_fn(critic):
         one = functools.partial(td_loss_one, critic, target_critic, margin=args.clip_margin, threshold=args.huber)
-        in_batch = observations, actions, reward, bootstrap, next_observations, chosen
+        in_batch = batch.observations, batch.actions, reward, bootstrap, batch.next_observations, chosen
         losses, targets = jax.vmap(one, (0,) * 6 + (None,))(*in_batch, replica.axis)
         return jnp.mean(losses), jnp.mean(targets)
 
     (loss, target), gradient = jax.value_and_grad(loss_fn, has_aux=True)(online)
-    updates, opt_state = evor_value.make_optimizer(args).update(gradient, state.opt_state)
+    updates, opt_state = make_optimizer(args).update(gradient, state.opt_state)
     critic = with_atoms(optax.apply_updates(online, updates), low, high)
     # Polyak average of the *updated* online parameters: the target lags by tau alone, not by one step more.
     target_critic = optax.incremental_update(critic, target_critic, args.tau)
@@ -181,23 +182,36 @@ def train_step(
         "gradient_norm": optax.tree.norm(gradient),
         "target_return": target,
     }
-    return evor_value.TrainState(critic, target_critic, opt_state, state.step + 1), metrics
+    return TrainState(critic, target_critic, opt_state, state.step + 1), metrics
 
 
 train_chunk = chunked(train_step)
 
 
-def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> evor_value.TrainState:
+def init_state(args: Args, sizes: Sizes, *, key: PRNGKeyArray) -> TrainState:
     """A fresh training state of one replica; the target network starts as a copy of the online one."""
-    critic = make_critic(header, key=key)
+    shape = dict(kind=args.critic, outputs=args.outputs, width=args.width, depth=args.depth)
+    critic = DirectCritic(sizes.observation, sizes.chunk, **shape, key=key)
     target = jax.tree.map(jnp.copy, critic)
-    optimizer = evor_value.make_optimizer(args)
-    return evor_value.TrainState(critic, target, optimizer.init(critic), jnp.zeros((), jnp.int32))
+    return TrainState(critic, target, make_optimizer(args).init(critic), jnp.zeros((), jnp.int32))
 
 
 def main(args: Args) -> list[dict[str, Any]]:
-    """`evor_value.main` with these critics; returns the summary of the last evaluation."""
-    return evor_value.main(args, baseline=sys.modules[__name__])
+    """Data, base policy, critics, evaluation, report; returns the summary of the last evaluation."""
+    with Run(args, stage="value") as run:
+        problem = ValueProblem(args, load_policy=evor_bc.load_or_train)
+
+        def agents(state: TrainState) -> Agent:
+            return Agent(problem.policies, state.critic, problem.standardizers, problem.axis, args.horizon)
+
+        state = run.start(problem, init_state, model=agents)
+        evaluation = Evaluation(args, problem, run)
+        for step in run.steps():
+            if evaluation.is_due(step):
+                evaluation(agents(run.own(state)))
+            state, metrics = train_chunk(args, state, problem.data(step), problem.replicas)
+            run.record(state, metrics)
+        return evaluation.final(agents(run.own(state)))
 
 
 if __name__ == "__main__":

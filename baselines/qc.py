@@ -32,7 +32,6 @@ Source: Q-chunking, Li, Zhou, Levine, arXiv 2507.07969.
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -46,8 +45,12 @@ import evor_value
 from baselines import critics
 from common.args import Count, at_least, not_negative
 from common.errors import run_cli
-from common.networks import DirectCritic, FlowPolicy, make_critic, make_policy
-from common.training import chunked, in_blocks
+from common.evaluation import Evaluation
+from common.networks import DirectCritic, FlowPolicy, Sizes
+from common.problem import Dataset, Replica, ValueProblem, sample_batch
+from common.replicas import chunked, in_blocks
+from common.run import Run
+from evor_infer import Agent
 
 PRESETS: dict[str, dict[str, Any]] = {
     name: {key: value for key, value in preset.items() if key != "num_actions"}
@@ -89,10 +92,6 @@ class Args(critics.Args):
     def method(self) -> str:
         return f"QC, {self.policy} policy"
 
-    @property
-    def own_policy(self) -> bool:
-        return self.policy == "joint"
-
 
 class TrainState(NamedTuple):
     """Arrays only; with replicas, each leaf has a leading axis."""
@@ -119,31 +118,28 @@ def best_of(
 
 
 def train_step(
-    args: Args, state: TrainState, dataset: evor_value.ValueData, replica: evor_value.Replica
+    args: Args, state: TrainState, dataset: Dataset, replica: Replica
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One gradient step of one replica. Keys are derived from the step, so a resumed run draws the same batches."""
     batch_key, policy_key, action_key = jax.random.split(jax.random.fold_in(replica.key, state.step), 3)
-    index = jax.random.randint(batch_key, (args.batch_size,), 0, dataset.count)
-    starts = dataset.starts[index]
-    observations, next_observations = dataset.observations[starts], dataset.observations[starts + args.horizon]
-    actions = evor_bc.action_chunks(dataset.actions, starts, args.horizon)
-    reward, bootstrap = dataset.rewards[replica.task, index], dataset.bootstraps[replica.task, index]
+    batch = sample_batch(dataset, args.batch_size, args.horizon, key=batch_key)
+    reward, bootstrap = batch.rewards[replica.task], batch.bootstraps[replica.task]
 
     def next_action(observation, noise):
         candidates = state.policy.sample(observation, noise, args.ode)
         return best_of(state.critic, observation, candidates)
 
-    noise = jax.random.normal(action_key, (args.batch_size, args.num_next_actions, state.policy.action_dim))
-    chosen = jax.lax.stop_gradient(in_blocks(next_action, next_observations, noise, rows=args.num_next_actions))
+    noise = jax.random.normal(action_key, (args.batch_size, args.num_next_actions, state.policy.spec.action))
+    chosen = jax.lax.stop_gradient(in_blocks(next_action, batch.next_observations, noise, rows=args.num_next_actions))
 
     def loss_fn(networks):
         critic, policy = networks
         td_loss = functools.partial(
             critics.td_loss_one, critic, state.target, margin=args.clip_margin, threshold=args.huber
         )
-        in_batch = observations, actions, reward, bootstrap, next_observations, chosen
+        in_batch = batch.observations, batch.actions, reward, bootstrap, batch.next_observations, chosen
         losses, targets = jax.vmap(td_loss, (0,) * 6 + (None,))(*in_batch, replica.axis)
-        bc_loss = evor_bc.bc_loss(policy, observations, actions, key=policy_key)
+        bc_loss = evor_bc.bc_loss(policy, batch.observations, batch.actions, key=policy_key)
         # The two share no parameters: one optimizer for their sum is two optimizers.
         return jnp.mean(losses) + bc_loss, (jnp.mean(losses), bc_loss, jnp.mean(targets))
 
@@ -165,23 +161,40 @@ def train_step(
 train_chunk = chunked(train_step)
 
 
-def init_state(args: Args, header: dict[str, Any], *, key: PRNGKeyArray) -> TrainState:
+def init_state(args: Args, sizes: Sizes, *, key: PRNGKeyArray) -> TrainState:
     """A fresh training state of one replica; the target network starts as a copy of the online one."""
     critic_key, policy_key = jax.random.split(key)
-    critic, policy = make_critic(header, key=critic_key), make_policy(header, key=policy_key)
+    shape = dict(width=args.width, depth=args.depth)
+    critic = DirectCritic(
+        sizes.observation, sizes.chunk, kind=args.critic, outputs=args.outputs, **shape, key=critic_key
+    )
+    policy = FlowPolicy(sizes.observation, sizes.chunk, **shape, key=policy_key)
     target = jax.tree.map(jnp.copy, critic)
     opt_state = evor_value.make_optimizer(args).init((critic, policy))
     return TrainState(critic, target, policy, opt_state, jnp.zeros((), jnp.int32))
 
 
 def main(args: Args) -> list[dict[str, Any]]:
-    """`evor_value.main` with QC; returns the summary of the last evaluation."""
+    """Data, critics and policies, evaluation, report; returns the summary of the last evaluation."""
     args = dataclasses.replace(
         args, num_actions=args.num_next_actions if args.num_actions is None else args.num_actions
     )
     if args.policy == "frozen":
         return critics.main(args)
-    return evor_value.main(args, baseline=sys.modules[__name__])
+    with Run(args, stage="value") as run:
+        problem = ValueProblem(args, load_policy=None)
+
+        def agents(state: TrainState) -> Agent:
+            return Agent(state.policy, state.critic, problem.standardizers, problem.axis, args.horizon)
+
+        state = run.start(problem, init_state, model=agents)
+        evaluation = Evaluation(args, problem, run)
+        for step in run.steps():
+            if evaluation.is_due(step):
+                evaluation(agents(run.own(state)))
+            state, metrics = train_chunk(args, state, problem.data(step), problem.replicas)
+            run.record(state, metrics)
+        return evaluation.final(agents(run.own(state)))
 
 
 if __name__ == "__main__":

@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import evor_infer
+import evor_bc
 from common import data, sources
 from common.envs import default_run_dir, parse_env, validation_path
+from common.episodes import Episodes, make_env, seeded_reset
 from common.errors import UserError, run_cli
-from common.evaluation import Episodes, make_env, seeded_reset
 from common.flow import Ode
 from common.metrics import sha256, write_csv
-from common.training import provenance
+from common.provenance import provenance
 
 LIFTED = 0.05  # metres; a cube's centre lies at 0.02 on the table
 CUBES = 19  # the observation's first coordinate of a cube; the arm and its gripper come before
@@ -116,7 +116,7 @@ def measure(args: Args, run_dir: Path, validation: dict[str, np.ndarray], *, dat
     Raises:
         UserError: it was trained on other data.
     """
-    header, (policies, standardizer) = evor_infer.load_policy(run_dir)
+    header, (policies, standardizer) = evor_bc.load(run_dir / "bc" / "model.eqx")
     if header["data"]["sha256"] != data_sha256:
         raise UserError(f"{run_dir} was trained on other data than {args.env}'s here: they do not compare.")
     policy = jax.tree.map(lambda x: jnp.asarray(x)[0], policies)
@@ -126,7 +126,7 @@ def measure(args: Args, run_dir: Path, validation: dict[str, np.ndarray], *, dat
 
     def act_one(observation, episode, step):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), episode), step)
-        return sample(observation, jax.random.normal(key, (policy.action_dim,)))
+        return sample(observation, jax.random.normal(key, (policy.spec.action,)))
 
     act = jax.jit(jax.vmap(jax.vmap(act_one)))
     name, horizon = parse_env(args.env), header["horizon"]

@@ -48,6 +48,6 @@ def step_flops(args: evor_value.Args, critic: Critic, policy: FlowPolicy | None 
         macs += args.num_next_actions * (features + args.backup_returns * solve * velocity)
     if policy is not None:
         whole, first = policy_macs(policy)
-        shared = policy.observation_dim * policy.mlp.hidden[0].weight.shape[1]
+        shared = policy.spec.observation * policy.mlp.hidden[0].weight.shape[1]
         macs += 3 * whole - first + shared + args.num_next_actions * solve * (whole - shared)
     return 2.0 * args.batch_size * macs

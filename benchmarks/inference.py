@@ -45,8 +45,6 @@ class Args:
     """Environment of the run; its validation data gives the states."""
     run_dir: Path | None = None
     """Run directory of stages 1 and 2; runs/ENV by default."""
-    policy_run_dir: Path | None = None
-    """That of stage 1, if it is another one."""
     states: int = 64
     """Validation states."""
     num_actions: int = 32
@@ -88,16 +86,15 @@ def solver_rows(agent: evor_infer.Agent, observations: np.ndarray, actions: np.n
 
 def noise_rows(args: Args, agent: evor_infer.Agent, observations: np.ndarray) -> list[dict[str, Any]]:
     """Error of Q* (environment units) over candidates and draws, for quantiles and independent noise of equal N."""
-    params = agent.params
     candidates = agent.sample_actions(observations, args.num_actions, key=jax.random.key(1))
-    temperature = args.return_temperature * params.axis.spread
+    temperature = args.return_temperature * agent.axis.spread
 
     @jax.jit
     def scores(noise):
         def one(x, actions):
             score = functools.partial(evor_infer.score_one, temperature=temperature, ode=Ode())
             score = jax.vmap(score, (None, None, None, 0, None))
-            return score(params.critic, params.axis, params.standardizer(x), actions, noise)
+            return score(agent.critic, agent.axis, agent.standardizer(x), actions, noise)
 
         return jax.lax.map(lambda xa: one(*xa), (jnp.asarray(observations), candidates))
 
@@ -162,7 +159,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     """Measures and writes both comparisons; returns the rows."""
     name = parse_env(args.env)
     run_dir = args.run_dir or default_run_dir(name.short, quick=False)
-    header, replicas, agents = evor_infer.load_agents(run_dir, policy_run_dir=args.policy_run_dir)
+    header, pairs, agents = evor_infer.load_agents(run_dir)
     path, source = sources.find_files(args.env, None, episodes=args.episodes)
     if not validation_path(path).is_file():
         raise UserError(f"there is no validation file {validation_path(path)}: collect or download the data anew.")
@@ -170,14 +167,14 @@ def main(args: Args) -> list[dict[str, Any]]:
     starts = data.transition_starts(arrays["terminals"], header["horizon"])
     rows = np.random.default_rng(0).choice(starts, args.states, replace=False)
     observations = arrays["observations"][rows]
-    agent = evor_infer.Agent(jax.tree.map(lambda x: x[0], agents), header["horizon"])
+    agent = evor_infer.first_of(agents)
     actions = np.stack([arrays["actions"][row : row + header["horizon"]].reshape(-1) for row in rows])
-    axis = agent.params.axis
+    axis = agent.axis
     about = dict(
         env=name.short,
-        task=replicas[0][0],
+        task=pairs[0][0],
         data_source=source,
-        critic=header["critic"],
+        critic=agent.critic.spec.kind,
         td_target=header["args"]["td_target"],
         return_range=float(axis.high - axis.low),
         states=args.states,

@@ -19,9 +19,10 @@ from scipy import stats
 import evor_value
 from common import data
 from common.flow import Ode
-from common.networks import CRITIC_FIELDS, Critic, stratified_normal
+from common.networks import Critic, Sizes, stratified_normal
+from common.problem import Dataset, Replica
+from common.replicas import stack_replicas
 from common.returns import ReturnAxis, make_axis
-from common.training import stack_replicas
 
 Atoms = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]  # values, probabilities
 DEFAULT_ODE = Ode()
@@ -137,7 +138,7 @@ PROBES = (CHAIN, DETERMINISTIC, STOCHASTIC_REWARD, MASKS, RANDOM_NEXT_STATE, STO
 
 def make_data(
     probe: Probe, *, copies: int = 400, num_next_actions: int = 4, seed: int = 0
-) -> tuple[evor_value.ValueData, Float[np.ndarray, "tasks m"], Float[np.ndarray, "tasks 2"]]:
+) -> tuple[Dataset, Float[np.ndarray, "tasks m"], Float[np.ndarray, "tasks 2"]]:
     """Transitions in their exact proportions, a sample of their returns, and the bounds of the possible ones.
 
     All come through the same code as real data: each transition is a trajectory of two rows, ended by `terminals`,
@@ -170,7 +171,7 @@ def make_data(
     arrays = (trajectories.observations, trajectories.actions, starts, rewards, bootstraps, bank, len(starts))
     returns = data.return_sample(trajectories, discount=probe.discount)
     bounds = data.return_bounds(rewards, probe.discount)
-    return evor_value.ValueData(*(jnp.asarray(a) for a in arrays)), returns, bounds
+    return Dataset(*(jnp.asarray(a) for a in arrays)), returns, bounds
 
 
 def train_state(
@@ -186,20 +187,13 @@ def train_state(
     `train_chunk` of a baseline; both have a leading axis of seeds."""
     dataset, returns, bounds = make_data(probe, copies=copies, num_next_actions=args.num_next_actions)
     args = dataclasses.replace(args, discount=probe.discount)
-    header = dict(
-        observation_dim=probe.num_states,
-        action_dim=1,
-        horizon=1,
-        critic=args.critic,
-        **{field: getattr(args, field) for field in CRITIC_FIELDS},
-        outputs=getattr(args, "outputs", 1),
-    )
+    sizes = Sizes(observation=probe.num_states, action=1, horizon=1)
     keys = jax.vmap(jax.random.key)(np.asarray(seeds))
     axis = make_axis(returns[0], bounds[0], kind=args.axis_kind)
     axis = jax.tree.map(lambda x: jnp.stack([x] * len(seeds)), axis)
     zeros = jnp.zeros(len(seeds), jnp.int32)
-    replicas = evor_value.Replica(task=zeros, policy=zeros, axis=axis, key=keys)
-    state = stack_replicas(lambda key: learner.init_state(args, header, key=key), keys)
+    replicas = Replica(task=zeros, policy=zeros, axis=axis, key=keys)
+    state = stack_replicas(lambda key: learner.init_state(args, sizes, key=key), keys)
     for step in range(args.chunk, args.steps + 1, args.chunk):
         state, _ = learner.train_chunk(args, state, dataset, replicas)
         after_chunk(step, state, axis)

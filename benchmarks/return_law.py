@@ -35,7 +35,7 @@ from common import figures
 from common.errors import UserError, run_cli
 from common.flow import Ode, Solver
 from common.metrics import git_revision, package_versions, read_csv, write_csv
-from common.networks import CRITIC_FIELDS, Critic, stratified_normal
+from common.networks import Critic, stratified_normal
 from common.returns import AxisKind, ReturnAxis
 
 FLOWS = ("paper", "independent-noise", "shared-noise", "velocity")
@@ -96,7 +96,10 @@ class Args:
 def training_args(args: Args, method: str, probe: probes.Probe) -> evor_value.Args:
     """The settings of stage 2, or of a baseline."""
     settings = dict(
-        **{field: getattr(args, field) for field in CRITIC_FIELDS},
+        width=args.width,
+        depth=args.depth,
+        head_width=args.head_width,
+        head_depth=args.head_depth,
         num_next_actions=args.num_next_actions,
         steps=args.steps,
         chunk=args.every or args.steps,

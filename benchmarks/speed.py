@@ -36,12 +36,14 @@ from baselines import critics, qc
 from benchmarks.flops import critic_macs, policy_macs, step_flops
 from common import collect, figures
 from common.envs import num_cores
+from common.episodes import Episodes, make_env, seeded_reset
 from common.errors import UserError, run_cli
-from common.evaluation import Episodes, make_env, seeded_reset
+from common.evaluation import play
 from common.metrics import git_revision, package_versions, write_csv
-from common.networks import CRITIC_FIELDS, FlowCritic, FlowPolicy
+from common.networks import FlowCritic, FlowPolicy, Sizes, Standardizer
+from common.problem import Dataset, Replica
+from common.replicas import stack_replicas
 from common.returns import affine_axis, make_axis
-from common.training import Standardizer, stack_replicas
 
 OBSERVATION, ACTION = 37, 5  # cube-double
 GYM_ID = "cube-double-singletask-task2-v0"
@@ -162,14 +164,13 @@ def bc_case(name: str, args: Args, *, replicas: int = 1, rows: int | None = None
     """`evor_bc.train_chunk`; FLOPs: forward, and backward but for the inputs of the first layer."""
     rows, steps = rows or args.rows, args.steps
     settings = evor_bc.Args(width=args.width, chunk=steps)
-    header = dict(observation_dim=OBSERVATION, action_dim=ACTION, horizon=1, width=args.width, depth=settings.depth)
     keys = jax.random.split(jax.random.key(0), replicas)
-    state = stack_replicas(lambda key: evor_bc.init_state(settings, header, key=key), keys)
-    dataset = evor_bc.BCData(*random_rows(rows), jnp.asarray(rows))
+    state = stack_replicas(lambda key: evor_bc.init_state(settings, Sizes(OBSERVATION, ACTION, 1), key=key), keys)
+    dataset, replica_of = bc_data(rows), bc_replicas(keys)
     macs, first = policy_macs(jax.tree.map(lambda x: x[0], state.policy))
     flops = 2.0 * settings.batch_size * (3 * macs - first) * replicas
-    step, compile_s = compiled(evor_bc.train_chunk, settings, state, dataset, keys)
-    return Case(name, stateful(lambda s: step(s, dataset, keys), state), steps, flops, compile_s)
+    step, compile_s = compiled(evor_bc.train_chunk, settings, state, dataset, replica_of)
+    return Case(name, stateful(lambda s: step(s, dataset, replica_of), state), steps, flops, compile_s)
 
 
 def value_case(
@@ -188,19 +189,17 @@ def value_case(
     replicas, rows = tasks * seeds, rows or args.rows
     steps = args.steps
     settings = (settings_of or learner).Args(width=args.width, chunk=steps, **changes)
-    header = dict(observation_dim=OBSERVATION, action_dim=ACTION, horizon=settings.horizon, critic=settings.critic)
-    header |= {field: getattr(settings, field) for field in CRITIC_FIELDS}
-    header |= dict(outputs=getattr(settings, "outputs", 1))
+    sizes = Sizes(OBSERVATION, ACTION, settings.horizon)
     keys = jax.random.split(jax.random.key(0), replicas)
-    state = stack_replicas(lambda key: learner.init_state(settings, header, key=key), keys)
-    num_next_actions = 0 if settings.own_policy else settings.num_next_actions
+    state = stack_replicas(lambda key: learner.init_state(settings, sizes, key=key), keys)
+    num_next_actions = 0 if hasattr(state, "policy") else settings.num_next_actions
     shape = dict(num_next_actions=num_next_actions, horizon=settings.horizon)
     dataset = value_data(rows, tasks=tasks, seeds=seeds, **shape)
     sample = np.random.default_rng(0).gamma(2.0, 5.0, 1_000) - 100.0
     axis = make_axis(sample, np.array([-100.0, 0.0]), kind=settings.axis_kind)
     axis = jax.tree.map(lambda x: jnp.stack([x] * replicas), axis)
     task, seed = np.divmod(np.arange(replicas), seeds)
-    chosen = evor_value.Replica(jnp.asarray(task), jnp.asarray(seed), axis, keys)
+    chosen = Replica(jnp.asarray(task), jnp.asarray(seed), axis, keys)
     critic, policy = jax.tree.map(lambda x: x[0], (state.critic, getattr(state, "policy", None)))
     flops = step_flops(settings, critic, policy) * replicas
     step, compile_s = compiled(learner.train_chunk, settings, state, dataset, chosen)
@@ -227,26 +226,37 @@ def random_rows(rows: int, horizon: int = 1) -> tuple[jax.Array, jax.Array, jax.
     return jnp.asarray(observations), jnp.asarray(actions), jnp.arange(rows)
 
 
+def bc_data(rows: int) -> Dataset:
+    """Data without rewards, as stage 1 has it."""
+    nothing, no_bank = jnp.zeros((0, rows)), jnp.zeros((0, rows, 0, ACTION), jnp.float16)
+    return Dataset(*random_rows(rows), nothing, nothing, no_bank, jnp.asarray(rows))
+
+
+def bc_replicas(keys: jax.Array) -> Replica:
+    zeros = jnp.zeros(len(keys), jnp.int32)
+    return Replica(zeros, zeros, None, keys)
+
+
 @functools.cache
-def value_data(rows: int, *, tasks: int, seeds: int, num_next_actions: int, horizon: int = 1) -> evor_value.ValueData:
+def value_data(rows: int, *, tasks: int, seeds: int, num_next_actions: int, horizon: int = 1) -> Dataset:
     bank = np.empty((seeds, rows, num_next_actions, ACTION * horizon), np.float16)
     for i in range(seeds):  # one at a time: a temporary of the whole would be the peak of the memory
         bank[i] = np.random.default_rng(i).random(bank.shape[1:], np.float32)
     shape = (tasks, rows)
     arrays = (-jnp.ones(shape), jnp.full(shape, 0.99), jnp.asarray(bank))
-    return evor_value.ValueData(*random_rows(rows, horizon), *arrays, jnp.asarray(rows))
+    return Dataset(*random_rows(rows, horizon), *arrays, jnp.asarray(rows))
 
 
-def agent(args: Args, critic: str) -> evor_infer.AgentParams:
+def agent(args: Args, critic: str) -> evor_infer.Agent:
     """An untrained agent."""
     policy = FlowPolicy(OBSERVATION, ACTION, width=args.width, key=jax.random.key(0))
     network = FlowCritic(OBSERVATION, ACTION, kind=critic, width=args.width, key=jax.random.key(1))
     standardizer = Standardizer(jnp.zeros(OBSERVATION), jnp.ones(OBSERVATION))
     axis = affine_axis(-90.0, 25.0, low=-100.0, high=0.0)
-    return evor_infer.AgentParams(policy, network, standardizer, axis)
+    return evor_infer.Agent(policy, network, standardizer, axis)
 
 
-def act_case(name: str, params: evor_infer.AgentParams, batch: int, settings: evor_infer.Extraction) -> Case:
+def act_case(name: str, params: evor_infer.Agent, batch: int, settings: evor_infer.Extraction) -> Case:
     """One decision in each of `batch` observations. `features` of the policy is computed once per observation, of the
     critic once per candidate; velocities once per evaluation of the field."""
     observations = random_rows(batch)[0][:batch]
@@ -263,7 +273,7 @@ def act_case(name: str, params: evor_infer.AgentParams, batch: int, settings: ev
     return Case(name, run, 1, 2.0 * batch * macs, compile_s)
 
 
-def draw_case(name: str, params: evor_infer.AgentParams, batch: int, settings: evor_infer.Extraction) -> Case:
+def draw_case(name: str, params: evor_infer.Agent, batch: int, settings: evor_infer.Extraction) -> Case:
     """Only the candidates of `act_case`."""
     observations = random_rows(batch)[0][:batch]
     key = jax.random.key(0)
@@ -321,8 +331,7 @@ def profile(args: Args) -> list[dict[str, Any]]:
     """Where the time of a BC step goes: its products alone, its gradient, the activations, the optimiser; and replicas
     as one batched product instead of one after the other."""
     settings = evor_bc.Args(width=args.width, chunk=args.steps)
-    header = dict(observation_dim=OBSERVATION, action_dim=ACTION, horizon=1, width=args.width, depth=settings.depth)
-    state = evor_bc.init_state(settings, header, key=jax.random.key(0))
+    state = evor_bc.init_state(settings, Sizes(OBSERVATION, ACTION, 1), key=jax.random.key(0))
     observations, actions, _ = (array[: settings.batch_size] for array in random_rows(args.rows))
     macs, first = policy_macs(state.policy)
     flops = 2.0 * settings.batch_size * (3 * macs - first)
@@ -368,10 +377,12 @@ def profile(args: Args) -> list[dict[str, Any]]:
         bc_case("BC, 5 replicas as trained (on a CPU: in turn)", args, replicas=5),
     ]
     keys = jax.random.split(jax.random.key(0), 5)
-    many = stack_replicas(lambda key: evor_bc.init_state(settings, header, key=key), keys)
-    dataset = evor_bc.BCData(*random_rows(args.rows), jnp.asarray(args.rows))
-    step = jax.vmap(lambda state, key: evor_bc.train_step(settings, state, dataset, key=key)[0])
-    batched = repeated("BC, 5 replicas as batched products", lambda state: step(state, keys), many, 5 * flops)
+    many = stack_replicas(lambda key: evor_bc.init_state(settings, Sizes(OBSERVATION, ACTION, 1), key=key), keys)
+    dataset, replicas_of_keys = bc_data(args.rows), bc_replicas(keys)
+    step = jax.vmap(lambda state, replica: evor_bc.train_step(settings, state, dataset, replica)[0])
+    batched = repeated(
+        "BC, 5 replicas as batched products", lambda state: step(state, replicas_of_keys), many, 5 * flops
+    )
     return measure("profile", [*cases, batched], args)
 
 
@@ -476,14 +487,15 @@ def evaluation(args: Args) -> list[dict[str, Any]]:
     for horizon in (1, 5):
         policy = FlowPolicy(OBSERVATION, ACTION * horizon, width=args.width, key=jax.random.key(0))
         critic = FlowCritic(OBSERVATION, ACTION * horizon, kind="trunk", width=args.width, key=jax.random.key(1))
-        chunked = agents._replace(**jax.tree.map(lambda x: jnp.stack([x]), dict(policy=policy, critic=critic)))
+        networks = jax.tree.map(lambda x: jnp.stack([x]), dict(policy=policy, critic=critic))
+        chunked = dataclasses.replace(agents, **networks, horizon=horizon)
         with Episodes([GYM_ID], num_episodes=count, horizon=horizon) as episodes:
             for num_actions in (1, 8, 32):
                 settings = evor_infer.Extraction(num_actions=num_actions, num_returns=16)
                 seconds = []
                 for _ in range(2):  # the first one builds environments and compiles
                     began = time.perf_counter()
-                    found = evor_infer.evaluate(chunked, episodes, settings, replicas=[(2, 0)], horizon=horizon, seed=0)
+                    found = play(chunked, episodes, settings, pairs=[(2, 0)], seed=0)
                     seconds.append(time.perf_counter() - began)
                 rate = sum(row["length"] for row in found) / seconds[-1]
                 name = f"N_pi {num_actions}, N 16, horizon {horizon}"

@@ -8,8 +8,11 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import optax
+
+from common.envs import default_run_dir, run_name
 from common.errors import UserError
 
 
@@ -61,6 +64,14 @@ def within(low: int, high: int, *, brackets: str) -> Constraint:
     return Constraint(holds, lambda flag, x, _: f"{flag} must be in {interval}, not {x}.")
 
 
+def size(most: int) -> Constraint:
+    """A whole number from 1 to the largest that anybody could mean; also of what a file says."""
+    return Constraint(
+        lambda x, _: type(x) is int and 1 <= x <= most,
+        lambda flag, x, _: f"{flag} must be a number in [1, {most}], not {x!r:.50}.",
+    )
+
+
 not_negative = Constraint(lambda x, _: x >= 0, lambda flag, x, _: f"{flag} must not be negative: {x}.")
 positive = Constraint(lambda x, _: x > 0, lambda flag, x, _: f"{flag} must be positive, not {x}.")
 
@@ -80,11 +91,18 @@ def check(args: Any) -> None:
     """
     for field, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, field)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise UserError(f"{flag_of(field)} must be one of {', '.join(get_args(hint))}, not {value!r:.50}.")
         for constraint in getattr(hint, "__metadata__", ()) if value is not None else ():
             if isinstance(constraint, Constraint) and not constraint.holds(value, args):
                 raise UserError(constraint.complaint(flag_of(field), value, args))
     for sentence in args.conflicts() if hasattr(args, "conflicts") else ():
         raise UserError(sentence)
+
+
+def learning_rate(peak: float, schedule: str, steps: int) -> optax.ScalarOrSchedule:
+    """`constant`, or `cosine`: `peak * (1 + cos(pi * step / steps)) / 2`."""
+    return optax.cosine_decay_schedule(peak, steps) if schedule == "cosine" else peak
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +163,16 @@ class TrainArgs:
     """Gradient steps per compiled call; metrics are averages over it."""
     save_every: Annotated[Count, multiple_of("chunk")] = 10_000
     """Gradient steps between checkpoints, at most: more are made where they cost little time."""
+
+    @property
+    def name(self) -> str:
+        """Of the run: the environment, or what --dataset calls it."""
+        return run_name(self.env, self.dataset)
+
+    @property
+    def directory(self) -> Path:
+        """The run directory, which both stages share."""
+        return self.run_dir or default_run_dir(self.name, quick=self.quick)
 
     @property
     def all_seeds(self) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ def sample_actions(
     """Actions in each (standardised) observation; the noise depends on the key and the observation's `index` alone."""
 
     def one(observation, i):
-        noise = jax.random.normal(jax.random.fold_in(key, i), (num_actions, policy.action_dim))
+        noise = jax.random.normal(jax.random.fold_in(key, i), (num_actions, policy.spec.action))
         return policy.sample(observation, noise, ode).astype(jnp.float16)
 
     return jax.vmap(one)(observations, index)
@@ -69,7 +69,7 @@ def make_bank(
         **made_of,
     )  # fmt: skip
     header = checkpoint.plain(header)
-    shape = (len(seeds), len(states), num_actions, policies.action_dim)
+    shape = (len(seeds), len(states), num_actions, policies.spec.action)
     if (
         path is not None
         and path.is_file()

@@ -2,37 +2,38 @@
 
 The header says everything needed to rebuild the model (stage, environment, dimensions, arguments, data, versions), so
 `evor_infer` needs neither of the training scripts to load what they trained. A file may come from a stranger: nothing
-in it is run, the header's sizes are checked before a model is built from them, and the arrays' before memory is taken.
+in it is run, its header's sizes are checked before a model is built from them, and its arrays' before memory is taken.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, get_args
+from typing import Any, BinaryIO, TypeVar, get_type_hints
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common.args import check
 from common.envs import NUM_TASKS
 from common.errors import UserError
 from common.metrics import atomic, plain
-from common.returns import AxisKind
 
 MOST_HEADER = 1 << 20  # bytes
-# The numbers that sizes follow from, with the largest that anybody could mean.
-LIMITS = dict.fromkeys(("observation_dim", "action_dim", "width", "head_width", "outputs"), 100_000)
-LIMITS |= dict.fromkeys(("depth", "head_depth", "horizon"), 1_000)
-KINDS = dict(env=str, step=int, args=dict, data=dict)
-# What `evor_infer` and stage 2 read of the header of a model.
-_MODEL = ("env", "observation_dim", "action_dim", "horizon", "width", "depth", "step", "args", "data")
-REQUIRED = {"bc": (*_MODEL, "seeds"), "value": (*_MODEL, "replicas", "critic", "return_axis", "policy_sha256")}
+KINDS = dict(env=str, step=int, args=dict, data=dict, model=dict)
+# What later stages read of the header of a model.
+_MODEL = ("env", "horizon", "step", "args", "data", "seeds", "model")
+REQUIRED = {"bc": _MODEL, "value": (*_MODEL, "replicas", "policy_sha256")}
 TRAILER = b"\nsha256 "
 TRAILER_BYTES = len(TRAILER) + 64
+
+
+Spec = TypeVar("Spec")
 
 
 class _Hashing:
@@ -103,10 +104,8 @@ def _is_seed(value: Any) -> bool:
 
 
 def _makes_sense(field: str, value: Any, stage: str) -> bool:
-    if field == "return_axis":
-        return value in get_args(AxisKind)
-    if field in LIMITS:
-        return type(value) is int and 1 <= value <= LIMITS[field]
+    if field == "horizon":
+        return type(value) is int and 1 <= value <= 1_000
     if field == "seeds":
         return isinstance(value, list) and len(value) > 0 and all(map(_is_seed, value))
     if field in ("replicas", "diverged"):  # [task, seed]; what diverges in stage 1 has no task: ["", seed]
@@ -147,6 +146,25 @@ def load(path: Path, build: Callable[[dict[str, Any]], Any], *, stage: str, reme
         raise
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or of another version ({error}): delete it and train again.") from None
+
+
+def read_spec(cls: type[Spec], content: Any, path: Path) -> Spec:
+    """The frozen dataclass `cls`, whose fields are sizes or such dataclasses again, from a header's dictionary.
+
+    Raises:
+        UserError: a field is missing, unknown, or of a size that nobody means.
+    """
+    try:
+        hints = get_type_hints(cls)
+        fields = {
+            name: read_spec(hints[name], value, path) if dataclasses.is_dataclass(hints[name]) else value
+            for name, value in content.items()
+        }
+        spec = cls(**fields)
+        check(spec)
+        return spec
+    except (UserError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{path} is damaged (model is {content!r:.50}): delete it and train again.") from None
 
 
 def newest(path: Path, previous: Path, *, stage: str, remedy: str) -> Path:

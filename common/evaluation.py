@@ -1,305 +1,276 @@
-"""Roll-outs: all episodes of all replicas in lock-step, environments in parallel processes, one `act` for all of them.
+"""What trained agents are worth: success in the environment, and predicted against observed returns."""
 
-Gymnasium's `AsyncVectorEnv` runs one `EpisodeRunner` per process. A runner steps a share of the environments of every
-replica and starts the next episode in one as soon as it is free, so no environment waits for the longest episode.
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-Protocol (OGBench): `num_episodes` episodes per replica, an episode ends when the task is solved or its time is up, and
-counts as a success if the environment says so at its last step. Initial states depend on (seed, episode) alone: all
-replicas and all settings of a sweep see the same episodes, whatever the number of processes.
-"""
-
-import contextlib
-import functools
-import math
-import multiprocessing.connection
-import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-from unittest import mock
-
-import gymnasium
+import jax
+import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+from jaxtyping import Float
 
-from common.envs import free_memory, import_ogbench, num_cores, trim_memory
-from common.errors import UserError
+from common import data, figures
+from common.envs import parse_env
+from common.episodes import Episodes
+from common.metrics import CALIBRATED, read_csv, write_csv
+from common.problem import ValueProblem, action_chunks
+from common.run import Run
+from common.statistics import calibration, success_interval
 
-# Environments in all, if every process has one of each replica then. One of a manipulation task takes about 130 MB (its
-# model and a second one for inverse kinematics) and a second to build.
-ENVIRONMENTS = 32
-ENVIRONMENT_BYTES = 130e6
+LEVELS = np.linspace(0.1, 0.9, 9)  # of the quantiles that returns are compared with
+WORDS = ("env", "data_source", "data_sha256", "solver")  # columns of rows that are no numbers
+WHOLE = ("task", "seed", "step", "steps", "eval_seed", "num_actions", "num_returns", "flow_steps", "episode", "length")
 
 
-class ActionNoise(gymnasium.ActionWrapper):
-    """Executes `clip(a + scale * n)` with `n ~ N(0, I)` instead of `a`: makes transitions stochastic.
+# --- Episodes ----------------------------------------------------------------------------------------------------
 
-    The noise has a generator of its own, seeded at each reset: it does not change initial states, and all settings of a
-    sweep meet the same noise at the same step of an episode.
+
+def play(
+    agents: Any,
+    episodes: Episodes,
+    settings: Any,
+    *,
+    pairs: Sequence[tuple[int, int]],
+    seed: int,
+    **columns: Any,
+) -> list[dict[str, Any]]:
+    """Runs all episodes of all replicas; one row per episode, with `columns`, task, seed and settings.
+
+    Args:
+        agents: one `Agent` whose leaves have a leading axis of replicas.
+        settings: the `Extraction` of its actions.
+        pairs: task and seed of each replica.
     """
+    keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(seed), s))(np.array([s for _, s in pairs]))
 
-    def __init__(self, env: gymnasium.Env, scale: float):
-        super().__init__(env)
-        self.scale, self.rng = scale, np.random.default_rng(0)
-        self.low, self.high = env.action_space.low, env.action_space.high  # OGBench makes a new space at each use
+    def act(observations, counts, steps):
+        return agents.decide(*(jnp.asarray(x) for x in (observations, counts, steps)), settings, keys=keys)
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        if seed is not None:
-            self.rng = np.random.default_rng([seed, 1])
-        return self.env.reset(seed=seed, options=options)
-
-    def action(self, action: np.ndarray) -> np.ndarray:
-        noisy = action + self.scale * self.rng.standard_normal(np.shape(action))
-        return np.clip(noisy, self.low, self.high).astype(np.float32)
-
-
-def make_env(gym_id: str, action_noise: float = 0.0) -> gymnasium.Env:
-    """One OGBench environment, with noise in its actions if asked for."""
-    import_ogbench()
-    env = gymnasium.make(gym_id)
-    return ActionNoise(env, action_noise) if action_noise else env
+    desc = f"N_pi={settings.num_actions} N={settings.num_returns} tau_R={settings.return_temperature:g} " + (
+        f"tau_Q={settings.action_temperature:g}"
+    )
+    units = np.asarray(settings.return_units(agents.axis))
+    rows = []
+    for row in episodes.run(act, desc=" ".join([desc, *(f"{name}={value:g}" for name, value in columns.items())])):
+        replica = row.pop("replica")
+        task, replica_seed = pairs[replica]
+        of_settings = dict(dataclasses.asdict(settings), return_temperature_units=float(units[replica]))
+        rows.append(columns | dict(task=task, seed=replica_seed) | of_settings | row)
+    return rows
 
 
-def max_environments() -> int:
-    """As many environments as fit into half of the memory that is free now."""
-    return max(1, int(0.5 * (free_memory() or 8e9) / ENVIRONMENT_BYTES))
+def read_episodes(path: Path, *, words: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows of an `evaluation.csv` or `episodes.csv`, with numbers as numbers; `words` are more columns without any."""
+    kinds = dict.fromkeys((*WORDS, *words), str) | dict.fromkeys(WHOLE, int)
+    kinds |= dict.fromkeys(("independent_noise", "absolute"), "True".__eq__)
+    return [{key: kinds.get(key, float)(value) for key, value in row.items()} for row in read_csv(path)]
 
 
-def episode_seed(seed: int, episode: int) -> int:
-    """The seed that an episode of an evaluation starts from."""
-    return int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])
-
-
-def seeded_reset(env: gymnasium.Env, seed: int) -> np.ndarray:
-    """Resets `env` so that the whole episode depends on `seed` alone; returns the first observation.
-
-    OGBench draws from three places: the environment's generator, NumPy's global one (mazes), and an unseeded action
-    space that it makes anew at each use (manipulation: the two random steps before an episode stay in the solver's
-    warm start).
-    """
-    np.random.seed(seed)
-    space = env.unwrapped.action_space
-    space.seed(seed)
-    if isinstance(getattr(type(env.unwrapped), "action_space", None), property):
-        with mock.patch.object(type(env.unwrapped), "action_space", space):
-            return env.reset(seed=seed)[0]
-    return env.reset(seed=seed)[0]
-
-
-class EpisodeRunner(gymnasium.Env):
-    """A share of the environments of every replica, stepped one after the other in one process.
-
-    Shapes: R replicas, m environments per replica in this process, h actions per chunk. An action is one chunk per
-    environment, executed open loop until it ends or the episode does.
-    """
-
-    def __init__(
-        self,
-        gym_ids: Sequence[str],
-        slots: Sequence[int],
-        *,
-        num_slots: int,
-        num_episodes: int,
-        horizon: int,
-        seed: int,
-        action_noise: float = 0.0,
-        probe: Callable[[dict[str, Any]], float] | None = None,
-    ):
-        """`slots` are this process' environments of each replica; slot s runs the episodes s, s + num_slots, ..."""
-        if multiprocessing.parent_process() is not None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
-        self.gym_ids, self.slots, self.num_slots = gym_ids, slots, num_slots
-        self.num_episodes, self.horizon, self.seed, self.probe = num_episodes, horizon, seed, probe
-        self.action_noise = action_noise
-        self.envs: list[list[gymnasium.Env]] = []
-        first = make_env(gym_ids[0])
-        shape = (len(gym_ids), len(slots))
-        box = gymnasium.spaces.Box
-        self.observation_space = gymnasium.spaces.Dict(
-            observation=box(-np.inf, np.inf, shape + first.observation_space.shape, np.float32),
-            episode=box(0, 2**31 - 1, shape, np.int32),
-            step=box(0, 2**31 - 1, shape, np.int32),
-            active=box(0, 1, shape, np.int8),
+def summarise(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
+    """Success rate, its 95% Wilson interval, and mean length of the episodes of each group."""
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in by), []).append(row)
+    out = []
+    for values, members in groups.items():
+        successes, number = sum(r["success"] for r in members), len(members)
+        low, high = success_interval(successes, number)
+        lengths = float(np.mean([r["length"] for r in members]))
+        out.append(
+            dict(zip(by, values, strict=True))
+            | dict(success=successes / number, low=low, high=high, episodes=number, mean_length=lengths)
         )
-        self.action_space = box(-1, 1, (*shape, horizon, *first.action_space.shape), np.float32)
-        first.close()
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        if not self.envs:
-            self.envs = [[make_env(gym_id, self.action_noise) for _ in self.slots] for gym_id in self.gym_ids]
-            trim_memory()
-        self.results: list[dict[str, Any]] = []  # one per episode begun, in the order they began
-        self.records = [[{} for _ in envs] for envs in self.envs]  # the one that each environment is filling in
-        spaces = self.observation_space.spaces
-        self.state = {key: np.zeros(space.shape, space.dtype) for key, space in spaces.items()}
-        self.state["episode"][:] = self.slots
-        for r, envs in enumerate(self.envs):
-            for j in range(len(envs)):
-                self._begin(r, j)
-        return self._copy(), {}
-
-    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
-        for r, j in np.argwhere(self.state["active"]).tolist():
-            self._execute(r, j, action[r, j])
-        return self._copy(), 0.0, False, False, {}
-
-    def _copy(self) -> dict[str, np.ndarray]:
-        return {key: value.copy() for key, value in self.state.items()}
-
-    def _begin(self, r: int, j: int) -> None:
-        """Starts the episode that `episode[r, j]` names, or retires the environment if there is none."""
-        episode = int(self.state["episode"][r, j])
-        self.state["active"][r, j] = episode < self.num_episodes
-        self.state["step"][r, j] = 0
-        if episode < self.num_episodes:
-            self.state["observation"][r, j] = seeded_reset(self.envs[r][j], episode_seed(self.seed, episode))
-            self.records[r][j] = dict(replica=int(r), episode=episode, success=0.0, length=0, total=0.0, probe=0.0)
-            self.results.append(self.records[r][j])
-
-    def _execute(self, r: int, j: int, chunk: np.ndarray) -> None:
-        env, record = self.envs[r][j], self.records[r][j]
-        for action in chunk:
-            observation, reward, terminated, truncated, info = env.step(action)
-            record["length"] += 1
-            record["total"] += float(reward)
-            if self.probe is not None:
-                record["probe"] += float(self.probe(info))
-            self.state["step"][r, j] += 1
-            if terminated or truncated:
-                record["success"] = float(info.get("success", 0.0))
-                self.state["episode"][r, j] += self.num_slots
-                self._begin(r, j)
-                return
-        self.state["observation"][r, j] = observation
-
-    def close(self) -> None:
-        for env in (env for envs in self.envs for env in envs):
-            env.close()
+    return out
 
 
-class Episodes:
-    """Parallel environments for the evaluation of R replicas; build once, `run` many times, then `close`."""
+# --- Calibration -------------------------------------------------------------------------------------------------
 
-    def __init__(
-        self,
-        gym_ids: Sequence[str],
-        *,
-        num_episodes: int,
-        horizon: int = 1,
-        seed: int = 0,
-        action_noise: float = 0.0,
-        workers: int | None = None,
-        probe: Callable[[dict[str, Any]], float] | None = None,
-    ):
-        """
-        Args:
-            gym_ids: one environment per replica; all with the same spaces.
-            num_episodes: episodes per replica.
-            horizon: actions per decision, executed open loop.
-            seed: seed of the initial states.
-            action_noise: standard deviation of the Gaussian noise in the executed actions, which are in [-1, 1].
-            workers: processes; one per core by default.
-            probe: a function of a step's `info`, summed over each episode; importable, since it goes to the workers.
 
-        Raises:
-            UserError: a process died, here or in `run`.
-        """
-        workers = min(workers or num_cores(), num_episodes, max(1, max_environments() // len(gym_ids)))
-        self.num_replicas, self.num_episodes = len(gym_ids), num_episodes
-        per_worker = math.ceil(num_episodes / workers)
-        per_worker = max(1, min(per_worker, ENVIRONMENTS // (len(gym_ids) * workers)))
-        settings = dict(num_slots=workers * per_worker, num_episodes=num_episodes, horizon=horizon, seed=seed)
-        settings |= dict(action_noise=action_noise, probe=probe)
-        with self._reporting_deaths():
-            self.vector = gymnasium.vector.AsyncVectorEnv(
-                [
-                    functools.partial(
-                        EpisodeRunner, tuple(gym_ids), range(w * per_worker, (w + 1) * per_worker), **settings
-                    )
-                    for w in range(workers)
-                ],
-                context="spawn",  # JAX is multithreaded: a forked child could inherit a held lock.
-            )
-        trim_memory()  # Gymnasium builds an environment in this process, too, to ask for its spaces
+class Calibration(NamedTuple):
+    """Predicted reward-to-go of one replica against Monte-Carlo returns of validation states."""
 
-    def run(
-        self, act: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray], *, desc: str = "evaluating"
-    ) -> list[dict[str, Any]]:
-        """Runs all episodes with `act(observations, episodes, steps) -> chunks`.
+    pair: tuple[int, int]
+    draws: Float[np.ndarray, "states draws"]
+    returns: Float[np.ndarray, " states"]
+    numbers: dict[str, float]
 
-        Shapes: observations (R, n, d), episodes and steps (R, n), chunks (R, n, h, a). Returns one row per episode,
-        ordered by replica and episode: `replica, episode, success, length, total` (undiscounted return), `probe`.
-        The progress bar shows the share of the time in which environments wait for `act`; it stays in `policy_share`.
-        """
-        with self._reporting_deaths():
-            return self._run(act, desc)
 
-    def _run(self, act: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray], desc: str) -> list[dict[str, Any]]:
-        state, _ = self.vector.reset()
-        began, acting = time.monotonic(), 0.0
-        with tqdm(total=self.num_replicas * self.num_episodes, desc=desc, unit="episode") as bar:
-            while state["active"].any():
-                # (workers, R, m, ...) -> (R, workers * m, ...): `act` sees replicas, not processes.
-                merged = {key: self._merge(value) for key, value in state.items()}
-                asked = time.monotonic()
-                chunks = np.asarray(act(merged["observation"], merged["episode"], merged["step"]))
-                acting += time.monotonic() - asked
-                state, *_ = self.vector.step(self._split(chunks, state["active"].shape[0]))
-                finished = np.minimum(state["episode"] // self.num_slots, self._quota(state)).sum()
-                self.policy_share = acting / (time.monotonic() - began)
-                bar.set_postfix(policy=f"{self.policy_share:.0%}", refresh=False)
-                bar.update(int(finished) - bar.n)
-        rows = [row for results in self.vector.call("results") for row in results]
-        return sorted(rows, key=lambda row: (row["replica"], row["episode"]))
+def calibrate(args: Any, agents: Any, problem: ValueProblem, pairs: Sequence[tuple[int, int]]) -> list[Calibration]:
+    """Compares each replica's predictions with what was observed; nothing if no episode has a complete return.
+
+    The returns are those of the policy that made the data, which `--next-action base` and `dataset` model; with
+    `softmax` the predictions should be higher.
+    """
+    validation = problem.validation
+    rows = data.rows_with_complete_returns(validation.terminals, discount=args.discount, horizon=args.horizon)
+    if len(rows) == 0:
+        return []
+    observations = jnp.asarray(validation.observations[rows])
+    actions = action_chunks(jnp.asarray(validation.actions), jnp.asarray(rows), args.horizon)
+    calibrations = []
+    for i, (task, seed) in enumerate(pairs):
+        agent = jax.tree.map(lambda x, i=i: x[i], agents)
+        ode = dict(flow_steps=args.flow_steps, solver=args.solver)
+        draws = np.asarray(agent.sample_returns(observations, actions, 64, **ode, key=jax.random.key(0)))
+        rewards, masks = (labels[problem.tasks.index(task)] for labels in (validation.rewards, validation.masks))
+        returns, _ = data.monte_carlo_returns(rewards, masks, validation.terminals, discount=args.discount)
+        numbers = calibration(draws, returns[rows], LEVELS)
+        calibrations.append(Calibration((task, seed), draws, returns[rows], numbers))
+    return calibrations
+
+
+def report_calibration(calibrations: Sequence[Calibration], directory: Path) -> None:
+    """Prints, writes and draws it."""
+    if not calibrations:
+        print("calibration skipped: no validation episode is long enough for a complete return.")
+        return
+    for (task, seed), _, returns, numbers in calibrations:
+        print(
+            f"calibration, task {task}, seed {seed}: mean {numbers['mean_predicted']:.2f} predicted, "
+            f"{numbers['mean_observed']:.2f} observed; correlation {numbers['correlation']:.2f}; "
+            f"crps {numbers['crps']:.2f} ({len(returns)} validation states)"
+        )
+    rows = [
+        dict(task=task, seed=seed, metric=metric, value=value)
+        for (task, seed), _, _, numbers in calibrations
+        for metric, value in numbers.items()
+    ]
+    write_csv(directory / "calibration.csv", ("task", "seed", "metric", "value"), rows)
+    panels = [(f"task {task}, seed {seed}", *rest) for (task, seed), *rest in calibrations]
+    figures.calibration(panels, LEVELS, directory / "calibration.png")
+
+
+# --- During and after a training ---------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """Evaluates the agents of a training, every `args.eval_every` steps and at its end.
+
+    Leaves `evaluation.csv` (a row per episode), `calibration.csv`, figures, and numbers in `metrics.csv`.
+    """
+
+    def __init__(self, args: Any, problem: ValueProblem, run: Run):
+        """`args.extraction` says how actions are extracted. The run has started."""
+        self.args, self.problem, self.run = args, problem, run
+        self.path = run.directory / "evaluation.csv"
+        self.plays = args.eval_episodes > 0 and not problem.own_rewards
+        self.rows: list[dict[str, Any]] = []
+        if run.resume_path is not None and self.path.is_file():
+            # One at the run's step is done anew. Earlier ones with other settings would mix with it.
+            same = dataclasses.asdict(args.extraction)
+            earlier = [row for row in read_episodes(self.path) if row["step"] < run.step]
+            self.rows = [row for row in earlier if all(row[name] == value for name, value in same.items())]
+
+    def is_due(self, step: int) -> bool:
+        every = self.args.eval_every
+        something = self.plays or self.problem.validation is not None
+        return something and every > 0 and step % every == 0 and 0 < step < self.args.steps
+
+    def __call__(self, agents: Any) -> None:
+        """Evaluates agents at the run's step; what they have learned is saved before."""
+
+        def assess() -> None:
+            good = self._good(agents)
+            if self.problem.validation is not None:
+                self._calibrate(good)
+            if self.plays:
+                self._play(good, [self.args.extraction])
+
+        self.run.on_first_host(assess)
+
+    def final(self, agents: Any) -> list[dict[str, Any]]:
+        """Evaluates the trained agents, and the base policy alone on the same episodes; prints, writes and draws all
+        there is. Returns the summary."""
+        if jax.process_index() > 0:
+            return []
+        args, problem, directory = self.args, self.problem, self.run.directory
+        good = self._good(agents)
+        if problem.validation is not None:
+            report_calibration(self._calibrate(good), directory)
+        rows = []
+        if self.plays:
+            sweep = [args.extraction] if args.num_actions == 1 else [args.base_policy_alone, args.extraction]
+            rows = self._play(good, sweep)
+        figures.training(directory / "metrics.csv", directory / "training.png", title=f"{args.name}: {args.method}")
+        summary = summarise(rows, ("task", "num_actions"))
+        if self.plays:
+            title = f"{args.method}, {args.name} ({problem.info['source']} data)"
+            figures.success(summary, directory / "evaluation.png", title=title)
+        elif problem.own_rewards:
+            print("evaluation skipped: the dataset brings its own rewards, so there is no environment to evaluate in.")
+        for line in last_screen(args, problem, self.run, rows):
+            print(line)
+        return summary
 
     @property
-    def num_slots(self) -> int:
-        """Environments per replica."""
-        return self.vector.num_envs * self.vector.single_observation_space["active"].shape[1]
+    def pairs(self) -> list[tuple[int, int]]:
+        """(task, seed) of the replicas that have not diverged."""
+        return [self.run.pairs[i] for i in self.run.good()]
 
-    def _quota(self, state: dict[str, np.ndarray]) -> np.ndarray:
-        """How many episodes each environment runs in all."""
-        slot = state["episode"] % self.num_slots
-        return (self.num_episodes - slot + self.num_slots - 1) // self.num_slots
+    def _good(self, agents: Any) -> Any:
+        """Their agents, on the device."""
+        agents = jax.tree.map(jnp.asarray, agents)
+        return jax.tree.map(lambda x: x[self.run.good()], agents) if self.run.diverged else agents
 
-    @staticmethod
-    def _merge(value: np.ndarray) -> np.ndarray:
-        value = np.moveaxis(value, 0, 1)
-        return value.reshape(value.shape[0], -1, *value.shape[3:])
+    def _calibrate(self, agents: Any) -> list[Calibration]:
+        calibrations = calibrate(self.args, agents, self.problem, self.pairs)
+        if calibrations:
+            numbers = {name: [c.numbers[name] for c in calibrations] for name in CALIBRATED}
+            self.run.metrics.log(self.run.step, self.pairs, numbers)
+        return calibrations
 
-    @staticmethod
-    def _split(chunks: np.ndarray, workers: int) -> np.ndarray:
-        return np.moveaxis(chunks.reshape(chunks.shape[0], workers, -1, *chunks.shape[2:]), 1, 0)
+    def _play(self, agents: Any, sweep: Sequence[Any]) -> list[dict[str, Any]]:
+        gym_ids = [parse_env(self.args.env).gym_id(task) for task, _ in self.pairs]
+        columns = dict(env=self.args.name, data_source=self.problem.info["source"], step=self.run.step)
+        rows = []
+        with Episodes(gym_ids, num_episodes=self.args.eval_episodes, horizon=self.args.horizon) as episodes:
+            for settings in sweep:
+                rows += [columns | row for row in play(agents, episodes, settings, pairs=self.pairs, seed=0)]
+        self.rows += rows
+        write_csv(self.path, list(self.rows[0]), self.rows)
+        extracted = [row for row in rows if row["num_actions"] == self.args.num_actions]
+        success = [row["success"] for row in summarise(extracted, ("task", "seed"))]
+        self.run.metrics.log(self.run.step, self.pairs, {"success": success})
+        return rows
 
-    @contextlib.contextmanager
-    def _reporting_deaths(self) -> Iterator[None]:
-        """A process that is gone closes its pipe, which Gymnasium raises as one of these."""
-        try:
-            yield
-        except (EOFError, ConnectionError):
-            how = "at its start"
-            if hasattr(self, "vector"):
-                multiprocessing.connection.wait([process.sentinel for process in self.vector.processes], timeout=5.0)
-                codes = [process.exitcode for process in self.vector.processes if process.exitcode is not None]
-                how = ", ".join(signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes) or "no status"
-            raise UserError(
-                f"a process of the evaluation died ({how}): if memory ran out, free some, or pass fewer --workers to "
-                f"evor_infer.py; then run it again, a training with --resume."
-            ) from None
 
-    def close(self) -> None:
-        """Ends the processes, whatever they are doing: `AsyncVectorEnv.close` would wait for them."""
-        for process in self.vector.processes:
-            process.kill()
-        for process in self.vector.processes:
-            process.join()
-        for pipe in self.vector.parent_pipes:
-            if pipe is not None:  # as Gymnasium leaves that of a process in which an error was raised
-                pipe.close()
-        self.vector.closed = True
+def last_screen(args: Any, problem: ValueProblem, run: Run, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Lines on what was trained on what, how well it does, and where everything is."""
+    info, line = problem.info, "-" * 100
+    source = f"{info['name']} (source: {info['source']}, sha256 {info['sha256'][:12]})"
+    yield f"\n{line}\n{args.method} on {args.name}: {source}"
+    yield (
+        f"reward model: next action {args.next_action}, critic {args.critic}, "
+        f"horizon {args.horizon}, {args.steps:,} steps, seeds {list(args.all_seeds)}"
+    )
+    if args.quick:
+        yield "--quick is a smoke run: these numbers say that everything runs, not how good the method is."
+    if run.diverged:
+        yield f"diverged and left out, (task, seed): {', '.join(map(str, run.diverged))}"
+    if not rows:
+        yield "not evaluated."
+    yield from success_lines(rows, by_seed=args.seeds > 1)
+    if problem.base is not None:
+        yield f"base policy:  {problem.base.path}"
+    yield f"reward model: {run.directory / 'model.eqx'}"
+    if rows:
+        yield f"a sweep:      python evor_infer.py --env {args.name} --run-dir {run.directory.parent} " + (
+            "--num-actions 1 4 16 64"
+        )
+    for file in sorted(run.directory.glob("*.csv")) + sorted(run.directory.glob("*.png")):
+        yield f"              {file}"
+    yield line
 
-    def __enter__(self) -> "Episodes":
-        return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+def success_lines(rows: Sequence[Mapping[str, Any]], *, by_seed: bool) -> Iterator[str]:
+    """A line for each task and number of actions, and below it one for each seed."""
+    for row in summarise(rows, ("task", "num_actions")):
+        what = "base policy alone" if row["num_actions"] == 1 else f"best of {row['num_actions']}"
+        yield (
+            f"  task {row['task']}  {what:<20} success {row['success']:6.1%}  "
+            f"95% interval over episodes [{row['low']:.1%}, {row['high']:.1%}]  ({row['episodes']} episodes)"
+        )
+        same = [r for r in rows if (r["task"], r["num_actions"]) == (row["task"], row["num_actions"])]
+        for seed in summarise(same, ("seed",)) if by_seed else ():
+            yield f"      seed {seed['seed']}: {seed['success']:6.1%}"

@@ -1,20 +1,24 @@
 """A film of one episode: what the environment shows, and beside it the return law of the action that was chosen."""
 
 import ctypes.util
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gymnasium
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib import animation
 from matplotlib.figure import Figure
 
 from common.envs import import_ogbench
+from common.episodes import ActionNoise, episode_seed, seeded_reset
 from common.errors import UserError
-from common.evaluation import ActionNoise, seeded_reset
 
 SIZE = 320  # pixels, of the environment's image
 FRAMES_PER_SECOND = 15
@@ -36,6 +40,16 @@ def choose_renderer() -> None:
             os.environ["MUJOCO_GL"] = name
             return
     raise UserError("--video: MuJoCo has nothing to draw with: install EGL or OSMesa (Debian: libegl1 or libosmesa6).")
+
+
+def prepare(path: Path) -> None:
+    """Says at once where a film cannot be made; call it before the simulator is imported.
+
+    Raises:
+        UserError: there is no library to draw with, or nothing that writes `path`.
+    """
+    choose_renderer()
+    make_writer(path)
 
 
 def open_env(gym_id: str, action_noise: float = 0.0) -> gymnasium.Env:
@@ -70,6 +84,29 @@ def make_writer(path: Path) -> animation.AbstractMovieWriter:
     if not animation.FFMpegWriter.isAvailable():
         raise UserError(f"--video {path} needs ffmpeg: install it, or ask for a .gif.")
     return animation.FFMpegWriter(fps=FRAMES_PER_SECOND)
+
+
+def film_episode(agent: Any, settings: Any, env: gymnasium.Env, path: Path, *, seed: int, title: str) -> None:
+    """Films an episode with the return law of each action that was chosen, and the means of eight others; closes `env`.
+
+    Args:
+        agent, settings: an `Agent` and the `Extraction` of its actions.
+    """
+    choice, ode = dataclasses.asdict(settings), dict(flow_steps=settings.flow_steps, solver=settings.solver)
+
+    def decide(observation: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        act_key, others_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+        x = jnp.asarray(observation, jnp.float32)[None]
+        chunk = agent.act(x, key=act_key, **choice)
+        draws = agent.sample_returns(x, chunk, 200, key=act_key, **ode)
+        others = agent.sample_actions(x, 8, key=others_key, **ode)[0]
+        means = agent.sample_returns(jnp.repeat(x, 8, axis=0), others, 16, key=act_key, **ode).mean(axis=1)
+        return np.asarray(chunk[0]), np.asarray(draws[0]), np.asarray(means)
+
+    bounds = float(agent.axis.low), float(agent.axis.high)
+    success = record(env, decide, path, seed=episode_seed(seed, 0), bounds=bounds, title=title)
+    env.close()
+    print(f"film: {path} ({'solved' if success else 'not solved'})")
 
 
 def record(

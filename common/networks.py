@@ -1,19 +1,106 @@
-"""Networks of all stages: plain functions of one example, to be `vmap`ped by the caller.
+"""Networks of all stages and the scaling of their inputs: plain functions of one example, `vmap`ped by the caller.
 
 Numerics follow the FQL code base, the lineage of EVOR's paper, not Equinox's defaults: Glorot-uniform kernels, zero
 biases, tanh-approximate GELU, LayerNorm *after* the activation with eps 1e-6 in critics and none in policies, the raw
 time `t` appended to the input. One thing differs: critics start with an output layer a hundred times smaller.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from common.args import size
+from common.errors import UserError
 from common.flow import Ode, integrate
+
+Width = Annotated[int, size(100_000)]
+Depth = Annotated[int, size(1_000)]
+
+
+class Sizes(NamedTuple):
+    """What the data say about the sizes of networks."""
+
+    observation: int
+    action: int
+    horizon: int  # actions in a chunk
+
+    @property
+    def chunk(self) -> int:
+        """Length of an action chunk as one vector."""
+        return self.action * self.horizon
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicySpec:
+    """What determines the shapes of a `FlowPolicy`."""
+
+    observation: Width
+    action: Width  # of a chunk, as one vector
+    width: Width
+    depth: Depth
+
+
+@dataclasses.dataclass(frozen=True)
+class CriticSpec:
+    """What determines the shapes of a `FlowCritic` (`mlp`, `trunk`) or of a `DirectCritic`."""
+
+    observation: Width
+    action: Width  # of a chunk, as one vector
+    kind: Literal["mlp", "trunk", "scalar", "c51", "qr"]
+    width: Width
+    depth: Depth
+    head_width: Width = 64  # of `trunk`
+    head_depth: Depth = 3
+    outputs: Width = 1  # of a `DirectCritic`
+
+
+BOUND = 10.0  # of standardised observations; the usual one (VecNormalize of Stable-Baselines3)
+
+
+class Standardizer(eqx.Module):
+    """`clip((x - mean) / std, -10, 10)` per coordinate; one that does not vary, or is ignored, becomes zero.
+
+    Units do not matter: `a x + b` in the place of `x` gives the same numbers, but for rounding. The bound is for
+    coordinates that hardly ever move, such as some joints of OGBench's arm: their rare moves would be hundreds of
+    standard deviations.
+    """
+
+    mean: Float[Array, " observation"]
+    std: Float[Array, " observation"]
+
+    @classmethod
+    def of(cls, observations: Float[np.ndarray, "rows observation"], *, ignore: Sequence[int] = ()) -> "Standardizer":
+        """Mean and standard deviation of the data.
+
+        Raises:
+            UserError: `ignore` names a coordinate that does not exist.
+        """
+        dims = observations.shape[1]
+        if not set(ignore) <= set(range(dims)):
+            raise UserError(f"--ignore-observations {list(ignore)}: observations have 0 to {dims - 1}.")
+        # float64 sums: a million float32 terms lose digits.
+        mean = observations.mean(axis=0, dtype=np.float64)
+        std = observations.std(axis=0, dtype=np.float64)
+        # What single precision rounds off is no signal.
+        constant = std <= np.maximum(2 * np.finfo(np.float32).eps * np.abs(mean), np.finfo(np.float32).tiny)
+        std[constant] = np.inf
+        std[list(ignore)] = np.inf
+        return cls(jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32))
+
+    def __call__(self, observation: Float[Array, " observation"]) -> Float[Array, " observation"]:
+        return jnp.clip((observation - self.mean) / self.std, -BOUND, BOUND)
+
+    def rows(self, observations: Float[np.ndarray, "rows observation"]) -> Float[np.ndarray, "rows observation"]:
+        """A whole dataset, on the host."""
+        standard = (observations - np.asarray(self.mean)) / np.asarray(self.std)
+        return np.clip(standard, -BOUND, BOUND, out=standard)
 
 
 class Linear(eqx.Module):
@@ -82,22 +169,20 @@ class FlowPolicy(eqx.Module):
     """
 
     mlp: MLP
-    observation_dim: int = eqx.field(static=True)
-    action_dim: int = eqx.field(static=True)
+    spec: PolicySpec = eqx.field(static=True)
 
-    def __init__(self, observation_dim: int, action_dim: int, *, width: int = 512, depth: int = 4, key: PRNGKeyArray):
-        self.observation_dim, self.action_dim = observation_dim, action_dim
-        inputs = observation_dim + action_dim + 1
-        self.mlp = MLP(inputs, action_dim, width=width, depth=depth, layer_norm=False, key=key)
+    def __init__(self, observation: int, action: int, *, width: int = 512, depth: int = 4, key: PRNGKeyArray):
+        self.spec = PolicySpec(observation, action, width, depth)
+        self.mlp = MLP(observation + action + 1, action, width=width, depth=depth, layer_norm=False, key=key)
 
     def features(self, observation: Float[Array, " observation"]) -> Float[Array, " width"]:
         first = self.mlp.hidden[0]
-        return observation @ first.weight[: self.observation_dim] + first.bias
+        return observation @ first.weight[: self.spec.observation] + first.bias
 
     def velocity(
         self, features: Float[Array, " width"], action: Float[Array, " action"], t: Float[Array, ""]
     ) -> Float[Array, " action"]:
-        weight = self.mlp.hidden[0].weight[self.observation_dim :]
+        weight = self.mlp.hidden[0].weight[self.spec.observation :]
         return self.mlp.from_first(features + jnp.append(action, t) @ weight)
 
     def sample(
@@ -152,12 +237,13 @@ class FlowCritic(Critic):
 
     trunk: tuple[tuple[Linear, LayerNorm], ...]
     head: MLP
-    inputs: int = eqx.field(static=True)
+    inputs: int = eqx.field(static=True)  # of the head, beside z_t and t
+    spec: CriticSpec = eqx.field(static=True)
 
     def __init__(
         self,
-        observation_dim: int,
-        action_dim: int,
+        observation: int,
+        action: int,
         *,
         kind: str = "mlp",
         width: int = 512,
@@ -169,7 +255,7 @@ class FlowCritic(Critic):
         """`mlp` has `depth` hidden layers of `width` units; `trunk` has one less, and in the place of the last a head
         of `head_depth` layers of `head_width` units."""
         trunk_key, head_key = jax.random.split(key)
-        inputs = observation_dim + action_dim
+        inputs = observation + action
         if kind == "mlp":
             self.trunk, self.inputs = (), inputs
             head = MLP(inputs + 2, 1, width=width, depth=depth, layer_norm=True, key=head_key)
@@ -191,6 +277,7 @@ class FlowCritic(Critic):
         # A small output: after LayerNorm a Glorot output layer starts off by about one unit, half the possible returns,
         # and a bootstrapped level takes 1 / (tau (1 - discount)) steps to mend by a factor e.
         self.head = eqx.tree_at(lambda mlp: mlp.output.weight, head, 0.01 * head.output.weight)
+        self.spec = CriticSpec(observation, action, kind, width, depth, head_width, head_depth)
 
     def features(
         self, observation: Float[Array, " observation"], action: Float[Array, " action"]
@@ -240,12 +327,12 @@ class DirectCritic(Critic):
 
     mlps: tuple[MLP, ...]
     atoms: Float[Array, " outputs"]  # of `c51`: the values of the return, no parameters
-    kind: str = eqx.field(static=True)
+    spec: CriticSpec = eqx.field(static=True)
 
     def __init__(
         self,
-        observation_dim: int,
-        action_dim: int,
+        observation: int,
+        action: int,
         *,
         kind: str,
         outputs: int,
@@ -253,13 +340,18 @@ class DirectCritic(Critic):
         depth: int = 4,
         key: PRNGKeyArray,
     ):
-        make = functools.partial(MLP, observation_dim + action_dim, width=width, depth=depth, layer_norm=True)
+        self.spec = CriticSpec(observation, action, kind, width, depth, outputs=outputs)
+        make = functools.partial(MLP, observation + action, width=width, depth=depth, layer_norm=True)
         if kind == "scalar":  # not one batched MLP: XLA's batched product is slow on a CPU
             mlps = tuple(make(1, key=k) for k in jax.random.split(key, outputs))
         else:
             mlps = (make(outputs, key=key),)
         self.mlps = tuple(eqx.tree_at(lambda m: m.output.weight, mlp, 0.01 * mlp.output.weight) for mlp in mlps)
-        self.atoms, self.kind = jnp.zeros(outputs), kind
+        self.atoms = jnp.zeros(outputs)
+
+    @property
+    def kind(self) -> str:
+        return self.spec.kind
 
     def __call__(
         self, observation: Float[Array, " observation"], action: Float[Array, " action"]
@@ -296,20 +388,16 @@ def stratified_normal(num: int) -> Float[Array, " num"]:
     return jax.scipy.special.ndtri((jnp.arange(num) + 0.5) / num)
 
 
-def make_policy(header: dict[str, Any], *, key: PRNGKeyArray) -> FlowPolicy:
-    """An untrained policy with the dimensions of a checkpoint header; a chunk of actions is one long action."""
-    chunk_dim = header["action_dim"] * header["horizon"]
-    return FlowPolicy(header["observation_dim"], chunk_dim, width=header["width"], depth=header["depth"], key=key)
+def make_policy(spec: PolicySpec, *, key: PRNGKeyArray) -> FlowPolicy:
+    """An untrained policy."""
+    return FlowPolicy(**dataclasses.asdict(spec), key=key)
 
 
-CRITIC_FIELDS = ("width", "depth", "head_width", "head_depth")  # of a checkpoint header, beside `critic`, its kind
-
-
-def make_critic(header: dict[str, Any], *, key: PRNGKeyArray) -> Critic:
-    """An untrained critic with the dimensions of a checkpoint header."""
-    chunk_dim = header["action_dim"] * header["horizon"]
-    if header["critic"] in ("scalar", "c51", "qr"):
-        shape = dict(outputs=header["outputs"], width=header["width"], depth=header["depth"])
-        return DirectCritic(header["observation_dim"], chunk_dim, kind=header["critic"], **shape, key=key)
-    dims = {name: header[name] for name in CRITIC_FIELDS}
-    return FlowCritic(header["observation_dim"], chunk_dim, kind=header["critic"], **dims, key=key)
+def make_critic(spec: CriticSpec, *, key: PRNGKeyArray) -> "FlowCritic | DirectCritic":
+    """An untrained critic."""
+    fields = dataclasses.asdict(spec)
+    if spec.kind in ("mlp", "trunk"):
+        del fields["outputs"]
+        return FlowCritic(**fields, key=key)
+    del fields["head_width"], fields["head_depth"]
+    return DirectCritic(**fields, key=key)

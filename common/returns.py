@@ -76,6 +76,12 @@ def affine_axis(shift: ArrayLike, scale: ArrayLike, *, low: ArrayLike, high: Arr
     return ReturnAxis(returns, jnp.broadcast_to(jnp.arange(2.0), returns.shape), low, high, scale)
 
 
+def blank_axis(knots: int) -> ReturnAxis:
+    """An axis of that many knots, to be filled in."""
+    zero = jnp.zeros(())
+    return ReturnAxis(jnp.zeros(knots), jnp.zeros(knots), zero, zero, zero)
+
+
 def make_axis(returns: Float[np.ndarray, " n"], bounds: Float[np.ndarray, "2"], *, kind: AxisKind) -> ReturnAxis:
     """The axis of a task, from a sample of its data's returns, and the lowest and highest possible one.
 

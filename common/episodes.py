@@ -1,0 +1,305 @@
+"""Roll-outs: all episodes of all replicas in lock-step, environments in parallel processes, one `act` for all of them.
+
+Gymnasium's `AsyncVectorEnv` runs one `EpisodeRunner` per process. A runner steps a share of the environments of every
+replica and starts the next episode in one as soon as it is free, so no environment waits for the longest episode.
+
+Protocol (OGBench): `num_episodes` episodes per replica, an episode ends when the task is solved or its time is up, and
+counts as a success if the environment says so at its last step. Initial states depend on (seed, episode) alone: all
+replicas and all settings of a sweep see the same episodes, whatever the number of processes.
+"""
+
+import contextlib
+import functools
+import math
+import multiprocessing.connection
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import gymnasium
+import numpy as np
+from tqdm import tqdm
+
+from common.envs import free_memory, import_ogbench, num_cores, trim_memory
+from common.errors import UserError
+
+# Environments in all, if every process has one of each replica then. One of a manipulation task takes about 130 MB (its
+# model and a second one for inverse kinematics) and a second to build.
+ENVIRONMENTS = 32
+ENVIRONMENT_BYTES = 130e6
+
+
+class ActionNoise(gymnasium.ActionWrapper):
+    """Executes `clip(a + scale * n)` with `n ~ N(0, I)` instead of `a`: makes transitions stochastic.
+
+    The noise has a generator of its own, seeded at each reset: it does not change initial states, and all settings of a
+    sweep meet the same noise at the same step of an episode.
+    """
+
+    def __init__(self, env: gymnasium.Env, scale: float):
+        super().__init__(env)
+        self.scale, self.rng = scale, np.random.default_rng(0)
+        self.low, self.high = env.action_space.low, env.action_space.high  # OGBench makes a new space at each use
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        if seed is not None:
+            self.rng = np.random.default_rng([seed, 1])
+        return self.env.reset(seed=seed, options=options)
+
+    def action(self, action: np.ndarray) -> np.ndarray:
+        noisy = action + self.scale * self.rng.standard_normal(np.shape(action))
+        return np.clip(noisy, self.low, self.high).astype(np.float32)
+
+
+def make_env(gym_id: str, action_noise: float = 0.0) -> gymnasium.Env:
+    """One OGBench environment, with noise in its actions if asked for."""
+    import_ogbench()
+    env = gymnasium.make(gym_id)
+    return ActionNoise(env, action_noise) if action_noise else env
+
+
+def max_environments() -> int:
+    """As many environments as fit into half of the memory that is free now."""
+    return max(1, int(0.5 * (free_memory() or 8e9) / ENVIRONMENT_BYTES))
+
+
+def episode_seed(seed: int, episode: int) -> int:
+    """The seed that an episode of an evaluation starts from."""
+    return int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])
+
+
+def seeded_reset(env: gymnasium.Env, seed: int) -> np.ndarray:
+    """Resets `env` so that the whole episode depends on `seed` alone; returns the first observation.
+
+    OGBench draws from three places: the environment's generator, NumPy's global one (mazes), and an unseeded action
+    space that it makes anew at each use (manipulation: the two random steps before an episode stay in the solver's
+    warm start).
+    """
+    np.random.seed(seed)
+    space = env.unwrapped.action_space
+    space.seed(seed)
+    if isinstance(getattr(type(env.unwrapped), "action_space", None), property):
+        with mock.patch.object(type(env.unwrapped), "action_space", space):
+            return env.reset(seed=seed)[0]
+    return env.reset(seed=seed)[0]
+
+
+class EpisodeRunner(gymnasium.Env):
+    """A share of the environments of every replica, stepped one after the other in one process.
+
+    Shapes: R replicas, m environments per replica in this process, h actions per chunk. An action is one chunk per
+    environment, executed open loop until it ends or the episode does.
+    """
+
+    def __init__(
+        self,
+        gym_ids: Sequence[str],
+        slots: Sequence[int],
+        *,
+        num_slots: int,
+        num_episodes: int,
+        horizon: int,
+        seed: int,
+        action_noise: float = 0.0,
+        probe: Callable[[dict[str, Any]], float] | None = None,
+    ):
+        """`slots` are this process' environments of each replica; slot s runs the episodes s, s + num_slots, ..."""
+        if multiprocessing.parent_process() is not None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
+        self.gym_ids, self.slots, self.num_slots = gym_ids, slots, num_slots
+        self.num_episodes, self.horizon, self.seed, self.probe = num_episodes, horizon, seed, probe
+        self.action_noise = action_noise
+        self.envs: list[list[gymnasium.Env]] = []
+        first = make_env(gym_ids[0])
+        shape = (len(gym_ids), len(slots))
+        box = gymnasium.spaces.Box
+        self.observation_space = gymnasium.spaces.Dict(
+            observation=box(-np.inf, np.inf, shape + first.observation_space.shape, np.float32),
+            episode=box(0, 2**31 - 1, shape, np.int32),
+            step=box(0, 2**31 - 1, shape, np.int32),
+            active=box(0, 1, shape, np.int8),
+        )
+        self.action_space = box(-1, 1, (*shape, horizon, *first.action_space.shape), np.float32)
+        first.close()
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        if not self.envs:
+            self.envs = [[make_env(gym_id, self.action_noise) for _ in self.slots] for gym_id in self.gym_ids]
+            trim_memory()
+        self.results: list[dict[str, Any]] = []  # one per episode begun, in the order they began
+        self.records = [[{} for _ in envs] for envs in self.envs]  # the one that each environment is filling in
+        spaces = self.observation_space.spaces
+        self.state = {key: np.zeros(space.shape, space.dtype) for key, space in spaces.items()}
+        self.state["episode"][:] = self.slots
+        for r, envs in enumerate(self.envs):
+            for j in range(len(envs)):
+                self._begin(r, j)
+        return self._copy(), {}
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        for r, j in np.argwhere(self.state["active"]).tolist():
+            self._execute(r, j, action[r, j])
+        return self._copy(), 0.0, False, False, {}
+
+    def _copy(self) -> dict[str, np.ndarray]:
+        return {key: value.copy() for key, value in self.state.items()}
+
+    def _begin(self, r: int, j: int) -> None:
+        """Starts the episode that `episode[r, j]` names, or retires the environment if there is none."""
+        episode = int(self.state["episode"][r, j])
+        self.state["active"][r, j] = episode < self.num_episodes
+        self.state["step"][r, j] = 0
+        if episode < self.num_episodes:
+            self.state["observation"][r, j] = seeded_reset(self.envs[r][j], episode_seed(self.seed, episode))
+            self.records[r][j] = dict(replica=int(r), episode=episode, success=0.0, length=0, total=0.0, probe=0.0)
+            self.results.append(self.records[r][j])
+
+    def _execute(self, r: int, j: int, chunk: np.ndarray) -> None:
+        env, record = self.envs[r][j], self.records[r][j]
+        for action in chunk:
+            observation, reward, terminated, truncated, info = env.step(action)
+            record["length"] += 1
+            record["total"] += float(reward)
+            if self.probe is not None:
+                record["probe"] += float(self.probe(info))
+            self.state["step"][r, j] += 1
+            if terminated or truncated:
+                record["success"] = float(info.get("success", 0.0))
+                self.state["episode"][r, j] += self.num_slots
+                self._begin(r, j)
+                return
+        self.state["observation"][r, j] = observation
+
+    def close(self) -> None:
+        for env in (env for envs in self.envs for env in envs):
+            env.close()
+
+
+class Episodes:
+    """Parallel environments for the evaluation of R replicas; build once, `run` many times, then `close`."""
+
+    def __init__(
+        self,
+        gym_ids: Sequence[str],
+        *,
+        num_episodes: int,
+        horizon: int = 1,
+        seed: int = 0,
+        action_noise: float = 0.0,
+        workers: int | None = None,
+        probe: Callable[[dict[str, Any]], float] | None = None,
+    ):
+        """
+        Args:
+            gym_ids: one environment per replica; all with the same spaces.
+            num_episodes: episodes per replica.
+            horizon: actions per decision, executed open loop.
+            seed: seed of the initial states.
+            action_noise: standard deviation of the Gaussian noise in the executed actions, which are in [-1, 1].
+            workers: processes; one per core by default.
+            probe: a function of a step's `info`, summed over each episode; importable, since it goes to the workers.
+
+        Raises:
+            UserError: a process died, here or in `run`.
+        """
+        workers = min(workers or num_cores(), num_episodes, max(1, max_environments() // len(gym_ids)))
+        self.num_replicas, self.num_episodes = len(gym_ids), num_episodes
+        per_worker = math.ceil(num_episodes / workers)
+        per_worker = max(1, min(per_worker, ENVIRONMENTS // (len(gym_ids) * workers)))
+        settings = dict(num_slots=workers * per_worker, num_episodes=num_episodes, horizon=horizon, seed=seed)
+        settings |= dict(action_noise=action_noise, probe=probe)
+        with self._reporting_deaths():
+            self.vector = gymnasium.vector.AsyncVectorEnv(
+                [
+                    functools.partial(
+                        EpisodeRunner, tuple(gym_ids), range(w * per_worker, (w + 1) * per_worker), **settings
+                    )
+                    for w in range(workers)
+                ],
+                context="spawn",  # JAX is multithreaded: a forked child could inherit a held lock.
+            )
+        trim_memory()  # Gymnasium builds an environment in this process, too, to ask for its spaces
+
+    def run(
+        self, act: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray], *, desc: str = "evaluating"
+    ) -> list[dict[str, Any]]:
+        """Runs all episodes with `act(observations, episodes, steps) -> chunks`.
+
+        Shapes: observations (R, n, d), episodes and steps (R, n), chunks (R, n, h, a). Returns one row per episode,
+        ordered by replica and episode: `replica, episode, success, length, total` (undiscounted return), `probe`.
+        The progress bar shows the share of the time in which environments wait for `act`; it stays in `policy_share`.
+        """
+        with self._reporting_deaths():
+            return self._run(act, desc)
+
+    def _run(self, act: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray], desc: str) -> list[dict[str, Any]]:
+        state, _ = self.vector.reset()
+        began, acting = time.monotonic(), 0.0
+        with tqdm(total=self.num_replicas * self.num_episodes, desc=desc, unit="episode") as bar:
+            while state["active"].any():
+                # (workers, R, m, ...) -> (R, workers * m, ...): `act` sees replicas, not processes.
+                merged = {key: self._merge(value) for key, value in state.items()}
+                asked = time.monotonic()
+                chunks = np.asarray(act(merged["observation"], merged["episode"], merged["step"]))
+                acting += time.monotonic() - asked
+                state, *_ = self.vector.step(self._split(chunks, state["active"].shape[0]))
+                finished = np.minimum(state["episode"] // self.num_slots, self._quota(state)).sum()
+                self.policy_share = acting / (time.monotonic() - began)
+                bar.set_postfix(policy=f"{self.policy_share:.0%}", refresh=False)
+                bar.update(int(finished) - bar.n)
+        rows = [row for results in self.vector.call("results") for row in results]
+        return sorted(rows, key=lambda row: (row["replica"], row["episode"]))
+
+    @property
+    def num_slots(self) -> int:
+        """Environments per replica."""
+        return self.vector.num_envs * self.vector.single_observation_space["active"].shape[1]
+
+    def _quota(self, state: dict[str, np.ndarray]) -> np.ndarray:
+        """How many episodes each environment runs in all."""
+        slot = state["episode"] % self.num_slots
+        return (self.num_episodes - slot + self.num_slots - 1) // self.num_slots
+
+    @staticmethod
+    def _merge(value: np.ndarray) -> np.ndarray:
+        value = np.moveaxis(value, 0, 1)
+        return value.reshape(value.shape[0], -1, *value.shape[3:])
+
+    @staticmethod
+    def _split(chunks: np.ndarray, workers: int) -> np.ndarray:
+        return np.moveaxis(chunks.reshape(chunks.shape[0], workers, -1, *chunks.shape[2:]), 1, 0)
+
+    @contextlib.contextmanager
+    def _reporting_deaths(self) -> Iterator[None]:
+        """A process that is gone closes its pipe, which Gymnasium raises as one of these."""
+        try:
+            yield
+        except (EOFError, ConnectionError):
+            how = "at its start"
+            if hasattr(self, "vector"):
+                multiprocessing.connection.wait([process.sentinel for process in self.vector.processes], timeout=5.0)
+                codes = [process.exitcode for process in self.vector.processes if process.exitcode is not None]
+                how = ", ".join(signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes) or "no status"
+            raise UserError(
+                f"a process of the evaluation died ({how}): if memory ran out, free some, or pass fewer --workers to "
+                f"evor_infer.py; then run it again, a training with --resume."
+            ) from None
+
+    def close(self) -> None:
+        """Ends the processes, whatever they are doing: `AsyncVectorEnv.close` would wait for them."""
+        for process in self.vector.processes:
+            process.kill()
+        for process in self.vector.processes:
+            process.join()
+        for pipe in self.vector.parent_pipes:
+            if pipe is not None:  # as Gymnasium leaves that of a process in which an error was raised
+                pipe.close()
+        self.vector.closed = True
+
+    def __enter__(self) -> "Episodes":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

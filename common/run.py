@@ -1,0 +1,357 @@
+"""A run: the directory that a training fills, and the loop over its compiled chunks.
+
+    with Run(args, stage="value") as run:
+        state = run.start(problem, init_state, model=...)
+        for step in run.steps():
+            state, metrics = train_chunk(args, state, problem.data(step), problem.replicas)
+            run.record(state, metrics)
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from common import checkpoint
+from common.args import check
+from common.errors import UserError
+from common.metrics import (
+    Metrics,
+    git_revision,
+    hold_directory,
+    package_versions,
+    read_json,
+    start_tracking,
+    write_json,
+)
+from common.provenance import hardware
+from common.replicas import fetch, join_hosts, leave_hosts, noted_anywhere, spread, stack_replicas
+
+SAVING_SHARE = 0.05  # of the time: a run saves more often than it has to where that costs less
+# Arguments that say where and how a run is made, and not what comes out.
+PLACES = ("run_dir", "policy_run_dir", "resume", "overwrite", "track", "distributed")
+OVER = "start over with --overwrite instead of --resume."
+STATES = ("train_state.eqx", "train_state.previous.eqx")
+LEFT_BY_A_KILL = (*STATES, "model.eqx", "config.json", "metrics.csv", "evaluation.csv", "calibration.csv")
+
+
+class Signals:
+    """Within `with`, SIGTERM and Ctrl-C are noted in `number`, for a loop to stop at a good place; a second one acts as
+    it would outside. One that the loop did not act on acts at the end of the `with`."""
+
+    def __init__(self):
+        self.number, self._old = None, {}
+        if threading.current_thread() is threading.main_thread():
+            found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._old = {number: old for number, old in found.items() if old not in (signal.SIG_IGN, None)}
+
+    def __enter__(self) -> "Signals":
+        for number in self._old:
+            signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        self._restore()
+        if error is None and self.number is not None:
+            signal.raise_signal(self.number)
+
+    def _restore(self) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.number = number
+        self._restore()
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after this chunk, which is saved then; once more stops at once.\n")
+
+    @contextlib.contextmanager
+    def as_outside(self) -> Iterator[None]:
+        self._restore()
+        yield
+        if self.number is None:
+            self.__enter__()
+
+
+def state_to_resume(directory: Path, stage: str) -> Path:
+    """The newest complete training state of a run directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    return checkpoint.newest(*(directory / name for name in STATES), stage=stage, remedy=OVER)
+
+
+class Run:
+    """A run directory and the loop that fills it.
+
+    Files: `config.json` (arguments, data, git revision, versions, hardware, and the seconds that the run took up to its
+    last checkpoint, evaluations included), `metrics.csv`, `model.eqx` (what later stages load), `train_state.eqx` (what
+    `--resume` continues from, with `model.eqx` written just before it) and the one before it,
+    `train_state.previous.eqx`. One process at a time may fill a directory. Of several hosts the first one fills it;
+    what the others write goes to a temporary directory.
+
+    Saves every `args.save_every` steps, before an evaluation, and in between where that takes little of the time.
+    SIGTERM and Ctrl-C let the chunk come to its end and save it, on all hosts if one gets it. A replica of which a
+    number is not finite is given up and reported: the others have nothing to do with it.
+    """
+
+    def __init__(self, args: Any, *, stage: str):
+        """Checks the arguments, and with `--resume` that there is a complete state, before any data are read.
+
+        Raises:
+            UserError: they do not hold.
+        """
+        check(args)
+        self.args, self.stage = args, stage
+        self.save_every = min(args.save_every, args.steps)
+        self.directory = args.directory / stage
+        self.diverged: list[tuple[int | str, int]] = []
+        self.resume_path: Path | None = None
+        self.last_metrics: dict[str, np.ndarray] = {}
+        self._loop: Iterator[int] | None = None
+        if args.distributed:
+            join_hosts()
+        if args.resume and self._stands():
+            state_to_resume(self.directory, stage)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._loop is not None:
+            self._loop.close()
+
+    def _stands(self) -> bool:
+        return any((self.directory / name).is_file() for name in STATES)
+
+    # --- Start ---
+
+    def start(self, problem: Any, init: Callable[..., Any], *, model: Callable[[Any], Any]) -> Any:
+        """Opens the directory; returns the state to start from, on the devices.
+
+        Args:
+            problem: has `header()`, `pairs`, `sizes`, `init_keys` and `data`.
+            init: `(args, sizes, key=) -> state` of one replica.
+            model: what `model.eqx` keeps of a state; its `spec()` goes into the header.
+
+        Raises:
+            UserError: another process is filling the directory; `--resume` with other settings than the run had; a run
+                stands here and neither `--resume` nor `--overwrite` is given.
+        """
+        self.pairs, self._model = list(problem.pairs), model
+        self.header = dict(stage=self.stage, **problem.header(), args=self.args, versions=package_versions())
+        self.header |= dict(git_revision=git_revision(), diverged=self.diverged)
+        self._open()
+        self._state = stack_replicas(lambda key: init(self.args, problem.sizes, key=key), problem.init_keys)
+        self.header["model"] = model(self._state).spec()
+        if self.resume_path is not None:
+            self._state = self._restore(self._state)
+        self._write_config()
+        self.step = int(np.max(self._state.step))
+        self._state = spread(self._state, len(self.pairs))
+        if self.step < self.args.steps:
+            problem.data(self.step)  # loads before the progress bar starts
+        return self._state
+
+    def _open(self) -> None:
+        stands, first_host = self._stands(), jax.process_index() == 0
+        if stands and first_host:
+            self._lock = hold_directory(self.directory, "--run-dir")
+        if stands and self.args.resume:
+            self._check_resumable()
+        elif stands and not self.args.overwrite:
+            raise UserError(f"a run stands in {self.directory}: pass --resume, --overwrite, or another --run-dir.")
+        elif first_host:
+            if self.args.resume:
+                print(f"nothing to resume in {self.directory}: starting.", flush=True)
+            self._lock = hold_directory(self.directory, "--run-dir")
+            # Nothing of an earlier run may be taken for this one's. (The bank says itself what it was made of.)
+            for path in self.directory.glob("*"):
+                if path.suffix in (".json", ".csv", ".eqx", ".png") and "bank-" not in path.name:
+                    path.unlink()
+        if not first_host:
+            self._temporary = tempfile.TemporaryDirectory()  # removed with this object
+            self.directory = Path(self._temporary.name)
+        self.state_path, self.previous_path = (self.directory / name for name in STATES)
+        self.model_path = self.directory / "model.eqx"
+        before = (read_json(self.directory / "config.json") if self.resume_path is not None else None) or {}
+        self._began = time.monotonic() - before.get("seconds", 0.0)
+        used = [*filter(None, before.get("hardware", "").split("; ")), hardware()]
+        self._hardware = "; ".join(dict.fromkeys(used))  # of all that the run was trained on
+        track = None
+        if self.args.track and first_host:
+            track = start_tracking("evor", f"{self.header['env']}-{self.stage}", checkpoint.plain(self.args))
+        self.metrics = Metrics(
+            self.directory / "metrics.csv",
+            stage=self.stage,
+            env=self.header["env"],
+            resume_step=self._old["step"] if self.resume_path is not None else None,
+            track=track,
+        )
+
+    def _check_resumable(self) -> None:
+        """Whether the state that stands here is one of this run; removes what a kill left half written."""
+        self.resume_path = state_to_resume(self.directory, self.stage)
+        old = self._old = checkpoint.read_header(self.resume_path, stage=self.stage, remedy=OVER)
+        self.diverged += [tuple(replica) for replica in old.get("diverged", ())]
+        may_differ = (*PLACES, "dataset", *getattr(self.args, "evaluation_only", ()))
+        for field, value in checkpoint.plain(self.args).items():
+            if field not in may_differ and old["args"].get(field) != value:
+                raise UserError(
+                    f"--resume: the run in {self.directory} has {field} {old['args'].get(field)!r}, not {value!r}: "
+                    f"pass the same arguments, or {OVER}"
+                )
+        if old["data"]["sha256"] != self.header["data"]["sha256"]:
+            raise UserError(f"--resume: the run in {self.directory} was trained on other data: {OVER}")
+        if old.get("policy_sha256") != self.header.get("policy_sha256"):
+            raise UserError(f"--resume: the run in {self.directory} had another base policy: {OVER}")
+        if jax.process_index() == 0:
+            for name in LEFT_BY_A_KILL:
+                for path in self.directory.glob(f".*.{name}"):
+                    path.unlink()
+
+    def _restore(self, state: Any) -> Any:
+        _, saved = checkpoint.load(self.resume_path, lambda header: state, stage=self.stage, remedy=OVER)
+        if self.resume_path != self.state_path:
+            self.state_path.unlink(missing_ok=True)  # damaged: the next one must not push the good one out
+        return jax.tree.map(jnp.asarray, saved)
+
+    def _write_config(self) -> None:
+        # Not in the checkpoints: those of equal runs are equal.
+        seconds = round(time.monotonic() - self._began, 1)
+        write_json(self.directory / "config.json", {**self.header, "hardware": self._hardware, "seconds": seconds})
+
+    # --- The loop ---
+
+    def steps(self) -> Iterator[int]:
+        """The number of steps done, before each chunk. `record` has to be called once for each.
+
+        Raises:
+            FloatingPointError: no replica is left; the last checkpoint stays as it was.
+            SystemExit, KeyboardInterrupt: after a signal.
+        """
+        self._loop = self._steps()
+        return self._loop
+
+    def _steps(self) -> Iterator[int]:
+        args, first = self.args, self.step
+        self._saved_step, self._saved_at, self._saving = first, time.monotonic(), 0.0  # the first chunk is saved
+        name = f"{self.stage} {self.header['env']}"
+        bar = tqdm(total=args.steps, initial=first, desc=name, unit="step", disable=jax.process_index() > 0)
+        with Signals() as self._signals, bar as self._bar:
+            for step in range(first, args.steps, args.chunk):
+                self._chunk_began = time.monotonic()
+                yield step
+        if first == args.steps and jax.process_index() == 0 and not checkpoint.complete(self.model_path):
+            model = self._model(self.own(self._state))
+            checkpoint.save(self.model_path, {**self.header, "step": first}, model)  # somebody lost it
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("saved")  # the other hosts read what the first one wrote
+
+    def record(self, state: Any, metrics: dict[str, Any]) -> None:
+        """Takes the state after a chunk and its mean metrics: logs, gives up what is not finite, saves where due."""
+        args = self.args
+        values = self.own(metrics)
+        milliseconds = 1e3 * (time.monotonic() - self._chunk_began) / args.chunk
+        self._state, self.step = state, self.step + args.chunk
+        self._give_up_diverged(values)
+        good = self.good()
+        self.last_metrics = {metric: numbers[good] for metric, numbers in values.items()}
+        self.metrics.log(self.step, [self.pairs[i] for i in good], self.last_metrics)
+        self._bar.update(args.chunk)
+        self._bar.set_postfix(loss=f"{np.mean(self.last_metrics['loss']):.4g}", ms=f"{milliseconds:.2f}")
+        self._save_where_due()
+
+    def own(self, tree: Any) -> Any:
+        """The run's own replicas of a tree that lies on the devices, on the host. All hosts have to call it."""
+        return fetch(tree, len(self.pairs))
+
+    def means(self) -> dict[str, float]:
+        """The last metrics, averaged over the replicas."""
+        return {metric: float(np.mean(numbers)) for metric, numbers in self.last_metrics.items()}
+
+    def good(self) -> np.ndarray:
+        """Indices of the replicas that have not diverged."""
+        return np.array([i for i, pair in enumerate(self.pairs) if pair not in self.diverged])
+
+    def on_first_host(self, function: Callable[[], None]) -> None:
+        """Saves, then calls `function` on the first host. Meanwhile a signal acts at once."""
+        self._save()
+        self._stop_if_signalled()
+        if jax.process_index() == 0:
+            try:
+                with self._signals.as_outside():
+                    function()
+            except (SystemExit, KeyboardInterrupt) as error:
+                if jax.process_count() == 1:
+                    raise
+                self._signals.number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+        self._stop_if_signalled()
+
+    def _stop_if_signalled(self) -> None:
+        """Ends the run, which is saved, if one of the hosts noted a signal."""
+        number = noted_anywhere(self._signals.number)
+        if number is None:
+            return
+        leave_hosts()
+        if jax.process_index() == 0:
+            print(
+                f"{signal.Signals(number).name}: saved step {self.step:,} of {self.args.steps:,} in {self.state_path}; "
+                f"--resume goes on.",
+                file=sys.stderr,
+            )
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    # --- Saving ---
+
+    def _save_where_due(self) -> None:
+        # Several hosts have to decide alike, and their clocks differ.
+        cheap = jax.process_count() == 1 and self._saving < SAVING_SHARE * (time.monotonic() - self._saved_at)
+        due = self.step % self.save_every == 0 or self.step == self.args.steps
+        if due or cheap or noted_anywhere(self._signals.number):
+            self._save()
+            self._stop_if_signalled()  # one may have come meanwhile
+
+    def _save(self) -> None:
+        """Writes a checkpoint, unless that of this step stands."""
+        if self._saved_step == self.step:
+            return
+        began, state = time.monotonic(), self.own(self._state)
+        finite = np.ones(len(self.pairs), bool)
+        for leaf in jax.tree.leaves(state):
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                finite &= np.isfinite(leaf).reshape(len(finite), -1).all(axis=1)
+        # The metrics are of the losses before the last update; it may have spoiled the parameters.
+        self._give_up_diverged({"a parameter": np.where(finite, 0.0, np.nan)})
+        header = {**self.header, "step": self.step}
+        checkpoint.save(self.model_path, header, self._model(state))
+        checkpoint.save(self.state_path, header, state, previous=self.previous_path)
+        self._write_config()
+        self._saved_step, self._saved_at, self._saving = self.step, time.monotonic(), time.monotonic() - began
+
+    def _give_up_diverged(self, values: dict[str, np.ndarray]) -> None:
+        for metric, numbers in values.items():
+            for i in np.flatnonzero(~np.isfinite(numbers)):
+                if self.pairs[i] in self.diverged:
+                    continue
+                self.diverged.append(self.pairs[i])
+                self._write_config()
+                report = f"{metric} of (task, seed) {self.pairs[i]} is not finite before step {self.step:,}"
+                if len(self.diverged) == len(self.pairs):
+                    raise FloatingPointError(
+                        f"{report}: the last checkpoint stays; start over with a smaller --learning-rate."
+                    )
+                tqdm.write(f"warning: {report}: it is given up, the others go on.", file=sys.stderr)
