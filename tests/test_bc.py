@@ -6,18 +6,22 @@ import numpy as np
 import pytest
 
 import evor_bc
+from common.args import learning_rate
 from common.flow import Ode
-from common.networks import FlowPolicy
-from common.training import learning_rate, stack_replicas
+from common.networks import FlowPolicy, Sizes
+from common.problem import Dataset, Replica, action_chunks, sample_batch
+from common.replicas import stack_replicas
 
 ARGS = evor_bc.Args(steps=1500, chunk=1500, width=32, depth=2, batch_size=128, learning_rate=3e-3, schedule="cosine")
 
 
-def toy_data(actions, *, horizon=1, key=None):
-    """Two-row trajectories with a constant observation, one action each."""
-    number = len(actions)
-    rows = jnp.repeat(actions, 2, axis=0)
-    return evor_bc.BCData(jnp.zeros((2 * number, 1)), rows, jnp.arange(0, 2 * number, 2), jnp.asarray(number))
+def toy_data(actions):
+    """Two-row trajectories with a constant observation, one action each; neither tasks nor a bank."""
+    number, width = actions.shape
+    rows, nothing = jnp.repeat(actions, 2, axis=0), jnp.zeros((0, number))
+    bank = jnp.zeros((0, number, 0, width), jnp.float16)
+    starts = jnp.arange(0, 2 * number, 2)
+    return Dataset(jnp.zeros((2 * number, 1)), rows, starts, nothing, nothing, bank, jnp.asarray(number))
 
 
 def test_loss_of_one_example_matches_its_definition():
@@ -38,11 +42,12 @@ def test_batch_loss_is_the_mean_over_fresh_noise_and_uniform_time():
 
 
 def train(dataset, args=ARGS, seeds=(0,)):
-    header = dict(observation_dim=1, action_dim=dataset.actions.shape[1], horizon=args.horizon, width=32, depth=2)
+    sizes = Sizes(observation=1, action=dataset.actions.shape[1], horizon=args.horizon)
     keys = jax.vmap(jax.random.key)(np.asarray(seeds))
-    state = stack_replicas(lambda key: evor_bc.init_state(args, header, key=key), keys)
+    state = stack_replicas(lambda key: evor_bc.init_state(args, sizes, key=key), keys)
+    zeros = jnp.zeros(len(seeds), jnp.int32)
     for _ in range(args.steps // args.chunk):
-        state, metrics = evor_bc.train_chunk(args, state, dataset, keys)
+        state, metrics = evor_bc.train_chunk(args, state, dataset, Replica(zeros, zeros, None, keys))
     return state, metrics
 
 
@@ -67,8 +72,26 @@ def test_gradient_is_not_zero_anywhere():
 
 def test_action_chunks_are_consecutive_rows():
     actions = jnp.arange(10.0)[:, None] + jnp.array([[0.0, 100.0]])
-    chunk = evor_bc.action_chunks(actions, jnp.array([3, 5]), 3)
+    chunk = action_chunks(actions, jnp.array([3, 5]), 3)
     np.testing.assert_array_equal(chunk, [[3, 103, 4, 104, 5, 105], [5, 105, 6, 106, 7, 107]])
+
+
+def test_a_batch_is_of_whole_transitions_that_count():
+    """Rows are known by their number: fails if a column is that of another transition, if the next state is not
+    `horizon` rows on, or if a transition that fills up the file is drawn."""
+    rows, starts = jnp.arange(20.0), jnp.array([0, 4, 9, 0, 0])
+    rewards = jnp.stack([10.0 + starts, 20.0 + starts])
+    dataset = Dataset(
+        rows[:, None], rows[:, None], starts, rewards, -rewards, jnp.zeros((0, 5, 0, 2), jnp.float16), jnp.array(3)
+    )
+    batch = sample_batch(dataset, 300, 2, key=jax.random.key(0))
+    assert np.bincount(batch.index).min() > 70 and batch.index.max() == 2
+    start = starts[batch.index]
+    np.testing.assert_array_equal(batch.observations[:, 0], start)
+    np.testing.assert_array_equal(batch.actions, jnp.stack([start, start + 1], axis=1))
+    np.testing.assert_array_equal(batch.next_observations[:, 0], start + 2)
+    np.testing.assert_array_equal(batch.rewards, jnp.stack([10 + start, 20 + start]))
+    np.testing.assert_array_equal(batch.bootstraps, -batch.rewards)
 
 
 def test_replicas_are_independent_and_equal_to_single_runs():
@@ -93,14 +116,10 @@ def test_chunk_length_changes_no_number():
 
 def test_one_compile_per_run():
     dataset = toy_data(jnp.linspace(-1, 1, 50)[:, None])
-    args = evor_bc.Args(steps=30, chunk=10, width=16, depth=1, batch_size=8)
+    args = evor_bc.Args(steps=30, chunk=10, width=32, depth=2, batch_size=8)
     before = evor_bc.train_chunk._cache_size()
-    train(dataset, dataclass_width(args))
+    train(dataset, args)
     assert evor_bc.train_chunk._cache_size() == before + 1
-
-
-def dataclass_width(args):
-    return evor_bc.Args(**{**vars(args), "width": 32, "depth": 2})
 
 
 @pytest.mark.parametrize("schedule, last", [("constant", 0.1), ("cosine", 0.0)])

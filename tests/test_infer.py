@@ -1,6 +1,7 @@
 """Stage 3: scores and selection against closed forms, and the properties that make them a policy."""
 
 import dataclasses
+import inspect
 from pathlib import Path
 
 import jax
@@ -10,21 +11,29 @@ import pytest
 from scipy.special import logsumexp
 
 import evor_infer
+from common.evaluation import read_episodes, summarise
 from common.flow import Ode
-from common.networks import FlowCritic, FlowPolicy
+from common.metrics import write_csv
+from common.networks import FlowCritic, FlowPolicy, Standardizer
 from common.returns import affine_axis
-from common.training import Standardizer
-from evor_infer import AgentParams, Extraction, log_mean_exp, select
+from evor_infer import Agent, Extraction, log_mean_exp, select
 
 
 def make_agent(seed=0, kind="mlp"):
     policy_key, critic_key = jax.random.split(jax.random.key(seed))
-    return AgentParams(
+    return Agent(
         policy=FlowPolicy(3, 2, width=16, depth=2, key=policy_key),
         critic=FlowCritic(3, 2, kind=kind, width=16, depth=3, key=critic_key),
         standardizer=Standardizer(jnp.array([1.0, 0.0, -1.0]), jnp.array([2.0, 1.0, 0.5])),
         axis=affine_axis(-50.0, 25.0, low=-100.0, high=0.0),
     )
+
+
+# Every setting of an extraction, none at its default.
+OTHERS = dict(
+    num_actions=3, num_returns=5, return_temperature=7.0, action_temperature=40.0, flow_steps=2, solver="euler",
+    independent_noise=True, absolute=True,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.3, 1.0, 50.0])
@@ -72,7 +81,7 @@ def test_one_action_is_the_base_policy():
     noise = jax.random.normal(jax.random.split(key, 3)[0], (1, 2))
     expected = agent.policy.sample((x - agent.standardizer.mean) / agent.standardizer.std, noise, Ode())[0]
     np.testing.assert_allclose(action, expected, rtol=1e-6)
-    broken = agent._replace(critic=jax.tree.map(lambda x: x * jnp.nan, agent.critic))
+    broken = dataclasses.replace(agent, critic=jax.tree.map(lambda x: x * jnp.nan, agent.critic))
     np.testing.assert_array_equal(
         evor_infer.act_one(broken, x, Extraction(num_actions=1, flow_steps=5), key=key), action
     )
@@ -112,12 +121,13 @@ def test_batched_equals_one_observation_at_a_time():
     """The per-observation argmax; an implementation that flattens candidates of all observations fails."""
     agent, key = make_agent(), jax.random.key(2)
     observations = jax.random.normal(jax.random.key(1), (6, 3))
-    settings = Extraction(num_actions=4, num_returns=3, flow_steps=3)
-    batched = evor_infer.Agent(agent).act(observations, key=key, num_actions=4, num_returns=3, flow_steps=3)
     keys = jax.random.split(key, 6)
-    single = [evor_infer.act_one(agent, x, settings, key=k) for x, k in zip(observations, keys, strict=True)]
-    assert batched.shape == (6, 1, 2)
-    np.testing.assert_allclose(batched[:, 0], jnp.stack(single), rtol=1e-4, atol=1e-5)
+    for settings in (dict(num_actions=4, num_returns=3, flow_steps=3), OTHERS):
+        batched = agent.act(observations, key=key, **settings)
+        extraction = Extraction(**settings)
+        single = [evor_infer.act_one(agent, x, extraction, key=k) for x, k in zip(observations, keys, strict=True)]
+        assert batched.shape == (6, 1, 2)
+        np.testing.assert_allclose(batched[:, 0], jnp.stack(single), rtol=1e-4, atol=1e-5)
 
 
 def test_replicas_act_with_their_own_parameters_and_episode_keys():
@@ -126,11 +136,14 @@ def test_replicas_act_with_their_own_parameters_and_episode_keys():
     episodes, steps = jnp.array([[0, 1, 0]] * 2), jnp.array([[0, 0, 5]] * 2)
     keys = jax.vmap(jax.random.key)(np.array([0, 0]))
     settings = Extraction(num_actions=2, num_returns=2, flow_steps=2)
-    actions = evor_infer.act_replicas(agents, observations, episodes, steps, settings, keys=keys)
-    assert actions.shape == (2, 3, 2)
+    actions = agents.decide(observations, episodes, steps, settings, keys=keys)
+    assert actions.shape == (2, 3, 1, 2)
     key = jax.random.fold_in(jax.random.fold_in(keys[1], 1), 0)
     np.testing.assert_allclose(
-        actions[1, 1], evor_infer.act_one(make_agent(1), observations[0, 0], settings, key=key), rtol=1e-4, atol=1e-6
+        actions[1, 1, 0],
+        evor_infer.act_one(make_agent(1), observations[0, 0], settings, key=key),
+        rtol=1e-4,
+        atol=1e-6,
     )
     flat = np.asarray(actions).reshape(6, 2)
     assert len(np.unique(flat.round(5), axis=0)) == 6, "replicas, episodes and steps must draw differently"
@@ -140,20 +153,20 @@ def test_temperatures_compile_nothing_anew():
     agents = jax.tree.map(lambda a: a[None], make_agent())
     keys = jax.vmap(jax.random.key)(np.array([0]))
     shapes = (jnp.zeros((1, 2, 3)), jnp.zeros((1, 2), int), jnp.zeros((1, 2), int))
-    before = evor_infer.act_replicas._cache_size()
+    before = evor_infer._decide._cache_size()
     for temperature in (0.0, 0.1, float("inf")):
         settings = Extraction(3, 2, temperature, temperature, 2)
-        evor_infer.act_replicas(agents, *shapes, settings, keys=keys)
-    assert evor_infer.act_replicas._cache_size() == before + 1
+        agents.decide(*shapes, settings, keys=keys)
+    assert evor_infer._decide._cache_size() == before + 1
 
 
 def test_returns_and_values_are_in_environment_units():
-    agent = evor_infer.Agent(make_agent())
+    agent = make_agent()
     x, a, key = jnp.zeros((4, 3)), jnp.zeros((4, 2)), jax.random.key(0)
     returns = agent.sample_returns(x, a, 8, key=key)
-    standard = agent.params.standardizer(x[0])
+    standard = agent.standardizer(x[0])
     z = evor_infer.stratified_normal(8)
-    expected = -50.0 + 25.0 * agent.params.critic.sample(standard, a[0], z, Ode())
+    expected = -50.0 + 25.0 * agent.critic.sample(standard, a[0], z, Ode())
     np.testing.assert_allclose(returns[0], expected, rtol=1e-4)
     value = agent.q_value(x, a, num_returns=8, return_temperature=float("inf"), key=key)
     np.testing.assert_allclose(value, returns.mean(axis=1), rtol=1e-4)
@@ -162,7 +175,7 @@ def test_returns_and_values_are_in_environment_units():
 
 def test_temperatures_are_relative_unless_they_are_absolute():
     """tau_R is a multiple of the spread of the data's returns, 25 here; tau_Q of that of Q* among the candidates."""
-    agent = evor_infer.Agent(make_agent())
+    agent = make_agent()
     x, a, key = jnp.zeros((4, 3)), jnp.zeros((4, 2)), jax.random.key(0)
     returns = agent.sample_returns(x, a, 8, key=key)
     absolute = dict(return_temperature=7.0, absolute=True)
@@ -184,8 +197,8 @@ def test_what_single_precision_rounds_off_decides_nothing():
 def test_rows_of_an_evaluation_keep_their_settings(tmp_path: Path):
     """Fails if a flag is read as text: a resumed run would drop its earlier evaluations as those of other settings."""
     settings = dataclasses.asdict(Extraction(absolute=True))
-    evor_infer.write_csv(tmp_path / "evaluation.csv", [*settings, "success"], [settings | dict(success=1.0)])
-    (row,) = evor_infer.read_episodes(tmp_path / "evaluation.csv")
+    write_csv(tmp_path / "evaluation.csv", [*settings, "success"], [settings | dict(success=1.0)])
+    (row,) = read_episodes(tmp_path / "evaluation.csv")
     assert row == settings | dict(success=1.0)
 
 
@@ -200,12 +213,11 @@ def test_candidates_of_one_score_are_equally_likely(temperature):
 def test_the_unit_of_the_returns_changes_no_choice():
     """Returns times 1,024, which rounds nothing: the same actions. At an absolute temperature others are chosen."""
     agent, observations = make_agent(), jax.random.normal(jax.random.key(1), (64, 3))
-    scaled = agent._replace(axis=affine_axis(-50.0 * 1024, 25.0 * 1024, low=-100.0 * 1024, high=0.0))
-    first, second = evor_infer.Agent(agent), evor_infer.Agent(scaled)
+    scaled = dataclasses.replace(agent, axis=affine_axis(-50.0 * 1024, 25.0 * 1024, low=-100.0 * 1024, high=0.0))
     settings = dict(key=jax.random.key(2), num_actions=4, num_returns=3, action_temperature=1.0)
-    np.testing.assert_array_equal(first.act(observations, **settings), second.act(observations, **settings))
+    np.testing.assert_array_equal(agent.act(observations, **settings), scaled.act(observations, **settings))
     absolute = settings | dict(absolute=True)
-    assert not np.array_equal(first.act(observations, **absolute), second.act(observations, **absolute))
+    assert not np.array_equal(agent.act(observations, **absolute), scaled.act(observations, **absolute))
 
 
 def test_stratified_noise_has_less_error_than_independent_noise():
@@ -222,7 +234,7 @@ def test_summary_counts_and_intervals():
     rows = [dict(task=1, success=float(i < 45), length=100) for i in range(50)] + [
         dict(task=2, success=0.0, length=200)
     ]
-    first, second = evor_infer.summarise(rows, ("task",))
+    first, second = summarise(rows, ("task",))
     assert first["success"] == 0.9 and first["episodes"] == 50 and first["mean_length"] == 100
     assert first["low"] == pytest.approx(0.7864, abs=1e-3) and first["high"] == pytest.approx(0.9565, abs=1e-3)
     assert second["success"] == 0.0 and second["low"] == 0.0 and second["high"] > 0.5
@@ -230,5 +242,27 @@ def test_summary_counts_and_intervals():
 
 def test_settings_are_a_fixed_set():
     with pytest.raises(TypeError):
-        evor_infer.Agent(make_agent()).act(jnp.zeros((1, 3)), key=jax.random.key(0), temperature=1.0)
+        make_agent().act(jnp.zeros((1, 3)), key=jax.random.key(0), temperature=1.0)
     assert [f.name for f in dataclasses.fields(Extraction)][:2] == ["num_actions", "num_returns"]
+    defaults = {name: p.default for name, p in inspect.signature(Agent.act).parameters.items()}
+    assert [defaults.pop(name) for name in ("self", "observations", "key")] == [inspect.Parameter.empty] * 3
+    assert defaults == dataclasses.asdict(Extraction()) and list(defaults) == list(dataclasses.asdict(Extraction()))
+    assert set(OTHERS) == set(defaults) and all(OTHERS[name] != default for name, default in defaults.items())
+
+
+def test_chunks_are_actions_in_a_row():
+    """A policy over chunks of 2 actions, horizon 2 of one coordinate: `act` and `decide` give what `act_one` gives as
+    one vector, in its order; `sample_returns` takes chunks in both shapes."""
+    agent, x, key = dataclasses.replace(make_agent(), horizon=2), jnp.ones((1, 3)), jax.random.key(0)
+    settings = Extraction(num_actions=4, num_returns=3)
+    actions = agent.act(x, key=key, num_actions=4, num_returns=3)
+    vector = evor_infer.act_one(agent, x[0], settings, key=jax.random.split(key, 1)[0])
+    assert actions.shape == (1, 2, 1) and abs(float(vector[0] - vector[1])) > 1e-2
+    np.testing.assert_allclose(actions.ravel(), vector, rtol=1e-4, atol=1e-5)
+    count = jnp.zeros((1, 1), int)
+    decided = jax.tree.map(lambda a: a[None], agent).decide(x[None], count, count, settings, keys=key[None])
+    vector = evor_infer.act_one(agent, x[0], settings, key=jax.random.fold_in(jax.random.fold_in(key, 0), 0))
+    assert decided.shape == (1, 1, 2, 1)
+    np.testing.assert_allclose(decided.ravel(), vector, rtol=1e-4, atol=1e-5)
+    flat, chunked = (agent.sample_returns(x, actions.reshape(shape), 4, key=key) for shape in ((1, 2), (1, 2, 1)))
+    np.testing.assert_array_equal(flat, chunked)

@@ -11,13 +11,13 @@ import pytest
 
 import evor_bc
 import evor_infer
-import evor_value
 from baselines import critics, qc
 from benchmarks import probes
 from common import data
 from common.errors import UserError, parse_args
 from common.flow import Ode
-from common.networks import DirectCritic
+from common.networks import DirectCritic, Sizes
+from common.problem import Dataset, Replica, action_chunks
 from common.returns import affine_axis
 from tests.helpers import arrays, tiny_dataset
 from tests.test_training import Interrupted, files, interrupt_at
@@ -27,15 +27,15 @@ ARGS = qc.Args(
     discount=0.9,
     learning_rate=1e-2, tau=0.1,
 )  # fmt: skip
-HEADER = dict(observation_dim=3, action_dim=2, horizon=3, critic="scalar", outputs=2, width=16, depth=2)
+SIZES = Sizes(observation=3, action=2, horizon=3)
 SCALE = affine_axis(1.0, 5.0, low=-10.0, high=10.0)
 STEP = jax.jit(qc.train_step, static_argnums=0)
 VALUES = jax.jit(lambda critic, x, a: critic(x, a))
 VELOCITY = jax.jit(lambda policy, x, a, t: policy.velocity(policy.features(x), a, t))
-REPLICA = evor_value.Replica(jnp.array(0), jnp.array(0), SCALE, jax.random.key(3))
+REPLICA = Replica(jnp.array(0), jnp.array(0), SCALE, jax.random.key(3))
 
 
-def small_data(tmp_path: Path) -> tuple[data.Trajectories, evor_value.ValueData]:
+def small_data(tmp_path: Path) -> tuple[data.Trajectories, Dataset]:
     """Four episodes of 30 rows; every tenth row solves the task, so that many chunks have a mask of 0 inside."""
     path = tiny_dataset(tmp_path / "data.npz")
     with np.load(path) as file:
@@ -49,7 +49,7 @@ def small_data(tmp_path: Path) -> tuple[data.Trajectories, evor_value.ValueData]
     )
     bank = np.zeros((1, len(starts), 0, 6), np.float16)
     rows = (trajectories.observations, trajectories.actions, starts, rewards, bootstraps, bank, len(starts))
-    return trajectories, evor_value.ValueData(*(jnp.asarray(a) for a in rows))
+    return trajectories, Dataset(*(jnp.asarray(a) for a in rows))
 
 
 def bold(critic: DirectCritic) -> DirectCritic:
@@ -59,8 +59,8 @@ def bold(critic: DirectCritic) -> DirectCritic:
 
 def start(seed: int = 0) -> qc.TrainState:
     """A state in which online and target network differ."""
-    state = qc.init_state(ARGS, HEADER, key=jax.random.key(seed))
-    other = qc.init_state(ARGS, HEADER, key=jax.random.key(seed + 1))
+    state = qc.init_state(ARGS, SIZES, key=jax.random.key(seed))
+    other = qc.init_state(ARGS, SIZES, key=jax.random.key(seed + 1))
     return state._replace(critic=bold(state.critic), target=bold(other.critic))
 
 
@@ -102,7 +102,7 @@ def test_the_update_is_the_formula(tmp_path: Path):
     np.testing.assert_allclose(metrics["target_return"], np.mean(targets), rtol=1e-4)
 
     # The step: Adam's, along the gradient of both losses.
-    x, a = dataset.observations[picked], evor_bc.action_chunks(dataset.actions, jnp.asarray(picked), 3)
+    x, a = dataset.observations[picked], action_chunks(dataset.actions, jnp.asarray(picked), 3)
     y = jnp.asarray(values_of_targets, jnp.float32)
 
     def loss(networks):
@@ -187,8 +187,8 @@ def test_frozen_is_a_scalar_ensemble_with_the_greedy_backup(tmp_path: Path):
     assert (ours / "metrics.csv").read_bytes() == (theirs / "metrics.csv").read_bytes()
     model = [arrays(path / "model.eqx") for path in (ours, theirs)]
     assert model[0] == model[1]
-    agent = evor_infer.load_agent(tmp_path / "qc", seed=1, policy_run_dir=tmp_path / "bc")
-    assert agent.params.critic.kind == "scalar"
+    agent = evor_infer.load_agent(tmp_path / "qc", seed=1)
+    assert agent.critic.kind == "scalar"
 
 
 def test_joint_needs_no_stage_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -201,9 +201,7 @@ def test_joint_needs_no_stage_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     drawn = [agent.act(x, key=key, num_actions=4) for agent in agents]
     assert drawn[0].shape == (4, 2, 2) and np.abs(drawn[0] - drawn[1]).max() > 0.1
     mean = np.load(tmp_path / "data.npz")["observations"].mean(axis=0)
-    np.testing.assert_allclose(agents[1].params.standardizer.mean, mean, atol=1e-5)
-    with pytest.raises(UserError, match="a policy of its own: leave out --policy-run-dir"):
-        evor_infer.load_agent(tmp_path / "run", policy_run_dir=tmp_path)
+    np.testing.assert_allclose(agents[1].standardizer.mean, mean, atol=1e-5)
 
     parts = dict(common, run_dir=tmp_path / "parts")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
@@ -217,10 +215,8 @@ def test_joint_needs_no_stage_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_flags():
     args = parse_args(qc.Args, qc.PRESETS, ["--preview"])
-    assert (args.policy, args.ensemble, args.outputs, args.num_next_actions, args.own_policy) == (
-        "frozen", 2, 2, 32, False,
-    )  # fmt: skip
-    assert parse_args(qc.Args, qc.PRESETS, []).own_policy
+    assert (args.policy, args.ensemble, args.outputs, args.num_next_actions) == ("frozen", 2, 2, 32)
+    assert parse_args(qc.Args, qc.PRESETS, []).policy == "joint"
     for changes, sentence in (
         (dict(critic="qr"), "--critic qr: QC's is scalar"),
         (dict(next_action="base"), "--policy joint backs up the best of N"),
