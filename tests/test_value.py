@@ -12,9 +12,10 @@ from scipy import stats
 import evor_value
 from benchmarks import probes
 from common.flow import Ode
-from common.networks import FlowCritic
+from common.networks import FlowCritic, Sizes
+from common.problem import Batch, Dataset, Replica, action_chunks
+from common.replicas import stack_replicas
 from common.returns import ReturnAxis, affine_axis
-from common.training import stack_replicas
 from evor_value import Noise, td_target
 
 TARGETS = ("paper", "shared-noise", "independent-noise", "velocity")
@@ -119,8 +120,7 @@ ARGS = evor_value.Args(
 )
 
 
-REPLICA = evor_value.Replica(jnp.array(0), jnp.array(0), affine_axis(0.0, 5.0, low=-10.0, high=10.0), jax.random.key(0))
-DIMS = dict(width=16, depth=2, head_width=8, head_depth=2)
+REPLICA = Replica(jnp.array(0), jnp.array(0), affine_axis(0.0, 5.0, low=-10.0, high=10.0), jax.random.key(0))
 CRITIC = FlowCritic(2, 1, width=16, depth=2, key=jax.random.key(0))
 
 
@@ -128,8 +128,7 @@ def one_step(args, *, perturb_target=0.0, seed=0):
     """State before and after one step on the stochastic-policy probe."""
     probe = probes.STOCHASTIC_POLICY
     dataset = probes.make_data(probe, copies=20)[0]
-    header = dict(observation_dim=2, action_dim=1, horizon=1, critic=args.critic) | DIMS | dict(depth=args.depth)
-    state = evor_value.init_state(args, header, key=jax.random.key(seed))
+    state = evor_value.init_state(args, Sizes(observation=2, action=1, horizon=1), key=jax.random.key(seed))
     state = state._replace(target=jax.tree.map(lambda x: x + perturb_target, state.target))
     after, metrics = evor_value.train_step(args, state, dataset, REPLICA)
     return state, after, metrics
@@ -192,21 +191,35 @@ def test_chosen_action_is_the_best_by_the_online_critic():
     assert len(np.unique(drawn)) == 4
 
 
+def batch_of(dataset, index, horizon=1):
+    starts = dataset.starts[index]
+    return Batch(
+        index,
+        dataset.observations[starts],
+        action_chunks(dataset.actions, starts, horizon),
+        dataset.observations[starts + horizon],
+        dataset.rewards[:, index],
+        dataset.bootstraps[:, index],
+    )
+
+
 def test_dataset_next_action_is_the_one_that_was_taken():
     args = dataclasses.replace(ARGS, next_action="dataset", horizon=2)
     actions = jnp.arange(12.0)[:, None]
-    zeros = jnp.zeros((1, 2))
-    dataset = evor_value.ValueData(jnp.zeros((12, 1)), actions, jnp.array([1, 4]), zeros, zeros, None, None)
-    chosen = evor_value.next_actions(args, CRITIC, dataset, REPLICA, jnp.array([1, 0]), key=jax.random.key(0))
+    zeros, no_bank = jnp.zeros((1, 2)), jnp.zeros((1, 2, 0, 2), jnp.float16)
+    dataset = Dataset(jnp.zeros((12, 1)), actions, jnp.array([1, 4]), zeros, zeros, no_bank, jnp.array(2))
+    batch = batch_of(dataset, jnp.array([1, 0]), horizon=2)
+    chosen = evor_value.next_actions(args, CRITIC, dataset, REPLICA, batch, key=jax.random.key(0))
     np.testing.assert_array_equal(chosen, [[6, 7], [3, 4]])
 
 
 def test_base_next_actions_are_spread_over_the_bank():
     args = dataclasses.replace(ARGS, num_next_actions=4)
     bank = jnp.arange(8.0, dtype=jnp.float16).reshape(1, 2, 4, 1)
-    dataset = evor_value.ValueData(jnp.zeros((4, 1)), jnp.zeros((4, 1)), jnp.array([0, 2]), None, None, bank, None)
-    index = jnp.repeat(jnp.array([0, 1]), 400)
-    chosen = evor_value.next_actions(args, CRITIC, dataset, REPLICA, index, key=jax.random.key(0))[:, 0]
+    zeros, rows = jnp.zeros((1, 2)), jnp.zeros((4, 1))
+    dataset = Dataset(rows, rows, jnp.array([0, 2]), zeros, zeros, bank, jnp.array(2))
+    batch = batch_of(dataset, jnp.repeat(jnp.array([0, 1]), 400))
+    chosen = evor_value.next_actions(args, CRITIC, dataset, REPLICA, batch, key=jax.random.key(0))[:, 0]
     counts = np.bincount(np.asarray(chosen, int), minlength=8)
     assert counts.min() > 60 and set(np.asarray(chosen[:400], int)) == {0, 1, 2, 3}
 
@@ -223,11 +236,11 @@ def test_replicas_use_their_own_task_and_bank():
     args = evor_value.Args(
         steps=300, chunk=300, width=16, depth=2, batch_size=64, learning_rate=1e-2, discount=0.9, flow_steps=1
     )
-    header = dict(observation_dim=1, action_dim=1, horizon=1, critic="mlp") | DIMS
+    sizes = Sizes(observation=1, action=1, horizon=1)
     keys = jax.vmap(jax.random.key)(np.array([0, 1]))
     axis = affine_axis(np.zeros(2), np.ones(2), low=np.full(2, -10.0), high=np.full(2, 10.0))
-    state = stack_replicas(lambda key: evor_value.init_state(args, header, key=key), keys)
-    replicas = evor_value.Replica(jnp.array([0, 1]), jnp.array([0, 1]), axis, keys)
+    state = stack_replicas(lambda key: evor_value.init_state(args, sizes, key=key), keys)
+    replicas = Replica(jnp.array([0, 1]), jnp.array([0, 1]), axis, keys)
     state, _ = evor_value.train_chunk(args, state, dataset, replicas)
     means = probes.sample_returns(state.critic, axis, probe, (0, 0.0), num=32).mean(axis=1)
     np.testing.assert_allclose(means, [1.0, -1.0], atol=0.1)
