@@ -20,13 +20,10 @@ candidates of this observation. So temperatures are relative, and one number mea
 base policy.
 
 Lists on the command line are a sweep: every combination is evaluated on the same episodes, without retraining.
-Reads `runs/ENV/{bc,value}/model.eqx`; writes `runs/ENV/infer/{config.json, episodes.csv,
-summary.csv, sweep.png}`.
+Reads `runs/ENV/value/model.eqx`; writes `runs/ENV/infer/{config.json, episodes.csv, summary.csv, sweep.png}`.
 
-Differences from the paper: (1) log-*mean*-exp instead of log-sum-exp: the same softmax at equal N, and comparable
-across N. (2) All candidates share their return noise z_0, stratified normal quantiles by default: independent draws
-would rank candidates by luck. Source: EVOR, arXiv 2510.08218, stage 3 and equation 22. *Ours*, since the paper does
-not disclose them: N, both temperatures, flow steps.
+Source: EVOR, arXiv 2510.08218, stage 3 and equation 22, with log-*mean*-exp in the place of log-sum-exp and one set of
+return noise for all candidates. *Ours*, not disclosed there: N, both temperatures, flow steps.
 """
 
 import dataclasses
@@ -34,7 +31,7 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -246,6 +243,11 @@ class AgentSpec:
     critic: CriticSpec
     horizon: Depth
     knots: Width  # of the return axis
+
+    def conflicts(self) -> Iterator[str]:
+        of_policy, of_critic = ((part.observation, part.action) for part in (self.policy, self.critic))
+        if of_policy != of_critic or self.policy.action % self.horizon:
+            yield "the parts of this agent do not fit each other."
 
 
 class Agent(eqx.Module):

@@ -2,14 +2,10 @@
 
     python evor_value.py --env cube-double-play
 
-`s_theta(z_t, t | x, a)` is a velocity field on the line. It moves noise z_0 ~ N(0, 1) to draws of z = h(Z), where Z is
-the reward-to-go of the action chunk a,
-
-    Z(x, a) = r + g Z(x', a'),   a' ~ pi_base(. | x'),
-
-r its discounted reward and g = discount^horizon * mask. The return axis h is an increasing map that is made from the
-data's returns, so that they spread over the scale of the noise wherever they lie (`common/returns.py`). On this axis
-the Bellman equation is z = f(z') in law, with f(z') = h(r + g h^-1(z')).
+`s_theta(z_t, t | x, a)` is a velocity field on the line. It moves noise z_0 ~ N(0, 1) to draws of z = h(Z). Z is the
+reward-to-go of the action chunk a, `Z(x, a) = r + g Z(x', a')` in law with a' ~ pi_base(. | x'), where r is the
+chunk's discounted reward and g = discount^horizon * mask. h is the return axis, an increasing map made from the data's
+returns (`common/returns.py`); on it the Bellman equation is z = f(z') in law with f(z') = h(r + g h^-1(z')).
 
 The field is regressed on a TD target that is made with a target network s_bar (its flow: psi_bar). With t ~ U[0, 1],
 L(theta) = E( s_theta(z_t, t | x, a) - target )^2 where
@@ -21,26 +17,15 @@ L(theta) = E( s_theta(z_t, t | x, a) - target )^2 where
     velocity             f(Z'_t) + (1-t) (z_0 - f(z_0))               g s_bar(Z'_t, t | x', a') + f(z_0) - z_0
                          where Z'_t = psi_bar_t(z_0)
 
-z_0' is fresh noise. The two targets in the middle hold for any h. The others need an affine one: f(z') = f(0) + g z'.
+z_0' is fresh noise. The last three have the law of h(Z) as their fixed point, `paper` has N(h(Q), 1): docs/td-targets.md
+says why. `paper` and `velocity` need an affine h, for which f(z') = f(0) + g z'.
 
-Regressing on dZ_t/dt along any random path gives a flow from law(Z_0) to law(Z_1). The last three do that, so that one
-sweep is the distributional Bellman operator and the fixed point is the law of h(Z). `paper`, the formula as published,
-does not: its only fixed point is the constant field h(Q(x, a)), the law N(h(Q), 1). Its mean is right, its shape is
-that of the noise. `benchmarks/return_law.py` measures both.
+The policy is frozen, so next actions are drawn once, K for each transition (the bank). `--next-action base` takes one of
+them: the law is that of pi_base. `dataset` takes the action that was taken. `softmax` picks among the K as stage 3 does,
+chosen by the online network and valued by the target network: the law of an extracted policy with N_pi = K.
 
-The policy is frozen: it is never trained on the value. So next actions are drawn once, ahead of training, K for each
-transition (the next-action bank). `--next-action base` takes one of them: the law is that of pi_base. `dataset` takes
-the action that was taken. `softmax` picks among the K as stage 3 does, chosen by the online network and valued by the
-target network: the law of an extracted policy with N_pi = K and tau_Q = `--backup-temperature`.
-
-Reads `runs/ENV/bc/model.eqx` (trained first if missing); writes `runs/ENV/value/{config.json, metrics.csv, model.eqx,
-train_state.eqx, train_state.previous.eqx, evaluation.csv, calibration.csv, *.png}`.
-
-Differences from the paper: (1) the default target is consistent, see above; (2) the bank; (3) the paper does not say
-which z_1 makes the `paper` target's z_t: we use z_1 = z_0 + u, u uniform on the places of the possible returns up to
-five standard deviations of the data's, which covers the paths of its fixed point and is independent of r and a'; (4)
-bootstrapped returns are clipped to the possible ones, widened by `--clip-margin`.
 Source: EVOR, arXiv 2510.08218, stage 2. *Ours*, not disclosed there: discount, tau, batch size, LayerNorm, flow steps.
+docs/differences.md lists what differs.
 """
 
 import dataclasses
@@ -62,7 +47,7 @@ from common.envs import NUM_TASKS
 from common.errors import run_cli
 from common.evaluation import Evaluation
 from common.flow import Ode, Solver, integrate
-from common.networks import Critic, FlowCritic, Sizes, stratified_normal
+from common.networks import Critic, CriticSpec, FlowCritic, Sizes, make_critic, stratified_normal
 from common.problem import Batch, Dataset, Replica, ValueProblem, action_chunks, sample_batch
 from common.replicas import chunked, in_blocks
 from common.returns import WIDTH, AxisKind, ReturnAxis
@@ -372,8 +357,7 @@ def train_step(
         return integrate(next_velocity, z_0, args.ode, end_time=end_time)
 
     noise = draw_noise(args.batch_size, replica.axis, key=noise_key)
-    # Most returns of a sparse task lie at the lowest bound. Clipping right there cuts the errors below it and keeps
-    # those above, a bias that the bootstrap multiplies by 1 / (1 - discount): leave a margin.
+    # Most returns of a sparse task lie at the lowest bound. Clipping right there would cut errors on one side only.
     z_t, target = td_target(
         args.td_target, reward, bootstrap, noise, next_velocity, next_flow, replica.axis, margin=args.clip_margin
     )
@@ -404,16 +388,9 @@ train_chunk = chunked(train_step)
 
 def init_state(args: Args, sizes: Sizes, *, key: PRNGKeyArray) -> TrainState:
     """A fresh training state of one replica; the target network starts as a copy of the online one."""
-    critic = FlowCritic(
-        sizes.observation,
-        sizes.chunk,
-        kind=args.critic,
-        width=args.width,
-        depth=args.depth,
-        head_width=args.head_width,
-        head_depth=args.head_depth,
-        key=key,
-    )
+    heads = args.head_width, args.head_depth
+    spec = CriticSpec(sizes.observation, sizes.chunk, args.critic, args.width, args.depth, *heads)
+    critic = make_critic(spec, key=key)
     target = jax.tree.map(jnp.copy, critic)
     return TrainState(critic, target, make_optimizer(args).init(critic), jnp.zeros((), jnp.int32))
 
