@@ -12,8 +12,8 @@ for K in 1 2 8; do
 done
 python evor_value.py --env cube-double-play --preview --return-temperature 0.1 --action-temperature 0 --horizon 5 --critic mlp --run-dir runs/critics/double-mlp --policy-run-dir runs/cube-double-play
 python evor_value.py --env cube-single-play --preview --return-temperature 0.1 --action-temperature 0 --tasks 2 --critic mlp --run-dir runs/critics/single-mlp --policy-run-dir runs/cube-single-play
-python -m results.preview --name next_actions --runs runs/next_actions/double-1 runs/next_actions/double-2 runs/preview/double-shared-noise-base runs/next_actions/double-8
-python -m results.preview --name critics --runs runs/critics/double-mlp runs/preview/double-shared-noise-base runs/critics/single-mlp runs/preview/single-shared-noise-base
+python -m experiments.preview --name next_actions --runs runs/next_actions/double-1 runs/next_actions/double-2 runs/preview/double-shared-noise-base runs/next_actions/double-8
+python -m experiments.preview --name critics --runs runs/critics/double-mlp runs/preview/double-shared-noise-base runs/critics/single-mlp runs/preview/single-shared-noise-base
 
 # Collected data against data of OGBench's own script (data_gen_scripts/ of its repository), in reference/.
 python -m benchmarks.same_data --env cube-double-play --reference reference/cube-double-play-v0.npz --collected ~/.ogbench/data/collected/cube-double-play-v0-ep1000-seed0.npz

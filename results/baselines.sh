@@ -31,7 +31,7 @@ done
 python -m benchmarks.speed --groups baselines --rounds 2 --steps 5 --out runs/speed-baselines
 # The second seeds were trained apart (--first-seed 1 in a run directory NAME-1, which draws what seed 1 of --seeds 2
 # draws) and QC with horizon 1 on another machine; all were added with --append.
-python -m results.baselines --runs runs/baselines/*/ --speed runs/speed-baselines/speed.csv
+python -m experiments.baselines --runs runs/baselines/*/ --speed runs/speed-baselines/speed.csv
 
 # Between the one-step and the greedy backup, one seed: the data's action, a softmax of 4 at a temperature of 4 units of
 # return (0.02 of their range), the best of 4. The stored rows have a base policy trained anew, by the command in
@@ -44,4 +44,4 @@ for settings in "base" "dataset --next-action dataset" "softmax --next-action so
 done
 python -m baselines.critics $common --critic scalar --next-action softmax --backup-temperature 0.02 --run-dir runs/backups/scalar-softmax-warm
 python -m baselines.critics $common --critic c51 --first-seed 1 --run-dir runs/backups/c51-base
-python -m results.baselines --name backups --runs runs/backups/*/ --speed runs/speed-baselines/speed.csv
+python -m experiments.baselines --name backups --runs runs/backups/*/ --speed runs/speed-baselines/speed.csv

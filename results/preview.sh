@@ -27,5 +27,5 @@ done
 python evor_value.py --env cube-single-play --preview --return-temperature 0.1 --action-temperature 0 --tasks 2 1 4 --flow-steps 4 --solver euler --run-dir runs/target_steps/single-shared-noise-base-4-steps --policy-run-dir runs/cube-single-play
 python evor_value.py --env cube-double-play --preview --return-temperature 0.1 --action-temperature 0 --horizon 5 --flow-steps 4 --solver euler --run-dir runs/target_steps/double-shared-noise-base-4-steps --policy-run-dir runs/cube-double-play
 
-python -m results.preview --runs runs/preview/*
-python -m results.preview --name target_steps --runs runs/target_steps/*
+python -m experiments.preview --runs runs/preview/*
+python -m experiments.preview --name target_steps --runs runs/target_steps/*

@@ -16,7 +16,7 @@ from common.envs import default_run_dir
 from common.errors import UserError
 from common.metrics import read_json, write_csv
 from common.training import Run
-from results import run
+from experiments import run
 from tests import processes
 from tests.helpers import tiny_dataset
 
@@ -132,7 +132,7 @@ def test_a_slot_that_is_over_and_a_command_that_fails(
 
 
 SCRIPT = """
-from results import run
+from experiments import run
 
 flags = "--width 8 --depth 2 --batch-size 4 --chunk 100 --steps 2000000"
 run.ROOT = run.Path(".").resolve()

@@ -16,7 +16,7 @@ from common import checkpoint
 from common.errors import UserError
 from common.metrics import read_csv, sha256, write_csv
 from common.statistics import mean_interval, success_interval
-from results import axes, baselines, candidates, check, draw, preview, saturation, sweeps, tasks, training
+from experiments import axes, baselines, candidates, check, draw, preview, saturation, sweeps, tasks, training
 
 ROOT = Path(__file__).parent.parent
 
@@ -329,7 +329,7 @@ def test_a_sweep_is_drawn_again_from_its_rows(here: Path, monkeypatch: pytest.Mo
 def test_every_table_is_that_of_its_rows(here: Path, monkeypatch: pytest.MonkeyPatch):
     """All tables of results/ are drawn again, in another folder, from copies of the rows: the same to the letter. Fails
     if somebody edits a table or a row alone."""
-    folder = Path(draw.__file__).parent
+    folder = ROOT / "results"
     for module in (candidates, draw, preview, sweeps, tasks, training, saturation):
         monkeypatch.setattr(module, "HERE", here)
     (here / "laws").mkdir()

@@ -1,6 +1,6 @@
-"""Draws the tables and figures of this folder again, from the rows beside this file.
+"""Draws the tables and figures of `results/` again, from the rows in `results/`.
 
-    python -m results.draw
+    python -m experiments.draw
 
 Nothing is trained or evaluated, and no run directory is needed. (`speed.*`, `inference.md`, `same_data.md` and
 `soak.png` are of their benchmarks, which measure and draw in one go; `quick.md` and `notes.md` are words,
@@ -13,9 +13,9 @@ from pathlib import Path
 from benchmarks import return_law
 from common.errors import run_cli
 from common.metrics import read_csv
-from results import baselines, candidates, preview, saturation, sweeps, tasks, training
+from experiments import baselines, candidates, preview, saturation, sweeps, tasks, training
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Args:
 
 
 def names(pattern: str) -> list[str]:
-    """What stands for the `*` of a pattern in the names of files of this folder."""
+    """What stands for the `*` of a pattern in the names of files of `results/`."""
     before, after = pattern.split("*")
     return sorted(path.name.removeprefix(before).removesuffix(after) for path in HERE.glob(pattern))
 

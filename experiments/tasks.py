@@ -1,15 +1,15 @@
 """The table of environments and methods: means over tasks with intervals, per-task numbers, published ones beside them.
 
-    python -m results.tasks --runs runs/tasks/* runs/seeds/* runs/paper/*
-    python -m results.tasks --append --runs runs/tasks/scene-play
-    python -m results.tasks
+    python -m experiments.tasks --runs runs/tasks/* runs/seeds/* runs/paper/*
+    python -m experiments.tasks --append --runs runs/tasks/scene-play
+    python -m experiments.tasks
 
 The first command gathers runs of `evor_value.py` into `tasks_runs.csv` (a row per run, task and seed, with all settings
 and versions) and `tasks_episodes.csv` (a row per episode), the second adds a run to them (or puts it in the place of
 one of the same name), the third only draws `tasks.md` and a figure per environment from them again. Success is that of
 the last checkpoint. A mean of the last three evaluations stands in a column of its own, where a run has them.
 Intervals: bootstrap over seeds and episodes for means over tasks, Wilson's over episodes for one task and seed. Runs
-that differ in a setting which the table does not show are refused: `results.training` draws those.
+that differ in a setting which the table does not show are refused: `experiments.training` draws those.
 """
 
 import dataclasses
@@ -23,9 +23,10 @@ from common.errors import UserError, run_cli
 from common.metrics import read_csv, write_csv
 from common.statistics import mean_interval, success_interval
 from evor_infer import summarise
-from results.preview import gather, refuse_mixtures
+from experiments.preview import gather, refuse_mixtures
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent / "results"
+HERE = ROOT
 METHOD = ("env", "reward", "horizon", "td_target", "return_axis", "next_action", "critic", "discount", "steps")
 METHOD += ("return_temperature", "action_temperature")
 ALIKE = ("head_width", "head_depth", "width", "depth", "batch_size", "tau", "target_steps", "return_width")
@@ -274,7 +275,7 @@ def main(args: Args) -> None:
     if not paths[0].is_file():
         raise UserError(f"there is no {paths[0]}: name run directories with --runs.")
     stored = [read_csv(path) for path in paths]
-    published = [read_csv(Path(__file__).parent / f"published{name}.csv") for name in ("", "_tasks")]
+    published = [read_csv(ROOT / f"published{name}.csv") for name in ("", "_tasks")]
     text = table(*stored, *published)
     (HERE / f"{args.name}.md").write_text(text)
     draw(*stored, args.name)

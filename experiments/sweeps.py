@@ -1,7 +1,8 @@
 """Sweeps of `evor_infer.py` on one figure and in one table.
 
-    python -m results.sweeps --name tau_r --folders runs/tasks/cube-double-play/tau_r runs/paper/cube-double-play/tau_r
-    python -m results.sweeps --name tau_r
+    python -m experiments.sweeps --name tau_r --folders runs/tasks/cube-double-play/tau_r \
+        runs/paper/cube-double-play/tau_r
+    python -m experiments.sweeps --name tau_r
 
 A folder is what `evor_infer.py --out` filled. The first command gathers them into `sweep_NAME_episodes.csv`, a row per
 episode with every setting and where it comes from; the second only draws `sweep_NAME.md` and `sweep_NAME.png` from it:
@@ -22,7 +23,7 @@ from common.statistics import mean_interval
 from common.training import VERSIONS
 from evor_infer import read_episodes, summarise
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent / "results"
 WORDS = ("td_target", "next_action", "critic", "git_revision", "critic_sha256", "policy_sha256")
 WORDS += ("train_revision", "backup_return_temperature", "hardware", *(f"version_{name}" for name in VERSIONS))
 ALIKE = (

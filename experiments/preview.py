@@ -1,9 +1,9 @@
 """Gathers finished runs into one table: raw episodes, settings, calibration, provenance.
 
-    python -m results.preview --runs runs/preview/*
-    python -m results.preview
+    python -m experiments.preview --runs runs/preview/*
+    python -m experiments.preview
 
-Each run directory is one of `evor_value.py`. Writes, beside this file, `preview_episodes.csv` (one row per evaluation
+Each run directory is one of `evor_value.py`. Writes, in `results/`, `preview_episodes.csv` (one row per evaluation
 episode of the last checkpoint), `preview_runs.csv` (one row per run, task and seed: success of EVOR and of the base
 policy alone with intervals, calibration, settings, data, versions) and `preview.md` (the table for people), which the
 second command draws again from the rows.
@@ -20,7 +20,7 @@ from common.errors import UserError, run_cli
 from common.metrics import read_csv, sha256, write_csv
 from evor_infer import read_episodes, summarise
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent / "results"
 FILES = ("config.json", "evaluation.csv", "calibration.csv", "model.eqx")
 READOUT = ("num_returns", "return_temperature", "action_temperature")
 

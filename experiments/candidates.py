@@ -1,7 +1,8 @@
 """Predicted laws of the reward-to-go of several actions in one state, beside returns of roll-outs from there.
 
-    python -m results.candidates --run-dir runs/tasks/cube-double-play --policy-run-dir runs/cube-double-play --step 100
-    python -m results.candidates
+    python -m experiments.candidates --run-dir runs/tasks/cube-double-play --policy-run-dir runs/cube-double-play \
+        --step 100
+    python -m experiments.candidates
 
 The extracted policy is run for `--step` steps of an evaluation episode. In the state that it reached, candidates of the
 base policy are drawn, and some of them picked, from the lowest `Q*` to the highest. Each is executed many times, the
@@ -31,7 +32,7 @@ from common.metrics import read_csv, sha256, write_csv
 from common.training import provenance
 from evor_infer import Agent, load_agent
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent / "results"
 ENVIRONMENTS = 16  # stepped side by side
 
 READOUT = dict(num_returns=8, return_temperature=0.3, action_temperature=1.0)  # the defaults; of the film too

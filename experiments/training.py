@@ -1,7 +1,7 @@
 """Success and errors of the predictions over training, or of runs that differ in a setting.
 
-    python -m results.training --name schedule --runs runs/cosine/cube-double-play runs/constant/cube-double-play
-    python -m results.training --name schedule
+    python -m experiments.training --name schedule --runs runs/cosine/cube-double-play runs/constant/cube-double-play
+    python -m experiments.training --name schedule
 
 The first command gathers runs of `evor_value.py` into `training_NAME_episodes.csv` (a row per episode of every
 evaluation with several actions) and `training_NAME_metrics.csv` (`bias` and `crps` of the predictions at each of them,
@@ -22,9 +22,9 @@ from common.metrics import CALIBRATED, read_csv, write_csv
 from common.statistics import mean_interval
 from common.training import PLACES, VERSIONS
 from evor_infer import read_episodes, summarise
-from results.preview import READOUT, of_readout
+from experiments.preview import READOUT, of_readout
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent / "results"
 WORDS = ("label", "policy_sha256", "git_revision", "hardware", "train_seconds")
 WORDS += tuple(f"version_{name}" for name in VERSIONS)
 NOT_SETTINGS = (*PLACES, "eval_every", "save_every", "chunk")

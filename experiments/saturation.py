@@ -1,8 +1,8 @@
 """What more candidates promise: the gain that the choosing critic sees, and what a critic of another seed sees of it.
 
-    python -m results.saturation --run-dir runs/tasks/cube-double-play --other runs/seeds/cube-double-play \
+    python -m experiments.saturation --run-dir runs/tasks/cube-double-play --other runs/seeds/cube-double-play \
         --policy-run-dir runs/cube-double-play --task 2
-    python -m results.saturation
+    python -m experiments.saturation
 
 In validation states, N_pi candidates of the base policy are drawn and the best is chosen by `Q*` of one reward model.
 That model's own value of the choice can only grow with N_pi; part of the growth is its error, since the largest of
@@ -32,9 +32,9 @@ from common.errors import UserError, run_cli
 from common.metrics import read_csv, sha256, write_csv
 from common.training import PLACES, provenance
 from evor_infer import Agent, load_agent, read_episodes, summarise
-from results.sweeps import WORDS
+from experiments.sweeps import WORDS
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent / "results"
 NUMBERS = (1, 2, 4, 8, 16, 32, 64)
 MAY_DIFFER = (*PLACES, "seeds", "first_seed", "policy_seed", "tasks", "eval_every", "eval_episodes", "save_every")
 

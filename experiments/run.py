@@ -1,7 +1,7 @@
 """Runs the experiments: lists them, skips what is done, goes on with what was stopped.
 
-    python -m results.run --list
-    python -m results.run --only policies tasks
+    python -m experiments.run --list
+    python -m experiments.run --only policies tasks
 
 Each experiment is a list of commands, in the order they need. A command is done if what it leaves stands in its run
 directory, made with the same arguments and trained to its end; else it is run, a training with `--resume`, which starts
@@ -25,7 +25,7 @@ from common.envs import default_run_dir, run_name
 from common.errors import UserError, parse_args, run_cli
 from common.metrics import plain, read_csv, read_json, sha256
 from common.training import PLACES
-from results.preview import of_readout
+from experiments.preview import of_readout
 
 ROOT = Path(__file__).parent.parent
 TRAINED = {"evor_bc": "bc", "evor_value": "value", "baselines.critics": "value", "baselines.qc": "value"}

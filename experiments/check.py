@@ -1,7 +1,7 @@
 """Does a command give its stored rows again? Compares a run with the rows of `tasks_*.csv`, episode by episode.
 
-    python -m results.run --only policies seeds
-    python -m results.check --runs runs/seeds/cube-single-play
+    python -m experiments.run --only policies seeds
+    python -m experiments.check --runs runs/seeds/cube-single-play
 
 A row is found by its run directory as it was named then, its task and its seed. On the same machine with the same
 versions all episodes are the same; elsewhere rounding differs, and after long training so do the numbers: the table
@@ -14,8 +14,8 @@ from pathlib import Path
 from common.errors import UserError, run_cli
 from common.metrics import read_csv
 from common.statistics import success_interval
-from results.preview import gather
-from results.tasks import ALIKE, HERE, METHOD, select
+from experiments.preview import gather
+from experiments.tasks import ALIKE, HERE, METHOD, select
 
 Rows = list[dict[str, str]]
 

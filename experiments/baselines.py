@@ -1,11 +1,11 @@
 """EVOR, its critic without the flow, and QC: one task, one base policy, one budget, in one table.
 
     python -m benchmarks.speed --groups baselines --out runs/speed-baselines
-    python -m results.baselines --runs runs/baselines/* --speed runs/speed-baselines/speed.csv
+    python -m experiments.baselines --runs runs/baselines/* --speed runs/speed-baselines/speed.csv
 
 Runs that differ in their seed alone are one line: successes of all their episodes with a 95% interval, Wilson's for one
 seed, else by bootstrap over seeds and episodes; the seeds stand beside it. Milliseconds and the share of the machine's
-rate are those of `benchmarks.speed`, where all steps were timed in turn. Writes, beside this file,
+rate are those of `benchmarks.speed`, where all steps were timed in turn. Writes, in `results/`,
 `baselines_episodes.csv` (one row per evaluation episode), `baselines_runs.csv` (one per run and seed, with settings,
 data and versions), `baselines_speed.csv`, and `baselines.md` (the table, drawn from those rows, with the words of
 `baselines_words.md`).
@@ -30,7 +30,7 @@ from common.metrics import read_csv, write_csv
 from common.networks import make_critic, make_policy
 from common.statistics import mean_interval
 from common.training import PLACES
-from results.preview import HERE, gather, refuse_mixtures
+from experiments.preview import HERE, gather, refuse_mixtures
 
 NUMBERS = dict.fromkeys(("task", "seed", "episodes", "steps", "horizon", "num_actions", "parameters", "bc_steps"), int)
 NUMBERS |= dict.fromkeys(("success", "mean_predicted", "mean_observed", "correlation", "crps", "mflop"), float)
@@ -52,7 +52,7 @@ class Args:
 
 
 def stored(name: str, replaced: set[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Episodes and rows that stand beside this file, but for those of the runs in `replaced`."""
+    """Episodes and rows that stand in `results/`, but for those of the runs in `replaced`."""
     paths = [HERE / f"{name}_{kind}.csv" for kind in ("episodes", "runs")]
     if not all(path.is_file() for path in paths):
         return [], []

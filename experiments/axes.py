@@ -1,8 +1,8 @@
 """The return axis before and after: calibration and success on OGBench, a table of rows that are gathered from runs.
 
-    python -m results.run --only policies scene_policy axes
-    python -m results.axes --runs runs/axis-*/*
-    python -m results.axes
+    python -m experiments.run --only policies scene_policy axes
+    python -m experiments.axes --runs runs/axis-*/*
+    python -m experiments.axes
 
 The second command gathers runs of `evor_value.py`, and what `evor_infer.py --out before` and `--out after` left beside
 them, into `axes/calibration.csv` and `axes/success.csv`, a row per run, task and seed. A run that stands there is
@@ -21,7 +21,7 @@ from common.metrics import read_csv, read_json, write_csv
 from common.statistics import mean_interval
 from evor_infer import read_episodes, summarise
 
-HERE = Path(__file__).parent / "axes"
+HERE = Path(__file__).parent.parent / "results" / "axes"
 METRICS = ("crps", "correlation", "mean_predicted", "mean_observed")
 READOUTS = ("before", "after")
 EXTRACTION = ("num_actions", "num_returns", "return_temperature", "action_temperature", "absolute")
