@@ -1,105 +1,72 @@
 """EVOR, its critic without the flow, and QC: one task, one base policy, one budget, in one table.
 
-    python -m benchmarks.speed --groups baselines --out runs/speed-baselines
-    python -m experiments.baselines --runs runs/baselines/* --speed runs/speed-baselines/speed.csv
-
 Runs that differ in their seed alone are one line: successes of all their episodes with a 95% interval, Wilson's for one
 seed, else by bootstrap over seeds and episodes; the seeds stand beside it. Milliseconds and the share of the machine's
-rate are those of `benchmarks.speed`, where all steps were timed in turn. Writes, in `results/`,
-`baselines_episodes.csv` (one row per evaluation episode), `baselines_runs.csv` (one per run and seed, with settings,
-data and versions), `baselines_speed.csv`, and `baselines.md` (the table, drawn from those rows, with the words of
-`baselines_words.md`).
-`--append` adds runs to the rows that stand there; with no runs it only draws them anew. Refuses runs of different
-environments, tasks or scales, on different data or base policies, and lines whose seeds had different settings.
+rate are those of `benchmarks.speed --groups baselines`, where all steps were timed in turn. Runs of different
+environments, tasks or scales, on different data or base policies, and lines whose seeds had different settings are
+refused.
 """
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
-import numpy as np
 
 import evor_value
 from baselines import critics, qc
 from benchmarks.flops import num_parameters, step_flops
-from common.errors import UserError, run_cli
-from common.metrics import read_csv, write_csv
+from common.errors import UserError
 from common.networks import make_critic, make_policy
-from common.statistics import mean_interval
-from common.training import PLACES
-from experiments.preview import HERE, gather, refuse_mixtures
+from experiments import gather, rows
+from experiments.gather import OF_A_SEED
+from experiments.rows import Frame, Place, cell, frame, numbers, read, table
 
-NUMBERS = dict.fromkeys(("task", "seed", "episodes", "steps", "horizon", "num_actions", "parameters", "bc_steps"), int)
-NUMBERS |= dict.fromkeys(("success", "mean_predicted", "mean_observed", "correlation", "crps", "mflop"), float)
-OF_A_SEED = (*PLACES, "seeds", "first_seed")
-
-
-@dataclasses.dataclass(frozen=True)
-class Args:
-    """Gather runs of stage 2 and of the baselines into one table."""
-
-    runs: tuple[Path, ...] = ()
-    """Run directories."""
-    speed: Path | None = None
-    """speed.csv of `benchmarks.speed --groups baselines`; kept, so that later tables need not name it."""
-    name: str = "baselines"
-    """Prefix of the files."""
-    append: bool = False
-    """Add to the rows that stand there; a run of the same name takes the place of the old one."""
-
-
-def stored(name: str, replaced: set[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Episodes and rows that stand in `results/`, but for those of the runs in `replaced`."""
-    paths = [HERE / f"{name}_{kind}.csv" for kind in ("episodes", "runs")]
-    if not all(path.is_file() for path in paths):
-        return [], []
-    episodes = [row for row in read_csv(paths[0]) if row["run"] not in replaced]
-    for row in episodes:
-        row |= dict(seed=int(row["seed"]), num_actions=int(row["num_actions"]))
-        row |= dict(success=float(row["success"]), length=int(row["length"]))
-    rows = [
-        row | {key: kind(row[key]) if row[key] else "" for key, kind in NUMBERS.items()} for row in read_csv(paths[1])
-    ]
-    return episodes, [row for row in rows if row["run"] not in replaced]
+FILES = ("runs.csv", "episodes.csv")
+TIMED = "speed.csv"  # of the question `baselines`, for all tables
+HEADER = (
+    "method | next action | horizon | N_pi | success | per seed | base policy alone | parameters | MFLOP per step "
+    "| ms per step | of the machine's rate | mean return, predicted / observed | correlation | CRPS"
+)
+MEANS = ["mean_predicted", "mean_observed", "correlation", "crps"]
 
 
 def arguments(config: dict[str, Any]) -> evor_value.Args:
     """The arguments of a run, from its config.json."""
-    found = config["args"]
-    kind = qc.Args if "policy" in found else critics.Args if "ensemble" in found else evor_value.Args
+    stored = config["args"]
+    kind = qc.Args if "policy" in stored else critics.Args if "ensemble" in stored else evor_value.Args
     known = {field.name for field in dataclasses.fields(kind)} - {"run_dir", "policy_run_dir", "dataset"}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
     return kind(**{name: value for name, value in values.items() if name in known})
 
 
-def describe(run: Path, row: dict[str, Any]) -> dict[str, Any]:
+def describe(run: Path) -> dict[str, Any]:
     """What the table says of a run beside its results."""
     config, key = json.loads((run / "value" / "config.json").read_text()), jax.random.key(0)
     args, critic = arguments(config), eqx.filter_eval_shape(make_critic, config, key=key)
     policy = eqx.filter_eval_shape(make_policy, config, key=key) if config.get("own_policy") else None
     backup = args.next_action
-    if backup == "softmax":
-        greedy = args.backup_temperature == 0
-        backup = f"best of {args.num_next_actions}" if greedy else (
-            f"softmax of {args.num_next_actions}, temperature {args.backup_temperature:g}"
-        )  # fmt: skip
-    return row | dict(
-        run=str(run),
+    if backup == "softmax" and args.backup_temperature == 0:
+        backup = f"best of {args.num_next_actions}"
+    elif backup == "softmax":
+        backup = f"softmax of {args.num_next_actions}, temperature {args.backup_temperature:g}"
+    return dict(
         method=args.method + (f", {args.critic}" if args.critic in ("mlp", "trunk") else ""),
         backup=backup,
         parameters=num_parameters(critic),
         mflop=step_flops(args, critic, policy) / 1e6,
-        policy_sha256=config["policy_sha256"],
         settings=json.dumps({k: v for k, v in config["args"].items() if k not in OF_A_SEED}, sort_keys=True),
     )
 
 
-def setting(row: dict[str, Any]) -> tuple[str, str, int]:
-    """What a line of the table is about: method, backup, horizon."""
-    return row["method"], row["backup"], row["horizon"]
+def gather_all(runs: Sequence[Path]) -> list[Frame]:
+    """Rows of runs and of their episodes, with what the table says of each run."""
+    of_runs, episodes = gather.gather_all(runs)
+    about = frame(dict(run=str(run)) | describe(run) for run in runs)
+    return [of_runs.merge(about), episodes.merge(about[["run", "method"]])]
 
 
 def timed_as(backup: str) -> str:
@@ -107,104 +74,59 @@ def timed_as(backup: str) -> str:
     return backup.replace("dataset", "base").split(", temperature")[0].replace("softmax", "best")
 
 
-def refuse_differences(rows: list[dict[str, Any]]) -> None:
+def refuse(frames: Sequence[Frame]) -> None:
     """Raises `UserError` for runs that are not the same but for what the table names."""
-    refuse_mixtures(rows)
-    for field in ("env", "task"):
-        if len({row[field] for row in rows}) > 1:
-            raise UserError(f"the runs differ in {field}: one table is about one.")
-    shared = [(setting(row), "settings", row) for row in rows]
-    shared += [(row["horizon"], "policy_sha256", row) for row in rows if row["policy_sha256"]]
-    for key, field, row in shared:
-        other = next(r for k, f, r in shared if (k, f) == (key, field))
-        if row[field] != other[field]:
-            raise UserError(f"{row['run']} and {other['run']} differ in {field}: they share no line.")
+    runs = frames[0]
+    gather.refuse_mixtures(runs)
+    gather.refuse_differences(runs, ("env", "task"), ": one table is about one.")
+    for _, line in runs.groupby(["method", "backup", "horizon"]):
+        gather.refuse_differences(line, ["settings"], ": they share no line.")
+    for _, line in runs.groupby("horizon"):
+        gather.refuse_differences(line, ["policy_sha256"], ": they share no line.")
 
 
-def line(members: list[dict[str, Any]], episodes: list[dict[str, Any]], timed: dict[str, str]) -> str:
+def line(members: Frame, episodes: Frame, timed: dict[str, str]) -> tuple:
     """A line of the table: all seeds of a setting."""
-    method, backup, horizon = setting(members[0])
-    runs = {(row["run"], row["seed"]) for row in members}
-    own = [row | dict(base=row["num_actions"] == 1) for row in episodes if (row["run"], row["seed"]) in runs]
-
-    def pooled(base: bool) -> tuple[str, str]:
-        successes: dict[int, list[float]] = {}
-        for row in own:
-            if row["base"] == base:
-                successes.setdefault(row["seed"], []).append(row["success"])
-        found = np.array(list(successes.values()))
-        low, high = mean_interval([found])
-        return f"{found.mean():.0%}", f"[{low:.0%}, {high:.0%}]"
-
-    mean = {name: np.mean([row[name] for row in members])
-            for name in ("mean_predicted", "mean_observed", "correlation", "crps")}  # fmt: skip
-    cells = (
-        f"`{method}`",
-        backup,
-        horizon,
-        members[0]["num_actions"],
-        "**{}** {}".format(*pooled(base=False)),
-        ", ".join(f"{row['success']:.0%}" for row in sorted(members, key=lambda row: row["seed"])),
-        "{} {}".format(*pooled(base=True)),
-        f"{members[0]['parameters']:,}",
-        f"{members[0]['mflop']:,.0f}",
+    first, mean = members.iloc[0], members[MEANS].mean()
+    chosen = episodes.merge(members[["run", "seed"]])
+    success, _, interval = cell(chosen[chosen["num_actions"] != "1"]).partition(" ")
+    return (
+        f"`{first['method']}`",
+        *first[["backup", "horizon", "num_actions"]],
+        f"**{success}** {interval}",
+        ", ".join(f"{rate:.0%}" for rate in members.sort_values("seed")["success"]),
+        cell(chosen[chosen["num_actions"] == "1"]),
+        f"{int(first['parameters']):,}",
+        f"{float(first['mflop']):,.0f}",
         f"{float(timed['ms']):.1f}" if timed else "",
         f"{float(timed['peak_share']):.0%}" if timed else "",
         f"{mean['mean_predicted']:.1f} / {mean['mean_observed']:.1f}",
         f"{mean['correlation']:.2f}",
         f"{mean['crps']:.1f}",
     )
-    return "| " + " | ".join(str(c) for c in cells) + " |"
 
 
-def table(rows: list[dict[str, Any]], episodes: list[dict[str, Any]], speed: dict[str, dict[str, str]]) -> str:
-    """Markdown: one line per setting."""
-    first = rows[0]
-    bc_steps = " or ".join(sorted({f"{row['bc_steps']:,}" for row in rows if row["bc_steps"]}))
-    lines = [
-        f"{first['env']} ({first['data_source']} data), task {first['task']}: {first['steps']:,} steps, on one base "
-        f"policy per horizon ({bc_steps} steps); {first['episodes']} episodes per seed with the best of N_pi actions.",
-        "",
-        "| method | next action | horizon | N_pi | success | per seed | base policy alone | parameters "
-        "| MFLOP per step | ms per step | of the machine's rate | mean return, predicted / observed | correlation "
-        "| CRPS |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    methods = list(dict.fromkeys((row["method"], row["horizon"]) for row in rows))
-    for key in sorted(dict.fromkeys(map(setting, rows)), key=lambda key: methods.index((key[0], key[2]))):
-        members = [row for row in rows if setting(row) == key]
-        case = f"{key[0]}, {timed_as(key[1])}, horizon {key[2]}"
-        if speed and case not in speed:
-            raise UserError(f"no case {case!r} was timed, only {', '.join(speed)}: name another --speed.")
-        lines.append(line(members, episodes, speed.get(case, {})))
-    return "\n".join(lines) + "\n"
+def timings(place: Place) -> dict[str, dict[str, str]]:
+    """Times by case: those that stand where the table goes, else the stored ones."""
+    paths = [Place(folder, "baselines").path(TIMED) for folder in (place.folder, rows.RESULTS)]
+    path = next((path for path in paths if path.is_file()), None)
+    return {row["case"]: row for row in read(path).to_dict("records")} if path else {}
 
 
-def main(args: Args) -> str:
-    """Writes the files; returns the table."""
-    episodes, rows = stored(args.name, {str(run) for run in args.runs}) if args.append else ([], [])
-    if not args.runs and not rows:
-        raise UserError("name at least one run directory with --runs, or --append to rows that stand there.")
-    for run in args.runs:
-        raw, summary = gather(run)
-        rows += [describe(run, row) for row in summary]
-        episodes += [row | dict(run=str(run), method=rows[-1]["method"]) for row in raw]
-    refuse_differences(rows)
-    timings = HERE / "baselines_speed.csv"  # of all tables
-    if args.speed:
-        timed = read_csv(args.speed)
-        write_csv(timings, list(timed[0]), timed)
-    speed = {row["case"]: row for row in read_csv(timings)} if timings.is_file() else {}
-    text = table(rows, episodes, speed)
-    words = HERE / f"{args.name}_words.md"
-    if words.is_file():
-        text += "\n" + words.read_text()
-    write_csv(HERE / f"{args.name}_episodes.csv", list(episodes[0]), episodes)
-    write_csv(HERE / f"{args.name}_runs.csv", list(rows[0]), rows)
-    (HERE / f"{args.name}.md").write_text(text)
-    print(text)
-    return text
-
-
-if __name__ == "__main__":
-    run_cli(main, Args)
+def draw(frames: Sequence[Frame], place: Place) -> str:
+    """Markdown: one line per setting; those of a method and horizon stand together."""
+    runs, episodes = numbers(frames[0], real=["success", *MEANS]), frames[1]
+    speed, first, lines = timings(place), runs.iloc[0], []
+    for (method, horizon), of_method in runs.groupby(["method", "horizon"], sort=False):
+        for backup, members in of_method.groupby("backup", sort=False):
+            case = f"{method}, {timed_as(backup)}, horizon {horizon}"
+            if speed and case not in speed:
+                raise UserError(f"no case {case!r} was timed, only {', '.join(speed)}: time it with benchmarks.speed.")
+            lines.append(line(members, episodes, speed.get(case, {})))
+    bc_steps = " or ".join(sorted({f"{int(steps):,}" for steps in runs["bc_steps"] if steps}))
+    about = (
+        f"{first['env']} ({first['data_source']} data), task {first['task']}: {int(first['steps']):,} steps, on one "
+        f"base policy per horizon ({bc_steps} steps); {first['episodes']} episodes per seed with the best of N_pi "
+        "actions."
+    )
+    return f"{about}\n\n{table(HEADER, lines)}"

@@ -1,20 +1,18 @@
 """Predicted laws of the reward-to-go of several actions in one state, beside returns of roll-outs from there.
 
-    python -m experiments.candidates --run-dir runs/tasks/cube-double-play --policy-run-dir runs/cube-double-play \
-        --step 100
-    python -m experiments.candidates
+    python -m experiments.candidates --run-dir runs/tasks/cube-double-play --policy-run-dir runs/cube-double-play
 
 The extracted policy is run for `--step` steps of an evaluation episode. In the state that it reached, candidates of the
 base policy are drawn, and some of them picked, from the lowest `Q*` to the highest. Each is executed many times, the
 base policy after it: that is what a reward model under the `base` backup models. The return of a roll-out is
 `sum_k discount^k r_k`; where time runs out the last reward is taken to go on for ever.
 
-The first command writes `candidates.csv`, a row per predicted draw and per roll-out; the second draws `candidates.png`
-and `candidates.md` from it.
+Writes a row per predicted draw and per roll-out, and draws them.
 """
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +26,14 @@ from common import checkpoint, figures
 from common.envs import parse_env
 from common.errors import UserError, run_cli
 from common.evaluation import episode_seed, make_env, seeded_reset
-from common.metrics import read_csv, sha256, write_csv
+from common.metrics import sha256
 from common.training import provenance
 from evor_infer import Agent, load_agent
+from experiments import rows
+from experiments.rows import Frame, Place, table
 
-HERE = Path(__file__).parent.parent / "results"
+FILES = ("rows.csv",)
+HEADER = "candidate | predicted mean | observed mean | predicted 10% to 90% | observed 10% to 90%"
 ENVIRONMENTS = 16  # stepped side by side
 
 READOUT = dict(num_returns=8, return_temperature=0.3, action_temperature=1.0)  # the defaults; of the film too
@@ -42,22 +43,24 @@ READOUT = dict(num_returns=8, return_temperature=0.3, action_temperature=1.0)  #
 class Args:
     """Compare predicted laws with roll-outs."""
 
-    run_dir: Path | None = None
-    """Run directory of the reward model; none: draw what is stored."""
-    policy_run_dir: Path | None = None
+    run_dir: Path
+    """Run directory of the reward model."""
+    policy_run_dir: Path
     """Run directory of the base policy."""
     task: int = 2
     """The task."""
     episode: int = 0
     """Episode of the evaluation."""
-    step: int = 100
+    step: int = 80
     """Steps of the extracted policy before the state that is looked at."""
     num_actions: int = 64
     """Candidates drawn."""
     shown: int = 4
     """Candidates looked at, from the lowest Q* to the highest."""
-    rollouts: int = 100
+    rollouts: int = 48
     """Roll-outs of each of them."""
+    update: bool = False
+    """Write to `results/` instead of `runs/tables/`."""
 
 
 class Branch(gymnasium.Wrapper):
@@ -133,8 +136,7 @@ def roll_out(
                     going = bool(info["counts"].any())
                 key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), first), len(rewards))
                 chunk = np.asarray(agent.act(observations.astype(np.float32), key=key, num_actions=1))
-            found = discounted(np.array(rewards), np.array(cuts, dtype=float), discount)
-            returns.append(found[: len(some)])
+            returns.append(discounted(np.array(rewards), np.array(cuts, dtype=float), discount)[: len(some)])
     finally:
         vector.close(terminate=True)
     return np.concatenate(returns)
@@ -155,7 +157,7 @@ def gather(args: Args) -> list[dict[str, Any]]:
     picked = candidates[order[np.linspace(0, len(order) - 1, args.shown).round().astype(int)]]
     draws = np.asarray(agent.sample_returns(many[: args.shown], picked, args.rollouts, key=jax.random.key(4)))
     chunks = np.repeat(picked.reshape(args.shown, agent.horizon, -1), args.rollouts, axis=0)
-    found = roll_out(agent, gym_id, seed, actions, chunks, discount=header["args"]["discount"])
+    returns = roll_out(agent, gym_id, seed, actions, chunks, discount=header["args"]["discount"])
     about = dict(
         env=header["env"],
         data_source=header["data"]["source"],
@@ -172,57 +174,59 @@ def gather(args: Args) -> list[dict[str, Any]]:
     )
     return [
         about | dict(candidate=i, kind=kind, value=float(value))
-        for kind, values in (("predicted", draws), ("observed", found.reshape(args.shown, -1)))
+        for kind, values in (("predicted", draws), ("observed", returns.reshape(args.shown, -1)))
         for i in range(args.shown)
         for value in values[i]
     ]
 
 
-def main(args: Args) -> None:
-    """Gathers, if a run is named, and draws."""
-    path = HERE / "candidates.csv"
-    if args.run_dir is not None:
-        rows = gather(args)
-        write_csv(path, list(rows[0]), rows)
-    if not path.is_file():
-        raise UserError(f"there is no {path}: name a run with --run-dir.")
-    rows = read_csv(path)
-    first, shown = rows[0], sorted({row["candidate"] for row in rows}, key=int)
-    values = {
-        (kind, i): np.array([float(row["value"]) for row in rows if (row["kind"], row["candidate"]) == (kind, i)])
-        for kind in ("predicted", "observed")
-        for i in shown
-    }
-    lines = [
-        f"{first['env']} ({first['data_source']} data), task {first['task']}, `{first['td_target']}`, "
-        f"{int(first['steps']):,} steps; the state after {first['step']} steps of episode {first['episode']}.",
-        "",
-        "| candidate | predicted mean | observed mean | predicted 10% to 90% | observed 10% to 90% |",
-        "|---|---|---|---|---|",
-    ]
+def draw(frames: Sequence[Frame], place: Place) -> str:
+    """Markdown and a figure: each candidate's predicted law beside the returns of its roll-outs."""
+    stored = frames[0].astype({"value": float})
+    first, shown = stored.iloc[0], sorted(stored["candidate"].unique(), key=int)
+    values = {key: law["value"].to_numpy() for key, law in stored.groupby(["kind", "candidate"])}
+    lines = []
+    for name in shown:
+        predicted, observed = values["predicted", name], values["observed", name]
+        ranges = ["{:.0f} to {:.0f}".format(*np.quantile(law, [0.1, 0.9])) for law in (predicted, observed)]
+        error = 1.96 * observed.std(ddof=1) / np.sqrt(len(observed))
+        means = f"{predicted.mean():.1f}", f"{observed.mean():.1f} ± {error:.1f}"
+        lines.append((int(name) + 1, *means, *ranges))
+    data = f"{first['env']} ({first['data_source']} data), task {first['task']}"
+    title = f"{data}, the state after {first['step']} steps of an episode"
+    draw_laws(values, shown, place.path("figure.png"), title=title)
+    about = (
+        f"{data}, `{first['td_target']}`, {int(first['steps']):,} steps; the state after {first['step']} steps of "
+        f"episode {first['episode']}."
+    )
+    return f"{about}\n\n{table(HEADER, lines)}"
+
+
+def draw_laws(values: dict[tuple[str, str], np.ndarray], shown: list[str], path: Path, *, title: str) -> None:
+    """Histograms of the predicted law and of the observed returns, a panel per candidate."""
     everything = np.concatenate(list(values.values()))
     bins = np.linspace(everything.min(), everything.max(), 41)
     figure, axes = figures.subplots(1, len(shown), width=3.6 * len(shown), height=3.6)
-    top = 1.4 * max(np.histogram(found, bins)[0].max() / len(found) for found in values.values())
-    for axis, i in zip(axes[0], shown, strict=True):
-        predicted, observed = values["predicted", i], values["observed", i]
-        ranges = ["{:.0f} to {:.0f}".format(*np.quantile(found, [0.1, 0.9])) for found in (predicted, observed)]
-        error = observed.std(ddof=1) / np.sqrt(len(observed))
-        lines.append(
-            f"| {int(i) + 1} | {predicted.mean():.1f} | {observed.mean():.1f} ± {1.96 * error:.1f} "
-            f"| {' | '.join(ranges)} |"
-        )
-        for found, label in ((predicted, "predicted law"), (observed, f"{len(observed)} roll-outs")):
-            shares = np.histogram(found, bins)[0] / len(found)
-            axis.stairs(shares, bins, fill=True, alpha=0.5, label=f"{label}, mean {found.mean():.0f}")
-        axis.set(xlabel="discounted reward-to-go", title=f"candidate {int(i) + 1}", ylim=(0, top))
+    top = 1.4 * max(np.histogram(law, bins)[0].max() / len(law) for law in values.values())
+    for axis, name in zip(axes[0], shown, strict=True):
+        predicted, observed = values["predicted", name], values["observed", name]
+        for law, label in ((predicted, "predicted law"), (observed, f"{len(observed)} roll-outs")):
+            shares = np.histogram(law, bins)[0] / len(law)
+            axis.stairs(shares, bins, fill=True, alpha=0.5, label=f"{label}, mean {law.mean():.0f}")
+        axis.set(xlabel="discounted reward-to-go", title=f"candidate {int(name) + 1}", ylim=(0, top))
         axis.legend(fontsize=7, loc="upper right")
     axes[0][0].set_ylabel("share")
-    data = f"{first['env']} ({first['data_source']} data), task {first['task']}"
-    figure.suptitle(f"{data}, the state after {first['step']} steps of an episode", fontsize=10)
-    figures.save(figure, HERE / "candidates.png")
-    (HERE / "candidates.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    figure.suptitle(title, fontsize=10)
+    figures.save(figure, path)
+
+
+def main(args: Args) -> None:
+    """Makes the rows of one state, and draws them."""
+    place, measured = Place(rows.RESULTS if args.update else rows.TABLES, "candidates"), rows.frame(gather(args))
+    rows.write(place.path(*FILES), measured)
+    text = draw([measured], place)
+    place.table(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Does a command give its stored rows again? Compares a run with the rows of `tasks_*.csv`, episode by episode.
+"""Does a command give its stored rows again? Compares a run with the rows of `results/tasks`, episode by episode.
 
     python -m experiments.run --only policies seeds
     python -m experiments.check --runs runs/seeds/cube-single-play
@@ -12,12 +12,14 @@ import dataclasses
 from pathlib import Path
 
 from common.errors import UserError, run_cli
-from common.metrics import read_csv
 from common.statistics import success_interval
-from experiments.preview import gather
-from experiments.tasks import ALIKE, HERE, METHOD, select
+from experiments import rows
+from experiments.gather import gather_all
+from experiments.rows import Frame, Place, complete, percent, read, table
+from experiments.tasks import ALIKE, FILES, METHOD
 
-Rows = list[dict[str, str]]
+HEADER = "run | task | seed | success | stored | same episodes | CRPS | stored"
+EPISODE = ["run", "task", "seed", "num_actions", "episode", "success", "length"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,62 +30,49 @@ class Args:
     """Run directories of evor_value.py, named as when the rows were gathered."""
 
 
-def compare(run: Path, stored: Rows, stored_episodes: Rows) -> tuple[list[str], list[str]]:
-    """A line of the table per task and seed, and the names and values of what differs around them.
+def stored_row(new: dict[str, str], stored: Frame) -> dict[str, str]:
+    """The stored row of a run's task and seed.
 
     Raises:
-        UserError: there is no such row, or it has other settings.
+        UserError: there is none, or it has other settings.
     """
-    raw, rows = ([{k: str(v) for k, v in row.items()} for row in found] for found in gather(run))
-    lines, around = [], []
-    for row in rows:
-        key = dict(task=row["task"], seed=row["seed"])
-        olds = select(stored, run=str(run), **key)
-        if not olds:
-            raise UserError(f"tasks_runs.csv has no row of {run}, task {row['task']}, seed {row['seed']}.")
-        old = olds[0]
-        # The base policy's file may be another: it names its revision. Whether it does the same, its own episodes say.
-        for field in (*METHOD, *ALIKE, "bc_steps"):
-            if field != "policy_sha256" and row.get(field, "") != old.get(field, ""):
-                raise UserError(
-                    f"{run} was made with another {field} than its row: {row.get(field)}, not {old.get(field)}."
-                )
-        around += [
-            f"{field}: {row[field]}, then {old[field]}"
-            for field in row
-            if (field in ("data_sha256", "hardware") or field.startswith("version_")) and row[field] != old.get(field)
-        ]
-        names = ("num_actions", "episode", "success", "length")
-        now, then = (
-            {tuple(one[name] for name in names) for one in select(found, **key)}
-            for found in (raw, select(stored_episodes, run=str(run)))
-        )
-        cells = []
-        for one in (row, old):
-            low, high = success_interval(float(one["success"]) * int(one["episodes"]), int(one["episodes"]))
-            cells.append(f"{float(one['success']):.0%} [{low:.0%}, {high:.0%}]")
-        lines.append(
-            f"| {run} | {row['task']} | {row['seed']} | {' | '.join(cells)} | {len(now & then)} of {len(then)} "
-            f"| {row['crps']} | {old['crps']} |"
-        )
-    return lines, list(dict.fromkeys(around))
+    run, task, seed = (new[name] for name in ("run", "task", "seed"))
+    same = stored[(stored["run"] == run) & (stored["task"] == task) & (stored["seed"] == seed)]
+    if not len(same):
+        raise UserError(f"results/tasks has no row of {run}, task {task}, seed {seed}.")
+    old = same.iloc[0].to_dict()
+    # The base policy's file may be another: it names its revision. Whether it does the same, its own episodes say.
+    for field in {*METHOD, *ALIKE, "bc_steps"} - {"policy_sha256"}:
+        if new.get(field, "") != old.get(field, ""):
+            raise UserError(
+                f"{run} was made with another {field} than its row: {new.get(field)}, not {old.get(field)}."
+            )
+    return old
+
+
+def success_cell(row: dict[str, str]) -> str:
+    rate, number = float(row["success"]), int(row["episodes"])
+    return percent(rate, *success_interval(rate * number, number))
 
 
 def main(args: Args) -> str:
     """Prints and returns the comparison."""
-    paths = [HERE / f"tasks_{kind}.csv" for kind in ("runs", "episodes")]
-    stored, episodes = map(read_csv, paths)
-    lines = ["| run | task | seed | success | stored | same episodes | CRPS | stored |", "|---" * 8 + "|"]
-    around: list[str] = []
-    for run in args.runs:
-        found, differing = compare(run, stored, episodes)
-        lines += found
-        around += differing
-    lines += [
-        "",
-        "Not as it was: " + "; ".join(dict.fromkeys(around)) if around else "Data, versions and hardware alike.",
-    ]
-    text = "\n".join(lines)
+    stored, stored_episodes = (read(Place(rows.RESULTS, "tasks").path(file)) for file in FILES)
+    new_rows, episodes = gather_all(args.runs)
+    lines, around = [], {}
+    for new in complete(new_rows, METHOD).to_dict("records"):
+        old = stored_row(new, stored)
+        replica = {name: new[name] for name in ("run", "task", "seed")}
+        now, then = (
+            set(frame.merge(rows.frame([replica]))[EPISODE].itertuples(index=False, name=None))
+            for frame in (episodes, stored_episodes)
+        )
+        same = f"{len(now & then)} of {len(then)}"
+        lines.append((*replica.values(), success_cell(new), success_cell(old), same, new["crps"], old["crps"]))
+        names = [name for name in new if name in ("data_sha256", "hardware") or name.startswith("version_")]
+        around |= {f"{name}: {new[name]}, then {old.get(name)}": None for name in names if new[name] != old.get(name)}
+    alike = "Not as it was: " + "; ".join(around) if around else "Data, versions and hardware alike."
+    text = f"{table(HEADER, lines)}\n{alike}"
     print(text)
     return text
 

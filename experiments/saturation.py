@@ -1,8 +1,7 @@
 """What more candidates promise: the gain that the choosing critic sees, and what a critic of another seed sees of it.
 
     python -m experiments.saturation --run-dir runs/tasks/cube-double-play --other runs/seeds/cube-double-play \
-        --policy-run-dir runs/cube-double-play --task 2
-    python -m experiments.saturation
+        --policy-run-dir runs/cube-double-play
 
 In validation states, N_pi candidates of the base policy are drawn and the best is chosen by `Q*` of one reward model.
 That model's own value of the choice can only grow with N_pi; part of the growth is its error, since the largest of
@@ -12,13 +11,12 @@ difference is the error of the selection. (Errors that the two models share, suc
 
 Each of the two chooses once, and both answers count; they are one pair of seeds all the same.
 
-The first command writes `saturation.csv`, a row per validation episode, N_pi and critic that chooses (its states are no
-independent observations), the mean over its states; the second only draws
-`saturation.png` and `saturation.md` from it, beside the success over N_pi in `sweep_actions_episodes.csv`, where a
-sweep of the first reward model stands there.
+Writes a row per validation episode, N_pi and critic that chooses, the mean over its states, which are no independent
+observations; and draws them, beside the success over N_pi where a sweep of the first reward model is stored.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +27,17 @@ from jaxtyping import Float, Int
 from common import checkpoint, data, figures, sources
 from common.envs import validation_path
 from common.errors import UserError, run_cli
-from common.metrics import read_csv, sha256, write_csv
+from common.metrics import sha256
 from common.training import PLACES, provenance
-from evor_infer import Agent, load_agent, read_episodes, summarise
-from experiments.sweeps import WORDS
+from evor_infer import Agent, load_agent, summarise
+from experiments import rows
+from experiments.rows import Frame, Place, numbers, percent, read, table
 
-HERE = Path(__file__).parent.parent / "results"
+FILES = ("rows.csv",)
+HEADER = "N_pi | by the critic that chose | by one of another seed | error of the selection | success"
+SAYS = dict(
+    own="by the critic that chose", others="by a critic of another seed", error="difference: error of the selection"
+)
 NUMBERS = (1, 2, 4, 8, 16, 32, 64)
 MAY_DIFFER = (*PLACES, "seeds", "first_seed", "policy_seed", "tasks", "eval_every", "eval_episodes", "save_every")
 
@@ -43,11 +46,11 @@ MAY_DIFFER = (*PLACES, "seeds", "first_seed", "policy_seed", "tasks", "eval_ever
 class Args:
     """Compare what two reward models say of the action that one of them chose."""
 
-    run_dir: Path | None = None
-    """Run directory of a reward model; none: draw what is stored."""
-    other: Path | None = None
+    run_dir: Path
+    """Run directory of a reward model."""
+    other: Path
     """Run directory of one of another seed."""
-    policy_run_dir: Path | None = None
+    policy_run_dir: Path
     """Run directory of the base policy that both were trained with."""
     task: int = 2
     """The task."""
@@ -57,6 +60,8 @@ class Args:
     """Draws of the return per candidate."""
     return_temperature: float = 0.3
     """tau_R, in standard deviations of the data's returns."""
+    update: bool = False
+    """Write to `results/` instead of `runs/tables/`."""
 
 
 def values_of(
@@ -67,8 +72,8 @@ def values_of(
     candidates = agents[0].sample_actions(observations, most, key=jax.random.key(0))
     states = np.repeat(observations, most, axis=0)
     flat = candidates.reshape(len(states), -1)
-    found = [agent.q_value(states, flat, key=jax.random.key(1), **settings) for agent in agents]
-    return np.stack([np.asarray(value).reshape(-1, most) for value in found])
+    values = [agent.q_value(states, flat, key=jax.random.key(1), **settings) for agent in agents]
+    return np.stack([np.asarray(value).reshape(-1, most) for value in values])
 
 
 def rows_of(values: Float[np.ndarray, "two states N"], trajectory: Int[np.ndarray, " states"]) -> list[dict[str, Any]]:
@@ -102,8 +107,6 @@ def gather(args: Args) -> list[dict[str, Any]]:
     Raises:
         UserError: the runs differ in more than their seed.
     """
-    if args.other is None or args.policy_run_dir is None:
-        raise UserError("--run-dir needs --other and --policy-run-dir too.")
     paths = [run / "value" / "model.eqx" for run in (args.run_dir, args.other)]
     remedy = "train it with evor_value.py first."
     headers = [checkpoint.read_header(path, stage="value", remedy=remedy) for path in paths]
@@ -154,92 +157,99 @@ def gather(args: Args) -> list[dict[str, Any]]:
     return [about | row for row in rows_of(values, trajectory)]
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Float[np.ndarray, "numbers 2"]]:
+def summary(stored: Frame) -> dict[str, Float[np.ndarray, "numbers 2"]]:
     """Gains over one candidate: their mean over trajectories and the half-width of its 95% interval. The two critics
     that chose in a trajectory are no independent observations: they are averaged first."""
-    trajectories = list(dict.fromkeys(row["trajectory"] for row in rows))
-    place = {trajectory: i for i, trajectory in enumerate(trajectories)}
-    sums = {name: np.zeros((len(NUMBERS), len(trajectories))) for name in ("own", "others")}
-    counts = np.zeros((len(NUMBERS), len(trajectories)))
-    for row in rows:
-        at = NUMBERS.index(int(row["num_actions"])), place[row["trajectory"]]
-        counts[at] += 1
-        for name, total in sums.items():
-            total[at] += float(row[name])
-    gains = {name: total / counts - (total / counts)[0] for name, total in sums.items()}
+    columns = numbers(stored, whole=["num_actions"], real=["own", "others"])
+    means = columns.groupby(["num_actions", "trajectory"])[["own", "others"]].mean().unstack()
+    gains = {name: (means[name] - means[name].loc[1]).to_numpy() for name in ("own", "others")}
     gains["error"] = gains["own"] - gains["others"]
-    error = {name: gain.std(axis=1, ddof=1) / np.sqrt(len(trajectories)) for name, gain in gains.items()}
-    return {name: np.stack([gain.mean(axis=1), 1.96 * error[name]], axis=1) for name, gain in gains.items()}
+    half = {name: 1.96 * gain.std(axis=1, ddof=1) / np.sqrt(gain.shape[1]) for name, gain in gains.items()}
+    return {name: np.stack([gain.mean(axis=1), half[name]], axis=1) for name, gain in gains.items()}
 
 
-def main(args: Args) -> None:
-    """Gathers, if runs are named, and draws."""
-    path = HERE / "saturation.csv"
-    if args.run_dir is not None:
-        rows = gather(args)
-        write_csv(path, list(rows[0]), rows)
-    if not path.is_file():
-        raise UserError(f"there is no {path}: name runs with --run-dir and --other.")
-    stored = read_csv(path)
-    found, first = summary(stored), stored[0]
-    sweep = HERE / "sweep_actions_episodes.csv"
-    episodes = read_episodes(sweep, words=WORDS) if sweep.is_file() else []
-    same = dict(
-        task=int(first["task"]),
-        critic_sha256=first["critic_sha256"],
-        num_returns=int(first["num_returns"]),
-        return_temperature=float(first["return_temperature"]),
-    )
-    own = [row for row in episodes if all(row[name] == value for name, value in same.items())]
-    tau_q = sorted({row["action_temperature"] for row in own})
+def success_of(first: dict[str, str], sweep: Path) -> tuple[dict[int, dict[str, Any]], float | None]:
+    """Success over N_pi of the reward model, at the tau_R of the rows, and its tau_Q; nothing where no sweep is stored.
+
+    Raises:
+        UserError: the sweep has several tau_Q.
+    """
+    if not sweep.is_file():
+        return {}, None
+    real = ("return_temperature", "action_temperature", "success")
+    episodes = numbers(read(sweep), whole=["num_actions", "num_returns", "length"], real=real)
+    same = dict(num_returns=int(first["num_returns"]), return_temperature=float(first["return_temperature"]))
+    same |= dict(task=first["task"], critic_sha256=first["critic_sha256"])
+    chosen = episodes[np.logical_and.reduce([episodes[name] == value for name, value in same.items()])]
+    tau_q = sorted(set(chosen["action_temperature"]))
     if len(tau_q) > 1:
         raise UserError(f"{sweep} holds several tau_Q for this reward model, {tau_q}: draw a sweep of one.")
-    success = {row["num_actions"]: row for row in summarise(own, ("num_actions",))}
-    states = {row["trajectory"]: int(row["states"]) for row in stored}
-    number = sum(states.values()), len(states)
-    lines = [
-        f"{first['env']} ({first['data_source']} data), task {first['task']}, `{first['td_target']}`, "
-        f"{int(first['steps']):,} steps: value of the chosen action above that of one candidate. Mean over "
-        f"{number[1]} validation episodes of the means of their states, {number[0]:,} in all, with its 95% interval, "
-        f"in the environment's units. "
-        f"One pair of reward models, seeds {first['seeds'].replace(' ', ' and ')}; each chooses once, the best by Q* "
-        f"at tau_R = {float(first['return_temperature']):g}."
-        + (f" Success: of the extracted policy at the same tau_R and tau_Q = {tau_q[0]:g}." if tau_q else ""),
-        "",
-        "| N_pi | by the critic that chose | by one of another seed | error of the selection | success |",
-        "|---|---|---|---|---|",
-    ]
-    for i, n in enumerate(NUMBERS):
-        cells = [f"{found[name][i, 0]:.2f} ± {found[name][i, 1]:.2f}" for name in ("own", "others", "error")]
-        cells.append("{success:.0%} [{low:.0%}, {high:.0%}]".format(**success[n]) if n in success else "")
-        lines.append(f"| {n} | {' | '.join(cells)} |")
-    (HERE / "saturation.md").write_text("\n".join(lines) + "\n")
+    success = {row["num_actions"]: row for row in summarise(chosen.to_dict("records"), ("num_actions",))}
+    return success, next(iter(tau_q), None)
+
+
+def draw(frames: Sequence[Frame], place: Place) -> str:
+    """Markdown and a figure."""
+    stored = frames[0]
+    gains, first = summary(stored), stored.iloc[0].to_dict()
+    success, tau_q = success_of(first, Place(rows.RESULTS, "num_actions").path("episodes.csv"))
+    states = stored.drop_duplicates("trajectory")["states"].astype(int)
+    tau_r, data = float(first["return_temperature"]), f"{first['env']} ({first['data_source']} data)"
+    about = (
+        f"{data}, task {first['task']}, `{first['td_target']}`, {int(first['steps']):,} steps: value of the chosen "
+        f"action above that of one candidate. Mean over {len(states)} validation episodes of the means of their "
+        f"states, {states.sum():,} in all, with its 95% interval, in the environment's units. One pair of reward "
+        f"models, seeds {first['seeds'].replace(' ', ' and ')}; each chooses once, the best by Q* at tau_R = {tau_r:g}."
+    )
+    if success:
+        about += f" Success: of the extracted policy at the same tau_R and tau_Q = {tau_q:g}."
+    lines = []
+    for i, number in enumerate(NUMBERS):
+        cells = [f"{gains[name][i, 0]:.2f} ± {gains[name][i, 1]:.2f}" for name in SAYS]
+        row = success.get(number)
+        lines.append((number, *cells, percent(row["success"], row["low"], row["high"]) if row else ""))
+    draw_gains(
+        gains, success, place.path("figure.png"), tau_r=tau_r, tau_q=tau_q, title=f"{data}, task {first['task']}"
+    )
+    return f"{about}\n\n{table(HEADER, lines)}"
+
+
+def draw_gains(
+    gains: dict[str, Float[np.ndarray, "numbers 2"]],
+    success: dict[int, dict[str, Any]],
+    path: Path,
+    *,
+    tau_r: float,
+    tau_q: float | None,
+    title: str,
+) -> None:
+    """Gains over N_pi; beside them success, where a sweep is stored."""
     figure, axes = figures.subplots(1, 2 if success else 1, width=10.0 if success else 5.0, height=3.6)
-    says = dict(
-        own="by the critic that chose", others="by a critic of another seed", error="difference: error of the selection"
-    )
-    for i, (name, label) in enumerate(says.items()):
-        mean, half = found[name].T
-        axes[0][0].errorbar(
-            np.array(NUMBERS) * 1.05 ** (i - 1), mean, half, marker="o", ms=3, lw=1, capsize=2, label=label
-        )
-    tau_r, title = (
-        float(first["return_temperature"]),
-        f"{first['env']} ({first['data_source']} data), task {first['task']}",
-    )
+    for i, (name, label) in enumerate(SAYS.items()):
+        mean, half = gains[name].T
+        x = np.array(NUMBERS) * 1.05 ** (i - 1)
+        axes[0][0].errorbar(x, mean, half, marker="o", ms=3, lw=1, capsize=2, label=label)
     axes[0][0].set(ylabel=f"gain in Q* (return), tau_R {tau_r:g}", title=title)
     if success:
         y = np.array([100 * row["success"] for row in success.values()])
         ends = np.array([[100 * row["low"], 100 * row["high"]] for row in success.values()]).T
         axes[0][1].errorbar(list(success), y, np.abs(ends - y), marker="o", ms=3, lw=1, capsize=2, color="k")
-        axes[0][1].set(ylabel="success (%)", ylim=(-3, 103), title=f"in the environment, tau_Q {tau_q[0]:g}")
+        axes[0][1].set(ylabel="success (%)", ylim=(-3, 103), title=f"in the environment, tau_Q {tau_q:g}")
     for axis in axes[0]:
         axis.set_xscale("log", base=2)
         axis.set(xlabel="N_pi, candidates", xticks=NUMBERS, xticklabels=NUMBERS)
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=7)
-    figures.save(figure, HERE / "saturation.png")
-    print("\n".join(lines))
+    figures.save(figure, path)
+
+
+def main(args: Args) -> None:
+    """Makes the rows of two reward models, and draws them."""
+    place, stored = Place(rows.RESULTS if args.update else rows.TABLES, "saturation"), rows.frame(gather(args))
+    rows.write(place.path(*FILES), stored)
+    text = draw([stored], place)
+    place.table(text)
+    print(text)
 
 
 if __name__ == "__main__":
