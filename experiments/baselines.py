@@ -21,12 +21,11 @@ from baselines import critics, qc
 from benchmarks.flops import num_parameters, step_flops
 from common.errors import UserError
 from common.networks import make_critic, make_policy
-from experiments import gather, rows
+from experiments import gather
 from experiments.gather import OF_A_SEED
 from experiments.rows import Frame, Place, cell, frame, numbers, read, table
 
 FILES = ("runs.csv", "episodes.csv")
-TIMED = "speed.csv"  # of the question `baselines`, for all tables
 HEADER = (
     "method | next action | horizon | N_pi | success | per seed | base policy alone | parameters | MFLOP per step "
     "| ms per step | of the machine's rate | mean return, predicted / observed | correlation | CRPS"
@@ -106,17 +105,11 @@ def line(members: Frame, episodes: Frame, timed: dict[str, str]) -> tuple:
     )
 
 
-def timings(place: Place) -> dict[str, dict[str, str]]:
-    """Times by case: those that stand where the table goes, else the stored ones."""
-    paths = [Place(folder, "baselines").path(TIMED) for folder in (place.folder, rows.RESULTS)]
-    path = next((path for path in paths if path.is_file()), None)
-    return {row["case"]: row for row in read(path).to_dict("records")} if path else {}
-
-
 def draw(frames: Sequence[Frame], place: Place) -> str:
     """Markdown: one line per setting; those of a method and horizon stand together."""
     runs, episodes = numbers(frames[0], real=["success", *MEANS]), frames[1]
-    speed, first, lines = timings(place), runs.iloc[0], []
+    first, lines, timed = runs.iloc[0], [], place.beside("baselines", "speed.csv")
+    speed = {row["case"]: row for row in read(timed).to_dict("records")} if timed.is_file() else {}
     for (method, horizon), of_method in runs.groupby(["method", "horizon"], sort=False):
         for backup, members in of_method.groupby("backup", sort=False):
             case = f"{method}, {timed_as(backup)}, horizon {horizon}"

@@ -15,7 +15,7 @@ from common.errors import UserError, run_cli
 from common.statistics import success_interval
 from experiments import rows
 from experiments.gather import gather_all
-from experiments.rows import Frame, Place, complete, percent, read, table
+from experiments.rows import Frame, complete, percent, read, table
 from experiments.tasks import ALIKE, FILES, METHOD
 
 HEADER = "run | task | seed | success | stored | same episodes | CRPS | stored"
@@ -57,7 +57,7 @@ def success_cell(row: dict[str, str]) -> str:
 
 def main(args: Args) -> str:
     """Prints and returns the comparison."""
-    stored, stored_episodes = (read(Place(rows.RESULTS, "tasks").path(file)) for file in FILES)
+    stored, stored_episodes = (read(rows.RESULTS / "tasks" / file) for file in FILES)
     new_rows, episodes = gather_all(args.runs)
     lines, around = [], {}
     for new in complete(new_rows, METHOD).to_dict("records"):

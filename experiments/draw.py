@@ -56,7 +56,9 @@ class Args:
     runs: tuple[Path, ...] = ()
     """Run directories, or the --out folders of a sweep, to make rows of; none: the stored rows."""
     append: bool = False
-    """Add to the stored rows."""
+    """Add to the rows that stand there."""
+    rows: Path | None = None
+    """Where rows are read: `results/` by default, `runs/tables` for those that were made here."""
     update: bool = False
     """Write to `results/` instead of `runs/tables/`."""
 
@@ -74,11 +76,14 @@ def draw(name: str, args: Args) -> str:
     Raises:
         UserError: there are no rows, or rows that share no table.
     """
-    kind, stored = DRAWN[name], Place(rows.RESULTS, name)
-    place = stored if args.update else Place(rows.TABLES, name)
-    if (args.append or not args.runs) and not stored.path(kind.FILES[0]).is_file():
-        raise UserError(f"there is no {stored.path(kind.FILES[0])}: name run directories with --runs.")
-    frames = [rows.read(stored.path(file)) for file in kind.FILES] if args.append or not args.runs else None
+    kind = DRAWN[name]
+    place = Place(rows.RESULTS if args.update else rows.TABLES, name, args.rows or rows.RESULTS)
+    frames = None
+    if args.append or not args.runs:
+        paths = [place.beside(name, file) for file in kind.FILES]
+        if not paths[0].is_file():
+            raise UserError(f"there is no {paths[0]}: name run directories with --runs.")
+        frames = [rows.read(path) for path in paths]
     if args.runs:
         gathered = kind.gather_all(args.runs)
         key = getattr(kind, "KEY", KEY)
@@ -106,7 +111,7 @@ def main(args: Args) -> None:
     for name in args.names or DRAWN:
         print(f"{name}\n\n{draw(name, args)}")
     for path in sorted((rows.RESULTS / "laws").glob("*.csv")) if not args.names else ():
-        out = path if args.update else Place(rows.TABLES, "laws").path(path.name)
+        out = path if args.update else rows.TABLES / "laws" / path.name
         out.parent.mkdir(parents=True, exist_ok=True)
         return_law.report(return_law.read_rows(path), out)
 

@@ -30,10 +30,17 @@ class Place:
     """`RESULTS` or `TABLES`."""
     name: str
     """QUESTION, or QUESTION/PART where a question has several tables."""
+    rows: Path
+    """Where rows are read: `RESULTS` or `TABLES`."""
 
     def path(self, file: str) -> Path:
+        """Where a file of the table goes."""
         question, _, part = self.name.partition("/")
         return self.folder / question / (f"{part}_{file}" if part else file)
+
+    def beside(self, name: str, file: str) -> Path:
+        """A file with rows of this or of another table."""
+        return Place(self.rows, name, self.rows).path(file)
 
     def table(self, text: str) -> None:
         """Writes a table: between its marks in README.md where it has them, else to `table.md`."""

@@ -28,7 +28,6 @@ from common.errors import UserError, parse_args, run_cli
 from common.metrics import plain, read_csv, read_json, sha256
 from common.training import PLACES
 from experiments.gather import of_readout
-from experiments.rows import TABLES
 from experiments.table import ENVIRONMENTS, EXPERIMENTS, MINUTES, NAMED_ONLY
 
 ROOT = Path(__file__).parent.parent
@@ -76,9 +75,8 @@ def progress(command: str) -> str:
     module, args = parse(command)
     if module == "experiments.draw":
         return "drawn anew"
-    if module.startswith(("benchmarks.", "experiments.")):
-        out = getattr(args, "out", TABLES / module.rpartition(".")[2] / "rows.csv")
-        return "done" if (out if out.suffix else out / "speed.csv").is_file() else "not begun"
+    if module.startswith("benchmarks."):
+        return "done" if (args.out if args.out.suffix else args.out / "speed.csv").is_file() else "not begun"
     run_dir = args.run_dir or default_run_dir(run_name(args.env, getattr(args, "dataset", None)), quick=args.quick)
     policy = (args.policy_run_dir or run_dir) / "bc" / "model.eqx" if hasattr(args, "policy_run_dir") else None
     directory = run_dir / (TRAINED[module] if module in TRAINED else args.out)

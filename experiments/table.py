@@ -15,9 +15,11 @@ HORIZON = dict.fromkeys((CUBE, SCENE, "puzzle-3x3-play"), "--horizon 5")
 POLICY = dict.fromkeys((CUBE, SCENE), "--ignore-observations 6 7 8 9 10 11")  # joint velocities, see the README
 IMPROVED = "--next-action softmax --discount 0.995"  # what mazes need, see the README
 GREEDY = "--action-temperature 0"  # the best candidate
-TEMPERATURES = "0 0.03 0.1 0.2 0.3 0.5 1 3 inf"
+BEST = "--num-actions 16"
+VALUES = "0 0.03 0.1 0.2 0.3 0.5 1 3 inf"
 SCHEDULES = {"cosine": "", "constant": "--schedule constant --learning-rate 3e-4"}  # the preset's, and the paper's
 SIZES = ("--width 64", "--width 128", "--width 256", "--depth 2")  # beside 4 x 512
+MAZES = (f"softmax/{MAZE}", *(f"softmax-{task}/{MAZE}" for task in (2, 3, 4, 5)))  # tasks 1 to 5
 AXES = {  # what the return axis is compared with, and the one before
     "quantiles": "",
     "std": "--return-axis std",
@@ -63,11 +65,16 @@ def full(env: str, name: str, flags: str = "") -> str:
     )
 
 
-def sweep(name: str, flags: str, *, run: str = "tasks", tasks: str = "2", env: str = CUBE) -> str:
-    return (
-        f"evor_infer.py --env {env} --run-dir runs/{run}/{env} --policy-run-dir runs/{env} --tasks {tasks} "
-        f"--num-returns 8 {flags} --out {name}"
-    )
+def sweep(table: str, flags: str, *runs: str, tasks: str = "") -> list[str]:
+    """Sweeps of runs, of all their tasks by default, and their table."""
+    out = table.replace("/", "-")
+    about = f"--tasks {tasks} --num-returns 8" if tasks else "--num-returns 8"
+    commands = [
+        f"evor_infer.py --env {run.partition('/')[2]} --run-dir runs/{run} "
+        f"--policy-run-dir runs/{run.partition('/')[2]} {about} {flags} --out {out}"
+        for run in runs
+    ]
+    return [*commands, draw(table, *(f"{run}/{out}" for run in runs))]
 
 
 def readout(env: str, run: str, name: str, flags: str = "") -> str:
@@ -137,7 +144,7 @@ def baselines() -> list[str]:
     ]
     runs += ["baselines/qc-h5-n32", "baselines/qc-h1-n4"]
     timing = "benchmarks.speed --groups baselines --rounds 2 --steps 5 --out runs/tables/baselines"
-    return [*commands, timing, draw("baselines", *runs)]
+    return [*commands, timing, draw("baselines --rows runs/tables", *runs)]
 
 
 def backups() -> list[str]:
@@ -176,8 +183,8 @@ EXPERIMENTS: dict[str, list[str]] = {
         draw(
             "tasks",
             *(f"{name}/{env}" for name in ("tasks", "seeds", "paper") for env in PREVIEW[:2]),
-            *(f"{name}/{MAZE}" for name in ("tasks", "seeds", "discount", "softmax", "softmax-seed")),
-            *(f"softmax-{task}/{MAZE}" for task in (2, 3, 4, 5)),
+            *(f"{name}/{MAZE}" for name in ("tasks", "seeds", "discount", "softmax-seed")),
+            *MAZES,
         ),
     ],
     "scene_policy": [policy(SCENE, "--preview")],
@@ -207,72 +214,42 @@ EXPERIMENTS: dict[str, list[str]] = {
         *(preview(CUBE, "capacity" + flags[1:].replace(" ", "-"), f"{flags} {GREEDY}") for flags in SIZES),
         draw("capacity", f"cosine/{CUBE}", *(f"capacity{flags[1:].replace(' ', '-')}/{CUBE}" for flags in SIZES)),
     ],
-    "num_actions": [
-        sweep("num_actions", "--num-actions 1 2 4 8 16 32 64", tasks="1 2"),
-        draw("num_actions", f"tasks/{CUBE}/num_actions"),
-    ],
-    "tau_q": [
-        sweep("tau_q", f"--num-actions 16 --action-temperature {TEMPERATURES}"),
-        draw("action_temperature/tau_q", f"tasks/{CUBE}/tau_q"),
-    ],
-    "tau_r": [
-        *(
-            sweep("tau_r", f"--num-actions 16 --return-temperature {TEMPERATURES} {GREEDY}", run=run)
-            for run in ("tasks", "paper")
-        ),
-        draw("return_temperature/tau_r", f"tasks/{CUBE}/tau_r", f"paper/{CUBE}/tau_r"),
-    ],
+    "num_actions": sweep("num_actions", "--num-actions 1 2 4 8 16 32 64", f"tasks/{CUBE}", tasks="1 2"),
+    "tau_q": sweep("action_temperature/tau_q", f"{BEST} --action-temperature {VALUES}", f"tasks/{CUBE}", tasks="2"),
+    "tau_r": sweep(
+        "return_temperature/tau_r",
+        f"{BEST} --return-temperature {VALUES} {GREEDY}",
+        f"tasks/{CUBE}",
+        f"paper/{CUBE}",
+        tasks="2",
+    ),
     "tau_r_tasks": [
-        *(
-            sweep(
-                "tau_r_tasks", f"--num-actions 16 --return-temperature 0.1 0.3 1 {GREEDY}", tasks="1 2 3 4 5", env=env
-            )
-            for env in PREVIEW[:2]
-        ),
-        draw("return_temperature/tasks", f"tasks/{CUBE}/tau_r_tasks"),
-        draw("return_temperature/tasks_single", f"tasks/{SINGLE}/tau_r_tasks"),
+        command
+        for table, env in (("return_temperature/tasks", CUBE), ("return_temperature/tasks_single", SINGLE))
+        for command in sweep(table, f"{BEST} --return-temperature 0.1 0.3 1 {GREEDY}", f"tasks/{env}")
     ],
     "tau_q_tasks": [
-        *(
-            sweep("tau_q_tasks", "--num-actions 16 --action-temperature 0 0.1 0.2 0.5", run=run, tasks=tasks, env=env)
-            for run, tasks in (("tasks", "1 2 3 4 5"), ("seeds", "2"))
-            for env in PREVIEW[:2]
-        ),
-        draw("action_temperature/tasks", f"tasks/{CUBE}/tau_q_tasks"),
-        draw("action_temperature/seeds", f"seeds/{CUBE}/tau_q_tasks"),
-        draw("action_temperature/tasks_single", f"tasks/{SINGLE}/tau_q_tasks"),
-        draw("action_temperature/seeds_single", f"seeds/{SINGLE}/tau_q_tasks"),
+        command
+        for name in ("tasks", "seeds")
+        for table, env in ((f"action_temperature/{name}", CUBE), (f"action_temperature/{name}_single", SINGLE))
+        for command in sweep(table, f"{BEST} --action-temperature 0 0.1 0.2 0.5", f"{name}/{env}")
     ],
-    "tau_q_maze": [
-        *(
-            sweep(
-                "tau_q_maze",
-                "--num-actions 16 --return-temperature 0.3 1 --action-temperature 0 0.2 0.5",
-                run=run,
-                tasks=str(task),
-                env=MAZE,
-            )
-            for task, run in enumerate(("softmax", "softmax-2", "softmax-3", "softmax-4", "softmax-5"), 1)
-        ),
-        draw(
-            "action_temperature/maze",
-            *(f"{run}/{MAZE}/tau_q_maze" for run in ("softmax", "softmax-2", "softmax-3", "softmax-4", "softmax-5")),
-        ),
-    ],
-    "temperatures": [
-        sweep(
-            "temperatures",
-            "--num-actions 16 --return-temperature 0 0.1 0.3 1 inf --action-temperature 0 0.1 0.2 0.5 1",
-        ),
-        draw("temperatures", f"tasks/{CUBE}/temperatures"),
-    ],
-    "action_noise": [
-        sweep("action_noise", "--num-actions 1 16 --action-noise 0 0.1 0.2 0.4"),
-        draw("action_noise", f"tasks/{CUBE}/action_noise"),
-    ],
+    "tau_q_maze": sweep(
+        "action_temperature/maze", f"{BEST} --return-temperature 0.3 1 --action-temperature 0 0.2 0.5", *MAZES
+    ),
+    "temperatures": sweep(
+        "temperatures",
+        f"{BEST} --return-temperature 0 0.1 0.3 1 inf --action-temperature 0 0.1 0.2 0.5 1",
+        f"tasks/{CUBE}",
+        tasks="2",
+    ),
+    "action_noise": sweep(
+        "action_noise", "--num-actions 1 16 --action-noise 0 0.1 0.2 0.4", f"tasks/{CUBE}", tasks="2"
+    ),
     "candidates": [
-        f"experiments.candidates --run-dir runs/tasks/{CUBE} --policy-run-dir runs/{CUBE}",
-        f"experiments.saturation --run-dir runs/tasks/{CUBE} --other runs/seeds/{CUBE} --policy-run-dir runs/{CUBE}",
+        f"benchmarks.candidates --run-dir runs/tasks/{CUBE} --policy-run-dir runs/{CUBE}",
+        f"benchmarks.saturation --run-dir runs/tasks/{CUBE} --other runs/seeds/{CUBE} --policy-run-dir runs/{CUBE}",
+        "experiments.draw candidates saturation --rows runs/tables",
     ],
     "targets": targets(),
     "target_steps": [  # four Euler steps, in the bootstrap too

@@ -45,7 +45,7 @@ def test_every_experiment_finds_what_it_needs():
                 assert set(args.runs) <= values | sweeps and set(args.names) <= set(draw.DRAWN), command
             elif module == "benchmarks.base_policy":
                 assert set(args.run_dirs) <= set(policies), command
-            elif module.startswith("experiments."):
+            elif module in ("benchmarks.candidates", "benchmarks.saturation"):
                 assert args.run_dir in values and args.policy_run_dir in policies, command
     assert len(values) > 50 and len(sweeps) > 20
 

@@ -12,12 +12,13 @@ import pytest
 
 import evor_value
 from baselines import critics, qc
-from benchmarks import speed
+from benchmarks import candidates, speed
+from benchmarks import saturation as benchmark
 from common import checkpoint
 from common.errors import UserError
 from common.metrics import read_csv, sha256, write_csv
 from common.statistics import mean_interval, success_interval
-from experiments import candidates, check, draw, gather, rows, saturation, tasks
+from experiments import check, draw, gather, rows, saturation, tasks
 
 ROOT = Path(__file__).parent.parent
 
@@ -116,7 +117,7 @@ def test_seeds_share_a_line_and_settings_do_not(here: Path):
     write_csv(here / "tables" / "baselines" / "speed.csv", speed.FIELDS, cases[1:])
     assert stored("backups") == text
     with pytest.raises(UserError, match="no case 'shared-noise, mlp, base, horizon 5' was timed"):
-        draw.draw("backups", draw.Args(runs=tuple(runs)))
+        draw.draw("backups", draw.Args(runs=tuple(runs), rows=here / "tables"))
 
 
 def test_a_table_grows_from_its_rows(here: Path):
@@ -341,8 +342,8 @@ def test_every_table_is_that_of_its_rows(here: Path, monkeypatch: pytest.MonkeyP
     draw.main(draw.Args())
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     for name in draw.DRAWN:
-        table = rows.Place(here / "tables", name).path("table.md").read_text()
-        place = rows.Place(folder, name)
+        table = rows.Place(here / "tables", name, folder).path("table.md").read_text()
+        place = rows.Place(folder, name, folder)
         text = (place.path("table.md") if name == "axes" else place.path("x").parent / "README.md").read_text()
         assert (text == table) if name == "axes" else (f"<!-- table {name} -->\n{table}<!-- end -->" in text), name
     assert (here / "tables" / "laws" / "axes.md").read_text() == (folder / "laws" / "axes.md").read_text()
@@ -451,7 +452,7 @@ def test_the_error_of_a_selection(here: Path):
     """Critics whose errors are independent and as large as what they agree on: half of what the chooser promises is
     error. The largest of two normals of variance 2 lies sqrt(2 / pi) above the mean."""
     rng = np.random.default_rng(0)
-    states, most = 5_000, max(saturation.NUMBERS)
+    states, most = 5_000, max(benchmark.NUMBERS)
     agreed, *errors = rng.normal(size=(3, states, most))
     agents = tuple(
         SimpleNamespace(
@@ -460,9 +461,9 @@ def test_the_error_of_a_selection(here: Path):
         )
         for error in errors
     )
-    values = saturation.values_of(agents, np.zeros((states, 3)), num_returns=8)
-    gains = saturation.rows_of(values, np.arange(states) // 10)
-    assert len(gains) == 2 * (states // 10) * len(saturation.NUMBERS)
+    values = benchmark.values_of(agents, np.zeros((states, 3)), num_returns=8)
+    gains = benchmark.rows_of(values, np.arange(states) // 10)
+    assert len(gains) == 2 * (states // 10) * len(benchmark.NUMBERS)
     assert {row["states"] for row in gains} == {10}
     about = dict(env="toy", data_source="collected", td_target="shared-noise", task=2, steps=70, seeds="0 1")
     about |= dict(critic_sha256="12", return_temperature=0.1, num_returns=8)
@@ -487,7 +488,7 @@ def test_the_error_of_a_selection(here: Path):
     sweep = here / "results" / "num_actions" / "episodes.csv"
     write_csv(sweep, list(one), episodes)
     text = stored("saturation")
-    assert text.count("|\n") == 2 + len(saturation.NUMBERS) and text.count("| 100% [21%, 100%] |") == 1
+    assert text.count("|\n") == 2 + len(benchmark.NUMBERS) and text.count("| 100% [21%, 100%] |") == 1
     assert "at tau_R = 0.1. Success: of the extracted policy at the same tau_R and tau_Q = 0.25." in text
     assert (folder / "figure.png").is_file()
     write_csv(sweep, list(one), [one, one | dict(action_temperature=0.0)])
@@ -542,7 +543,7 @@ def test_the_readme_counts_the_episodes_that_one_temperature_alone_solves(
     name: str, setting: str, values: tuple[str, str], sentence: str
 ):
     solved: dict[str, set] = {}
-    for row in read_csv(rows.Place(ROOT / "results", name).path("episodes.csv")):
+    for row in read_csv(rows.Place(ROOT / "results", name, ROOT).path("episodes.csv")):
         found = solved.setdefault(row[setting], set())
         found |= {(row["task"], row["episode"])} if float(row["success"]) else set()
     one, other = (solved[value] for value in values)
