@@ -94,13 +94,12 @@ def rows_of(values: Float[np.ndarray, "two states N"], trajectory: Int[np.ndarra
     return rows
 
 
-def measure(args: Args) -> list[dict[str, Any]]:
-    """The rows of two runs, with what they were trained on.
+def read_headers(args: Args, paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The headers of the two reward models, and their seeds of the task.
 
     Raises:
-        UserError: the runs differ in more than their seed.
+        UserError: they differ in more than their seed.
     """
-    paths = [run / "value" / "model.eqx" for run in (args.run_dir, args.other)]
     remedy = "train it with evor_value.py first."
     headers = [checkpoint.read_header(path, stage="value", remedy=remedy) for path in paths]
     seeds = [next((s for task, s in header["replicas"] if task == args.task), None) for header in headers]
@@ -108,19 +107,29 @@ def measure(args: Args) -> list[dict[str, Any]]:
         raise UserError(f"the runs need task {args.task} with different seeds, not {seeds}: name others.")
     policies = [header["args"].get("policy_seed") for header in headers]
     policies = [seed if policy is None else policy for seed, policy in zip(seeds, policies, strict=True)]
-    settings = [{k: v for k, v in header["args"].items() if k not in MAY_DIFFER} for header in headers]
-    for what, (one, two) in dict(
+    for what, (first, second) in dict(
         base_policy=[(header["policy_sha256"], seed) for header, seed in zip(headers, policies, strict=True)],
         data=[header["data"]["sha256"] for header in headers],
         steps=[header["step"] for header in headers],
-        settings=settings,
+        settings=[{k: v for k, v in header["args"].items() if k not in MAY_DIFFER} for header in headers],
     ).items():
-        if one != two:
+        if first != second:
             raise UserError(f"the runs differ in {what.replace('_', ' ')}: their values do not compare.")
-    agents = tuple(
+    return headers, seeds
+
+
+def measure(args: Args) -> list[dict[str, Any]]:
+    """The rows of two runs, with what they were trained on.
+
+    Raises:
+        UserError: the runs differ in more than their seed, or there are no such states.
+    """
+    paths = [run / "value" / "model.eqx" for run in (args.run_dir, args.other)]
+    headers, seeds = read_headers(args, paths)
+    agents = [
         load_agent(run, task=args.task, seed=seed, policy_run_dir=args.policy_run_dir)
         for run, seed in zip((args.run_dir, args.other), seeds, strict=True)
-    )
+    ]
     header = headers[0]
     path, source = sources.find_files(header["env"], None, episodes=None)
     if sources.describe(path, source)["sha256"] != header["data"]["sha256"]:

@@ -13,12 +13,13 @@ import numpy as np
 from common.errors import UserError
 from common.metrics import read_json
 from evor_infer import read_episodes, summarise
-from experiments.rows import Frame, Place, cell, frame, numbers, read, table
+from experiments.rows import Frame, Place, cell, complete, frame, numbers, read, table
 
 FILES = ("calibration.csv", "success.csv")
 KEY = ("env", "reward", "return_axis", "readout", "task", "seed")
 METRICS = ("crps", "correlation", "mean_predicted", "mean_observed")
 READOUTS = ("before", "after")
+COUNTED = ("success", "episodes")
 EXTRACTION = ("num_actions", "num_returns", "return_temperature", "action_temperature", "absolute")
 EXTRACTION += ("flow_steps", "solver")
 HEADER = (
@@ -49,7 +50,7 @@ def gather(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     for readout in READOUTS:
         path = run / readout / "episodes.csv"
         for row in summarise(read_episodes(path), ("task", "seed", *EXTRACTION)) if path.is_file() else ():
-            kept = {key: row[key] for key in ("task", "seed", *EXTRACTION, "success", "episodes")}
+            kept = {key: row[key] for key in ("task", "seed", *EXTRACTION, *COUNTED)}
             success.append({key: about[key] for key in ("env", "reward", "return_axis")} | dict(readout=readout) | kept)
     return calibration, success
 
@@ -70,7 +71,7 @@ def episodes_of(success: Frame) -> Frame:
 def draw(frames: Sequence[Frame], place: Place) -> str:
     """Markdown: a line per environment and task, means over seeds, intervals over seeds and episodes."""
     calibration = numbers(frames[0], real=METRICS)
-    success = numbers(frames[1], whole=["episodes"], real=["success"])
+    success = numbers(complete(frames[1], (*KEY, *COUNTED)), whole=["episodes"], real=["success"])
     lines = []
     for (env, reward, task), rows in calibration.groupby(["env", "reward", "task"]):
         cells = [env + ", sparse" * (reward == "sparse"), task]

@@ -64,8 +64,16 @@ class Args:
 
 
 def merge(old: rows.Frame, new: rows.Frame, key: tuple[str, ...]) -> rows.Frame:
-    """Both, but for those old rows that the new ones replace."""
+    """Both, but for those old rows that the new ones replace.
+
+    Raises:
+        UserError: the rows do not say of which run they are.
+    """
+    if new.empty:
+        return old
     key = [name for name in key if name in old and name in new]
+    if not key:
+        raise UserError("--append: this table is made of all its runs at once: name them all.")
     replaced = pd.MultiIndex.from_frame(old[key]).isin(pd.MultiIndex.from_frame(new[key]))
     return pd.concat([old[~replaced], new], ignore_index=True).fillna("")
 
@@ -110,6 +118,7 @@ def main(args: Args) -> None:
         raise UserError("--runs makes rows of one table: name one that is made of run directories.")
     for name in args.names or DRAWN:
         print(f"{name}\n\n{draw(name, args)}")
+    print(f"in {rows.RESULTS if args.update else rows.TABLES}")
     for path in sorted((rows.RESULTS / "laws").glob("*.csv")) if not args.names else ():
         out = path if args.update else rows.TABLES / "laws" / path.name
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -26,13 +26,13 @@ def of_readout(episodes: Records, args: dict[str, Any]) -> Records:
     return [row for row in episodes if all(float(row.get(name, args[name])) == float(args[name]) for name in READOUT)]
 
 
-def finished(run: Path) -> dict[str, Any]:
-    """The config.json of a run that came to its end.
+def finished(run: Path, files: Sequence[str] = FILES) -> dict[str, Any]:
+    """The config.json of a run that came to its end, and left these files.
 
     Raises:
         UserError: the run is not there, or some of it diverged.
     """
-    missing = [path for path in (run / "value" / name for name in FILES) if not path.is_file()]
+    missing = [path for path in (run / "value" / name for name in files) if not path.is_file()]
     if missing:
         raise UserError(f"there is no {missing[0]}: name run directories of evor_value.py that came to their end.")
     config = json.loads((run / "value" / "config.json").read_text())

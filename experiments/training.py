@@ -5,7 +5,6 @@ them, against the Monte-Carlo returns of validation states. A figure is drawn wh
 once. A run is named by the settings in which it differs from others.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from common import figures
 from common.errors import UserError
 from common.metrics import CALIBRATED, read_csv
 from common.training import PLACES, VERSIONS
-from experiments.gather import READOUT, of_readout
+from experiments.gather import READOUT, finished, of_readout
 from experiments.rows import Frame, Place, frame, numbers, percent, rate, table
 
 FILES = ("episodes.csv", "metrics.csv")
@@ -45,14 +44,7 @@ def read_configs(runs: Sequence[Path]) -> list[dict[str, Any]]:
     Raises:
         UserError: a run is not there, some of it diverged, or the runs' data, base policies or replicas differ.
     """
-    paths = [run / "value" / name for run in runs for name in ("config.json", "evaluation.csv", "metrics.csv")]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise UserError(f"there is no {missing[0]}: name run directories of evor_value.py that were evaluated.")
-    configs = [json.loads((run / "value" / "config.json").read_text()) for run in runs]
-    lost = [run for run, config in zip(runs, configs, strict=True) if config.get("diverged")]
-    if lost:
-        raise UserError(f"{lost[0]}: some replicas diverged: its numbers are not those of all seeds.")
+    configs = [finished(run, ("config.json", "evaluation.csv", "metrics.csv")) for run in runs]
     for field in ("env", "policy_sha256", "replicas"):
         if len({str(config[field]) for config in configs}) > 1:
             raise UserError(f"the runs differ in {field}: they share no figure.")

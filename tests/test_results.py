@@ -301,6 +301,8 @@ def test_a_sweep_is_drawn_again_from_its_rows(here: Path):
         [" `shared-noise` ", " 2 ", " 0.1 ", " **75%** [30%, 95%] "],
         [" `shared-noise` ", " 2 ", " inf ", " **75%** [30%, 95%] "],
     ]  # fmt: skip
+    with pytest.raises(UserError, match="made of all its runs at once"):
+        stored(name, folders[0], append=True)
     with pytest.raises(UserError, match="two of the folders are of one target, task and seed"):
         stored(name, *folders, folders[0])
     assert ",a GPU," in (here / "results" / "return_temperature" / "tau_r_episodes.csv").read_text()
@@ -428,7 +430,7 @@ def test_curves_over_training(here: Path):
         stored("schedule", *twins)
     config = twins[1] / "value" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | dict(diverged=[[2, 0]])))
-    with pytest.raises(UserError, match="some replicas diverged"):
+    with pytest.raises(UserError, match="diverged: its numbers are not those of all seeds"):
         stored("schedule", *twins)
     with pytest.raises(UserError, match=r"no .*missing/value/config.json"):
         stored("schedule", here / "missing")
@@ -702,6 +704,7 @@ def test_axes_before_and_after(here: Path):
     assert stored("axes", runs[1], append=True) == text and len(before) == 4
     after = read_csv(folder / "calibration.csv")
     assert after[-1] == before[1] and sorted(map(str, after)) == sorted(map(str, before))
+    assert stored("axes", runs[3], append=True) == text  # it has no readout
     assert len(read_csv(folder / "success.csv")) == 3
     with pytest.raises(UserError, match="holds no run"):
         stored("axes", here / "nothing")
