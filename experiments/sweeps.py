@@ -87,7 +87,7 @@ def draw(frames: Sequence[Frame], place: Place) -> str:
     swept = [name for name in SETTINGS if episodes[name].nunique() > 1] or ["num_actions"]
     title = f"{first['env']} ({first['data_source']} data), {int(first['steps']):,} steps"
     if {"return_temperature", "action_temperature"} & set(swept):
-        title += f", temperatures in {UNITS[first['absolute']]}"
+        title += f",\ntemperatures in {UNITS[first['absolute']]}"
     path = place.path("figure.png")
     if swept == ["return_temperature", "action_temperature"]:
         panels: dict[str, list[dict[str, Any]]] = {}
