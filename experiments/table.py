@@ -135,6 +135,7 @@ def baselines() -> list[str]:
             else:
                 commands.append(compared(runs[-1], flags, critic=name))
     qc = small(CUBE, "baselines/qc-h5-n32", "--steps 30000", script="baselines.qc")
+    # The same with chunks of one action, on the base policy of horizon 1.
     commands += [qc, qc.replace("--horizon 5", "--num-next-actions 4").replace("h5-n32", "h1-n4") + "-h1"]
     # The same models ranked by the mean of their returns.
     commands += [
