@@ -1,1 +1,1 @@
-"""Measurements: return-law accuracy, speed, base policy. Each is a command; `results/` keeps what they wrote."""
+"""Measurements of trained agents, of the machine, and of laws that are known. Each is a command with `--out`."""

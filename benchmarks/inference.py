@@ -10,7 +10,7 @@ On states of the validation data, with a trained base policy and reward model:
    variance, a bias) beside N independent draws (the other way round); and how often the best of 32 candidates is the
    same one.
 
-Writes `results/inference.csv` and `results/inference.md`.
+Writes `runs/tables/inference/inference.csv`, and `inference.md` beside it.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class Args:
     """Repetitions of the independent draws."""
     episodes: int | None = None
     """Collected episodes of the dataset."""
-    out: Path = Path("results/inference.csv")
+    out: Path = Path("runs/tables/inference/inference.csv")
     """CSV file; the table goes beside it."""
 
 

@@ -87,7 +87,7 @@ class Args:
     """Steps of the flow, in the bootstrap and at evaluation."""
     solver: Solver = "midpoint"
     """Its solver."""
-    out: Path = Path("results/laws/methods.csv")
+    out: Path = Path("runs/tables/laws/methods.csv")
     """CSV file; the table and the figure go beside it."""
     append: bool = False
     """Add to the file that stands there: several settings in one table."""

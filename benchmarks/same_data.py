@@ -42,7 +42,7 @@ class Args:
     permutations: int = 2_000
     """Deals of the episodes."""
     out: Path | None = None
-    """CSV file; results/same_data_ENV.csv by default."""
+    """CSV file; runs/tables/same_data/ENV.csv by default."""
 
 
 def episodes_of(terminals: np.ndarray) -> Int[np.ndarray, " rows"]:
@@ -156,7 +156,7 @@ def main(args: Args) -> list[dict]:
         reference_episodes=counts[0], collected_episodes=counts[1], permutations=args.permutations,
         reference_sha256=sha256(args.reference), collected_sha256=sha256(args.collected), **package_versions(),
     )  # fmt: skip
-    out = args.out or Path(f"results/same_data_{name.short}.csv")
+    out = args.out or Path(f"runs/tables/same_data/{name.short}.csv")
     write_csv(out, [*rows[0], *about], [row | about for row in rows])
     print(f"{name.short}: {counts[0]} episodes of the reference, {counts[1]} collected; {len(rows)} variables")
     below = [row for row in rows if row["p"] < 0.05]

@@ -38,7 +38,7 @@ class Args:
     """Minutes after which memory should not grow any more."""
     interval: float = 5.0
     """Seconds between samples."""
-    out: Path = Path("results/soak.csv")
+    out: Path = Path("runs/tables/soak/soak.csv")
     """CSV file; the figure stands beside it."""
 
 

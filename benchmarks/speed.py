@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed
 
-One command, one table: `results/speed.csv` (one row per case, with machine and versions), `results/speed.md` and
-`results/speed.png`. Timings drift on shared machines, so cases of a group are timed in turn, round after round, with
+One command, one table: `runs/tables/speed/speed.csv` (one row per case, with machine and versions), `speed.md` and
+`speed.png` beside it. Timings drift on shared machines, so cases of a group are timed in turn, round after round, with
 the machine's own matrix product and a BC step among them; every ratio is the median over rounds of ratios within one
 round. Data and parameters are random: no time depends on their values.
 
@@ -80,7 +80,7 @@ class Args:
     """Gradient steps per timed call."""
     replicas: tuple[int, ...] = (1, 2, 5, 10, 25)
     """Numbers of replicas."""
-    out: Path = Path("results")
+    out: Path = Path("runs/tables/speed")
     """Folder for speed.csv, speed.md and speed.png."""
 
 
@@ -304,7 +304,7 @@ def stages(args: Args) -> list[dict[str, Any]]:
 
 
 def baselines(args: Args) -> list[dict[str, Any]]:
-    """A gradient step of each line of results/baselines.md, under that line's name, and of QC as published."""
+    """A gradient step of each line of results/baselines, under that line's name, and of QC as published."""
     cases = []
 
     def add(method: str, horizon: int = 5, n: int = 0, **changes: Any) -> None:

@@ -16,32 +16,83 @@ from common.envs import default_run_dir
 from common.errors import UserError
 from common.metrics import read_json, write_csv
 from common.training import Run
-from results import run
+from experiments import draw, rows, run
 from tests import processes
 from tests.helpers import tiny_dataset
 
 
 def test_every_experiment_finds_what_it_needs():
-    """All flags exist; each reward model and each sweep names run directories that earlier commands fill, with the same
-    environment and horizon. Fails if a full-scale command has another number of tasks or seeds than the paper."""
-    policies, values = {}, set()
+    """All flags exist; each reward model, sweep, benchmark and table names run directories that earlier commands fill,
+    with the same environment and horizon. Fails if a full-scale command has another number of tasks or seeds than the
+    paper."""
+    policies, values, sweeps = {}, set(), set()
     for name, commands in run.EXPERIMENTS.items():
         for command in commands:
             module, args = run.parse(command)
-            directory = args.run_dir or default_run_dir(args.env, quick=False)
             if module == "evor_bc":
-                policies[directory] = args
-                continue
-            policy = policies[args.policy_run_dir]
-            assert policy.env == args.env and (module == "evor_infer" or policy.horizon == args.horizon), command
-            if module == "evor_value":
-                values.add(directory)
+                policies[args.run_dir or default_run_dir(args.env, quick=False)] = args
+            elif module in run.TRAINED:
+                policy = policies[args.policy_run_dir]
+                assert (policy.env, policy.horizon) == (args.env, args.horizon), command
+                values.add(args.run_dir)
                 if name.startswith("full"):
                     assert (args.seeds, len(args.tasks), args.steps, args.eval_episodes) == (5, 5, 1_000_000, 50)
                     assert policy.seeds == 5
-            else:
-                assert directory in values, command
-    assert len(values) > 10
+            elif module == "evor_infer":
+                assert args.run_dir in values, command
+                sweeps.add(args.run_dir / args.out)
+            elif module == "experiments.draw":
+                assert set(args.runs) <= values | sweeps and set(args.names) <= set(draw.DRAWN), command
+            elif module == "benchmarks.base_policy":
+                assert set(args.run_dirs) <= set(policies), command
+            elif module in ("benchmarks.candidates", "benchmarks.saturation"):
+                assert args.run_dir in values and args.policy_run_dir in policies, command
+    assert len(values) > 50 and len(sweeps) > 20
+
+
+def test_the_minutes_are_those_of_the_rows():
+    """Seconds of every run whose rows have them, by the experiment that trains it."""
+    runs = rows.read(rows.RESULTS / "tasks" / "runs.csv").drop_duplicates("run")
+    seconds = dict(zip(runs["run"], runs["train_seconds"].astype(float), strict=True))
+    minutes = {}
+    for name, commands in run.EXPERIMENTS.items():
+        parsed = [run.parse(command) for command in commands]
+        trained = [seconds.get(str(args.run_dir)) for module, args in parsed if module == "evor_value"]
+        if trained and all(trained):
+            minutes[name] = round(sum(trained) / 60)
+    for name in ("schedule", "capacity"):
+        labels = rows.read(rows.RESULTS / name / "episodes.csv").drop_duplicates("label")
+        if name == "capacity":
+            labels = labels[labels["label"] != "width 512, depth 4"]  # that of `schedule`
+        minutes[name] = round(labels["train_seconds"].astype(float).sum() / 60)
+    assert minutes == run.MINUTES
+    for name in ("tasks", "schedule", "capacity"):
+        text = (rows.RESULTS / name / "README.md").read_text().partition("**Minutes.**")[2]
+        assert f" {minutes[name]}" in text
+
+
+def test_the_commands_about_one_environment_are_printed(capsys: pytest.CaptureFixture):
+    run.main(run.Args(only=("policies", "tau_r_tasks"), env="cube-single-play", print=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in lines] == [
+        ["python", "evor_bc.py", "--env", "cube-single-play"],
+        ["python", "evor_infer.py", "--env", "cube-single-play"],
+        ["python", "-m", "experiments.draw", "return_temperature/tasks_single"],
+    ]
+    assert not run.about(
+        "experiments.draw tasks --runs runs/tasks/cube-single-play runs/tasks/cube-double-play", "cube-single-play"
+    )
+    with pytest.raises(UserError, match="no command is about 'cube' alone"):
+        run.main(run.Args(env="cube"))
+
+
+def test_a_benchmark_is_done_where_its_rows_stand_and_a_table_never(tmp_path: Path):
+    out = tmp_path / "rows.csv"
+    command = f"benchmarks.base_policy --env cube-double-play --out {out}"
+    assert run.progress(command) == "not begun"
+    out.touch()
+    assert run.progress(command) == "done"
+    assert run.progress("experiments.draw tasks --runs runs/a") == "drawn anew"
 
 
 @pytest.fixture
@@ -132,7 +183,7 @@ def test_a_slot_that_is_over_and_a_command_that_fails(
 
 
 SCRIPT = """
-from results import run
+from experiments import draw, rows, run
 
 flags = "--width 8 --depth 2 --batch-size 4 --chunk 100 --steps 2000000"
 run.ROOT = run.Path(".").resolve()

@@ -1,20 +1,19 @@
-"""Every command of the README and of the scripts' docstrings parses, so that none of their flags is made up."""
+"""Every command of the READMEs and of the scripts' docstrings parses, so that none of their flags is made up, and none
+of them changes a stored row."""
 
 import importlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from common.errors import parse_args
+from experiments.run import shell
+from experiments.table import EXPERIMENTS
 
 ROOT = Path(__file__).parent.parent
-VARIABLES = {  # of results/*.sh
-    "$target": "paper", "$backup": "base", "$velocities": "6 7 8", "$K": "2", "$width": "32", "$depth": "2",
-    "$flags": "--next-action dataset", "$name": "dataset", "$size": "--width 16",
-    "$critic": "qr", '"${probes[@]:0:2}"': "chain", '"${probes[@]}"': "chain",
-}  # fmt: skip
 
 
 def commands(text: str) -> list[str]:
@@ -22,40 +21,59 @@ def commands(text: str) -> list[str]:
     joined = re.sub(r"\\\n\s*", " ", text)
     found = re.findall(r"python3? ((?:-m )?[\w./]+[^\n`|&#;]*)", joined)
     others = ("venv", "pytest", "-c ", "-m tests.fuzz")  # whose flags are not ours
-    return [f.strip() for f in found if not any(other in f for other in others)]
-
-
-def with_assignments(script: str) -> str:
-    """A shell script with its `name="..."` put in where they are used."""
-    values: dict[str, str] = {}
-    lines = []
-    for line in script.splitlines():
-        if assigned := re.match(r'\s*(\w+)="(.*)"$', line):
-            values[f"${assigned[1]}"] = assigned[2]
-        for name, value in values.items():
-            line = re.sub(rf"{re.escape(name)}\b", lambda _, value=value: value, line)
-        lines.append(line)
-    return "\n".join(lines)
+    # Variables are those of the loop in results/axes/README.md.
+    return [f.strip() for f in found if "$" not in f and not any(other in f for other in others)]
 
 
 def all_commands() -> list[str]:
-    texts = [(ROOT / "README.md").read_text()]
-    texts += [with_assignments(path.read_text()) for path in sorted(ROOT.glob("results/*.sh"))]
+    texts = [path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("results/**/*.md")))]
     modules = [path.read_text() for path in sorted([*ROOT.glob("evor_*.py"), *ROOT.glob("*/*.py")])]
     texts += [re.match(r'"""(.*?)"""', text, re.S)[1] for text in modules if text.startswith('"""')]
     return sorted({c for text in texts for c in commands(text)})
 
 
-@pytest.mark.parametrize("command", all_commands())
-def test_command_parses(command):
-    for variable, value in VARIABLES.items():
-        command = command.replace(variable, value)
-    assert "$" not in command
+def parse(command: str) -> Any:
     words = shlex.split(command)
     module = words[1] if words[0] == "-m" else words[0].removesuffix(".py").replace("/", ".")
     argv = words[2:] if words[0] == "-m" else words[1:]
     script = importlib.import_module({"common.data": "common.report"}.get(module, module))
-    parse_args(script.Args, getattr(script, "PRESETS", {}), argv)
+    return parse_args(script.Args, getattr(script, "PRESETS", {}), argv)
+
+
+def changes_rows(args: Any) -> bool:
+    """Whether a command writes rows or films to `results/`. (Tables drawn from the stored rows change no row.)"""
+    paths = [Path(getattr(args, name, None) or "elsewhere") for name in ("out", "video", "run_dir")]
+    rows_anew = getattr(args, "update", False) and getattr(args, "runs", True)
+    return bool(rows_anew) or any((ROOT / path).is_relative_to(ROOT / "results") for path in paths)
+
+
+@pytest.mark.parametrize("command", all_commands())
+def test_command_parses_and_changes_no_stored_row(command: str):
+    assert not changes_rows(parse(command))
+
+
+def test_no_experiment_changes_a_stored_row():
+    table = [command for commands in EXPERIMENTS.values() for command in commands]
+    assert len(table) > 100
+    assert [command for command in table if changes_rows(parse(shell(command).removeprefix("python ")))] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "changes"),
+    [
+        ("-m experiments.draw --update", False),
+        ("-m experiments.draw tasks --runs runs/a", False),
+        ("-m experiments.draw tasks --runs runs/a --update", True),
+        ("-m benchmarks.candidates --run-dir runs/a --policy-run-dir runs/b", False),
+        ("-m benchmarks.candidates --run-dir runs/a --policy-run-dir runs/b --out results/candidates/rows.csv", True),
+        ("-m benchmarks.base_policy --env cube-double-play --out results/base_policy/schedule.csv", True),
+        ("-m benchmarks.speed", False),
+        ("-m benchmarks.speed --out results/speed", True),
+        ("evor_infer.py --env cube-double-play --video results/candidates/film.gif", True),
+    ],
+)
+def test_what_changes_a_stored_row(command: str, changes: bool):
+    assert changes_rows(parse(command)) == changes
 
 
 def test_the_commands_are_found():
@@ -63,3 +81,10 @@ def test_the_commands_are_found():
     found = " ".join(all_commands())
     for script in ("evor_bc.py", "evor_value.py", "evor_infer.py", "common.collect", "benchmarks.return_law"):
         assert script in found
+
+
+def test_links_lead_to_files():
+    text = (ROOT / "README.md").read_text() + (ROOT / "results" / "README.md").read_text().replace("](", "](results/")
+    links = re.findall(r"\]\((?!https?:|results/https?:)([^)#]+)\)", text)
+    links += re.findall(r"`(results/[^`*]+)`", text)
+    assert len(links) > 40 and [link for link in links if not (ROOT / link).exists()] == []

@@ -1,6 +1,7 @@
-"""The table of the baselines: what shares a line, what shares no table, what a line says."""
+"""Tables and figures: what shares a line, what shares no table, what a line says, and what drawing overwrites."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +12,13 @@ import pytest
 
 import evor_value
 from baselines import critics, qc
-from benchmarks import speed
+from benchmarks import candidates, speed
+from benchmarks import saturation as benchmark
 from common import checkpoint
 from common.errors import UserError
 from common.metrics import read_csv, sha256, write_csv
 from common.statistics import mean_interval, success_interval
-from results import axes, baselines, candidates, check, draw, preview, saturation, sweeps, tasks, training
+from experiments import check, draw, gather, rows, saturation, tasks
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,17 +55,24 @@ def make_run(path: Path, args: Any, *, solved: int, policy: str = "ab", bc_steps
 
 def test_numbers_without_the_seeds_that_diverged_make_no_row(tmp_path: Path):
     run = make_run(tmp_path / "run", evor_value.Args(horizon=5, width=64), solved=8)
-    preview.gather(run)
+    gather.gather(run)
     config = json.loads((run / "value" / "config.json").read_text())
     (run / "value" / "config.json").write_text(json.dumps(config | dict(diverged=[[2, 0]])))
     with pytest.raises(UserError, match=r"run: \(task, seed\) \[\[2, 0\]\] diverged"):
-        preview.gather(run)
+        gather.gather(run)
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(baselines, "HERE", tmp_path)
+    """A folder with runs; the results go to its `results/`, what is not stored to `tables/`."""
+    monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(rows, "TABLES", tmp_path / "tables")
     return tmp_path
+
+
+def stored(name: str, *runs: Path, append: bool = False) -> str:
+    """Draws a table and stores it with its rows; returns the table."""
+    return draw.draw(name, draw.Args(runs=runs, append=append, update=True))
 
 
 def test_seeds_share_a_line_and_settings_do_not(here: Path):
@@ -85,11 +94,10 @@ def test_seeds_share_a_line_and_settings_do_not(here: Path):
     cases = [timed | dict(case=f"{name}, horizon 5", ms=7.0, peak_share=0.5) for name in names]
     cases += [timed | dict(case=f"QC, {p} policy, best of 32, horizon 1", ms=9, peak_share=0.25)
               for p in ("joint", "frozen")]  # fmt: skip
-    write_csv(here / "speed.csv", speed.FIELDS, cases)
-    (here / "baselines_words.md").write_text("Words.\n")
-    text = baselines.main(baselines.Args(runs=tuple(runs), speed=here / "speed.csv"))
+    write_csv(here / "results" / "baselines" / "speed.csv", speed.FIELDS, cases)
+    text = stored("backups", *runs)  # which has the times of `baselines`
     lines = text.splitlines()
-    assert len([line for line in lines if line.startswith("| `")]) == 6 and lines[-1] == "Words."
+    assert len([line for line in lines if line.startswith("| `")]) == 6
     # (37 + 25 + 2 + 1) 64 of the first layer, three more, the output, four times LayerNorm's 128
     parameters = 65 * 64 + 3 * 65 * 64 + 65 + 4 * 128
     assert (
@@ -105,10 +113,11 @@ def test_seeds_share_a_line_and_settings_do_not(here: Path):
         ["| `c51`", " softmax of 4, temperature 0.02"],
     ]  # fmt: skip
     assert text.count("| 7.0 | 50% |") == 4
-    assert len((here / "baselines_episodes.csv").read_text().splitlines()) == 1 + 7 * 12
-    write_csv(here / "speed.csv", speed.FIELDS, cases[1:])
+    assert len(read_csv(here / "results" / "backups" / "episodes.csv")) == 7 * 12
+    write_csv(here / "tables" / "baselines" / "speed.csv", speed.FIELDS, cases[1:])
+    assert stored("backups") == text
     with pytest.raises(UserError, match="no case 'shared-noise, mlp, base, horizon 5' was timed"):
-        baselines.main(baselines.Args(runs=tuple(runs), speed=here / "speed.csv"))
+        draw.draw("backups", draw.Args(runs=tuple(runs), rows=here / "tables"))
 
 
 def test_a_table_grows_from_its_rows(here: Path):
@@ -119,21 +128,21 @@ def test_a_table_grows_from_its_rows(here: Path):
         ("a-1", evor_value.Args(first_seed=1), 4),
     ]
     runs = [make_run(here / name, args, solved=solved) for name, args, solved in made]
-    whole = baselines.main(baselines.Args(runs=tuple(runs)))
-    files = {path: path.read_text() for path in here.glob("baselines_*")}
-    for path in files:
-        path.unlink()
+    whole = stored("baselines", *runs)
+    folder = here / "results" / "baselines"
+    files = {path: read_csv(path) for path in folder.glob("*.csv")}
+    shutil.rmtree(folder)
     for run in runs:
-        text = baselines.main(baselines.Args(runs=(run,), append=True))
+        text = stored("baselines", run, append=folder.is_dir())
         shutil.rmtree(run)
-    assert text == whole and {path: path.read_text() for path in files} == files
-    assert baselines.main(baselines.Args(append=True)) == whole
+    assert text == whole and {path: read_csv(path) for path in folder.glob("*.csv")} == files
+    assert stored("baselines") == whole
     shutil.rmtree(here / "a-base")
     make_run(here / "a", evor_value.Args(), solved=10)
-    assert "**70%**" in baselines.main(baselines.Args(runs=(here / "a",), append=True))  # (10 + 4) of 20, not of 30
+    assert "**70%**" in stored("baselines", here / "a", append=True)  # (10 + 4) of 20, not of 30
+    other = make_run(here / "c", critics.Args(critic="c51"), solved=5, policy="other")
     with pytest.raises(UserError, match="differ in policy_sha256"):
-        other = make_run(here / "c", critics.Args(critic="c51"), solved=5, policy="other")
-        baselines.main(baselines.Args(runs=(other,), append=True))
+        stored("baselines", other, append=True)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +162,7 @@ def test_what_differs_shares_no_line(here: Path, changes: dict, of_run: dict, se
         make_run(here / "b", evor_value.Args(first_seed=1, **changes), solved=8, **of_run),
     )
     with pytest.raises(UserError, match=sentence):
-        baselines.main(baselines.Args(runs=runs))
+        stored("baselines", *runs)
 
 
 def test_only_rows_of_the_settings_that_a_run_names_count(here: Path):
@@ -162,12 +171,12 @@ def test_only_rows_of_the_settings_that_a_run_names_count(here: Path):
     path = run / "value" / "evaluation.csv"
     rows = [row | dict(return_temperature=evor_value.Args.return_temperature) for row in read_csv(path)]
     write_csv(path, list(rows[0]), rows)
-    assert preview.gather(run)[1][0]["success"] == 0.8
+    assert gather.gather(run)[1][0]["success"] == 0.8
     write_csv(path, list(rows[0]), [row | dict(return_temperature=0.5) for row in rows])
     with pytest.raises(UserError, match="no evaluation of its last checkpoint"):
-        preview.gather(run)
+        gather.gather(run)
     with pytest.raises(UserError, match=r"no .*nothing/value/config\.json: name run directories"):
-        preview.gather(here / "nothing")
+        gather.gather(here / "nothing")
 
 
 def test_preview_refuses_an_unfinished_run(here: Path):
@@ -175,7 +184,7 @@ def test_preview_refuses_an_unfinished_run(here: Path):
     text = (run / "value" / "evaluation.csv").read_text()
     (run / "value" / "evaluation.csv").write_text(text.replace("1000000", "500000"))
     with pytest.raises(UserError, match="no evaluation of its last checkpoint"):
-        preview.gather(run)
+        gather.gather(run)
 
 
 def test_speed_times_the_lines_of_the_table(monkeypatch: pytest.MonkeyPatch):
@@ -190,10 +199,10 @@ def test_speed_times_the_lines_of_the_table(monkeypatch: pytest.MonkeyPatch):
         assert f"{method}, {backup}, horizon {horizon}" in found
 
 
-def test_means_over_tasks_and_seeds(here: Path, monkeypatch: pytest.MonkeyPatch):
+def test_means_over_tasks_and_seeds(here: Path):
     """Tasks 1 to 3 share a line with the seed that all have, task 3 with two has one of its own besides; drawing again
     changes nothing."""
-    monkeypatch.setattr(tasks, "HERE", here)
+    folder = here / "results" / "tasks"
     args = evor_value.Args(horizon=5, width=64)
     other = evor_value.Args(horizon=5, width=64, first_seed=1)
     runs = [
@@ -202,8 +211,7 @@ def test_means_over_tasks_and_seeds(here: Path, monkeypatch: pytest.MonkeyPatch)
         make_run(here / "three" / "cube-double-play", args, solved=10, task=3),
         make_run(here / "four" / "cube-double-play", other, solved=0, task=3),
     ]
-    tasks.main(tasks.Args(runs=tuple(runs)))
-    text = (here / "tasks.md").read_text()
+    text = stored("tasks", *runs)
     lines = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| cube")
     ]
@@ -215,30 +223,31 @@ def test_means_over_tasks_and_seeds(here: Path, monkeypatch: pytest.MonkeyPatch)
         ["3", "1", "0% [0%, 28%]"],
     ]  # fmt: skip
     assert lines[6] == ["cube-double-play", "74%", "DSRL, chunks of 5", "released data of QAM, 12 seeds"]
-    (here / "tasks.md").unlink()
-    (here / "tasks_cube-double-play.png").unlink()
-    tasks.main(tasks.Args())
-    assert (here / "tasks_cube-double-play.png").is_file() and (here / "tasks_calibration.png").is_file()
-    assert (here / "tasks.md").read_text() == text
-    tasks.main(tasks.Args(runs=tuple(runs[:2])))
-    for run in runs[2:]:
-        tasks.main(tasks.Args(runs=(run,), append=True))
-    tasks.main(tasks.Args(runs=(runs[2],), append=True))  # in its own place
-    assert sorted((here / "tasks.md").read_text().splitlines()) == sorted(text.splitlines())
+    (folder / "cube-double-play.png").unlink()
+    assert stored("tasks") == text == (folder / "table.md").read_text()
+    assert (folder / "cube-double-play.png").is_file() and (folder / "calibration.png").is_file()
+    stored("tasks", *runs[:2])
+    for run in (*runs[2:], runs[2]):  # the last time in its own place
+        again = stored("tasks", run, append=True)
+    assert sorted(again.splitlines()) == sorted(text.splitlines())
     with pytest.raises(UserError, match="have the same settings, task and seed: name one of them"):
-        tasks.main(tasks.Args(runs=(*runs, runs[0])))
+        stored("tasks", *runs, runs[0])
     paper = evor_value.Args(horizon=5, width=64, td_target="paper")  # on another axis: `std`
-    tasks.main(tasks.Args(runs=(runs[0], make_run(here / "seven" / "cube-double-play", paper, solved=1, task=1))))
-    both = (here / "tasks.md").read_text()
+    both = stored("tasks", runs[0], make_run(here / "seven" / "cube-double-play", paper, solved=1, task=1))
     assert "| `shared-noise`, quantiles |" in both and "| `paper`, std |" in both
     narrow = make_run(here / "six" / "cube-double-play", evor_value.Args(horizon=5, width=8), solved=1, task=4)
     with pytest.raises(UserError, match=r"one/cube-double-play and .*six/cube-double-play differ in width"):
-        tasks.main(tasks.Args(runs=(runs[0], narrow)))
+        stored("tasks", runs[0], narrow)
     longer = make_run(here / "five" / "cube-double-play", evor_value.Args(steps=2_000_000), solved=1)
     with pytest.raises(UserError, match="differ in steps"):
-        tasks.main(tasks.Args(runs=(longer,), append=True))
-    with pytest.raises(UserError, match=r"no .*nothing_runs\.csv: name run directories with --runs"):
-        tasks.main(tasks.Args(name="nothing"))
+        stored("tasks", longer, append=True)
+    with pytest.raises(UserError, match=r"no .*targets/runs\.csv: name run directories with --runs"):
+        draw.main(draw.Args(("targets",)))
+    with pytest.raises(UserError, match="there is no table 'nothing': choose among tasks, "):
+        draw.main(draw.Args(("nothing",)))
+    for names in ((), ("tasks", "targets"), ("base_policy",)):
+        with pytest.raises(UserError, match="--runs makes rows of one table"):
+            draw.main(draw.Args(names, runs=(runs[0],)))
 
 
 def test_calibration_over_the_tasks_that_all_models_share():
@@ -249,21 +258,21 @@ def test_calibration_over_the_tasks_that_all_models_share():
         settings = dict(td_target="shared-noise", next_action="base", critic="mlp", horizon="1", discount="0.99")
         return settings | {"task": task, "below_0.1": "0.1", "below_0.5": str(below)} | changes
 
-    runs = [
+    runs = rows.frame([
         row("1", 0.2), row("1", 0.4, seed="1"), row("2", 0.9), row("1", 0.7, td_target="paper"),
         row("1", 1.0, next_action="softmax"), row("1", 0.5, critic="trunk", **{"below_0.5": ""}),
-    ]  # fmt: skip
+    ])  # fmt: skip
     shared, found = tasks.reliability(runs)
     assert shared == ["1"] and found == {
         "shared-noise, mlp, horizon 1, discount 0.99": pytest.approx({0.1: 0.1, 0.5: 0.3}),
         "paper, mlp, horizon 1, discount 0.99": pytest.approx({0.1: 0.1, 0.5: 0.7}),
     }
-    assert tasks.reliability([row("1", 0.2), row("2", 0.2, td_target="paper")]) == ([], {})
+    assert tasks.reliability(rows.frame([row("1", 0.2), row("2", 0.2, td_target="paper")])) == ([], {})
 
 
-def test_a_sweep_is_drawn_again_from_its_rows(here: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_sweep_is_drawn_again_from_its_rows(here: Path):
     """Two targets at two temperatures: four lines of the table, which does not need the runs any more."""
-    monkeypatch.setattr(sweeps, "HERE", here)
+    name = "return_temperature/tau_r"
     folders = []
     for target, solved in (("paper", 1), ("shared-noise", 3)):
         folder = here / target / "tau_r"
@@ -275,32 +284,32 @@ def test_a_sweep_is_drawn_again_from_its_rows(here: Path, monkeypatch: pytest.Mo
         )  # fmt: skip
         model = folder.parent / "value" / "model.eqx"
         checkpoint.save(model, header, ())
-        rows = [
+        episodes = [
             dict(env="cube-double-play", data_source="collected", data_sha256="cd", task=2, seed=0, num_actions=16,
                  num_returns=8, return_temperature=temperature, action_temperature=0.0, action_noise=0.0, episode=i,
                  success=float(i < solved), length=10, flow_steps=10, solver="euler", eval_seed=0)
             for temperature in (0.1, float("inf")) for i in range(4)
         ]  # fmt: skip
-        write_csv(folder / "episodes.csv", list(rows[0]), rows)
+        write_csv(folder / "episodes.csv", list(episodes[0]), episodes)
         config = dict(git_revision="12", critic_sha256=sha256(model), policy_sha256="ab", hardware="a GPU")
         config["versions"] = dict(python="3", jax="1", mujoco="2")
         (folder / "config.json").write_text(json.dumps(config))
         folders.append(folder)
-    sweeps.main(sweeps.Args("tau_r", tuple(folders)))
-    text = (here / "sweep_tau_r.md").read_text()
+    text = stored(name, *folders)
     assert [line.split("|")[2:6] for line in text.splitlines()[2:]] == [
         [" `paper` ", " 2 ", " 0.1 ", " **25%** [5%, 70%] "], [" `paper` ", " 2 ", " inf ", " **25%** [5%, 70%] "],
         [" `shared-noise` ", " 2 ", " 0.1 ", " **75%** [30%, 95%] "],
         [" `shared-noise` ", " 2 ", " inf ", " **75%** [30%, 95%] "],
     ]  # fmt: skip
+    with pytest.raises(UserError, match="made of all its runs at once"):
+        stored(name, folders[0], append=True)
     with pytest.raises(UserError, match="two of the folders are of one target, task and seed"):
-        sweeps.main(sweeps.Args("tau_r", (*folders, folders[0])))
-    stored = (here / "sweep_tau_r_episodes.csv").read_text()
-    assert ",a GPU," in stored
+        stored(name, *folders, folders[0])
+    assert ",a GPU," in (here / "results" / "return_temperature" / "tau_r_episodes.csv").read_text()
     config = json.loads((folders[0] / "config.json").read_text())
     (folders[0] / "config.json").write_text(json.dumps(config | dict(critic_sha256="another")))
     with pytest.raises(UserError, match=r"is not what .* evaluated"):
-        sweeps.main(sweeps.Args("tau_r", tuple(folders)))
+        stored(name, *folders)
     (folders[0] / "config.json").write_text(json.dumps(config))
     header = checkpoint.read_header(folders[0].parent / "value" / "model.eqx", stage="value", remedy="")
     softmax = header | dict(args=header["args"] | dict(next_action="softmax"))
@@ -308,7 +317,7 @@ def test_a_sweep_is_drawn_again_from_its_rows(here: Path, monkeypatch: pytest.Mo
     changed = dict(critic_sha256=sha256(folders[0].parent / "value" / "model.eqx"))
     (folders[0] / "config.json").write_text(json.dumps(config | changed))
     with pytest.raises(UserError, match="differ in next_action"):
-        sweeps.main(sweeps.Args("tau_r", tuple(folders)))
+        stored(name, *folders)
     # With this backup tau_R is a setting of the training too.
     model = folders[1].parent / "value" / "model.eqx"
     other = checkpoint.read_header(model, stage="value", remedy="")
@@ -316,32 +325,63 @@ def test_a_sweep_is_drawn_again_from_its_rows(here: Path, monkeypatch: pytest.Mo
     checkpoint.save(model, other | dict(args=other["args"] | changes), ())
     (folders[1] / "config.json").write_text(json.dumps(config | dict(critic_sha256=sha256(model))))
     with pytest.raises(UserError, match="differ in backup_return_temperature"):
-        sweeps.main(sweeps.Args("tau_r", tuple(folders)))
+        stored(name, *folders)
     for folder in folders:
         shutil.rmtree(folder.parent)
-    (here / "sweep_tau_r.png").unlink()
-    sweeps.main(sweeps.Args("tau_r"))
-    assert (here / "sweep_tau_r.md").read_text() == text and (here / "sweep_tau_r.png").stat().st_size > 0
+    figure = here / "results" / "return_temperature" / "tau_r_figure.png"
+    figure.unlink()
+    assert stored(name) == text and figure.stat().st_size > 0
     with pytest.raises(UserError, match="holds no finished sweep"):
-        sweeps.main(sweeps.Args("tau_r", tuple(folders)))
+        stored(name, *folders)
 
 
 def test_every_table_is_that_of_its_rows(here: Path, monkeypatch: pytest.MonkeyPatch):
-    """All tables of results/ are drawn again, in another folder, from copies of the rows: the same to the letter. Fails
-    if somebody edits a table or a row alone."""
-    folder = Path(draw.__file__).parent
-    for module in (candidates, draw, preview, sweeps, tasks, training, saturation):
-        monkeypatch.setattr(module, "HERE", here)
-    (here / "laws").mkdir()
-    for path in (*folder.glob("*.csv"), *folder.glob("*_words.md"), *folder.glob("laws/*.csv")):
-        shutil.copy(path, here / path.relative_to(folder))
+    """All tables are drawn again from the stored rows: the same to the letter. The figures have the names of the stored
+    ones, and no stored file is written. Fails if somebody edits a table or a row alone."""
+    folder = ROOT / "results"
+    monkeypatch.setattr(rows, "RESULTS", folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     draw.main(draw.Args())
-    drawn = {path.relative_to(here): path.read_text() for path in here.rglob("*.md")}
-    assert len(drawn) > 14
-    assert drawn == {name: (folder / name).read_text() for name in drawn}
-    tables = {path.relative_to(folder) for path in (*folder.glob("*.md"), *folder.glob("laws/*.md"))}
-    words = {"inference.md", "notes.md", "quick.md", "same_data.md", "speed.md", "laws/README.md"}
-    assert tables - drawn.keys() <= {Path(name) for name in words}
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    for name in draw.DRAWN:
+        table = rows.Place(here / "tables", name, folder).path("table.md").read_text()
+        place = rows.Place(folder, name, folder)
+        text = (place.path("table.md") if name == "axes" else place.path("x").parent / "README.md").read_text()
+        assert (text == table) if name == "axes" else (f"<!-- table {name} -->\n{table}<!-- end -->" in text), name
+    assert (here / "tables" / "laws" / "axes.md").read_text() == (folder / "laws" / "axes.md").read_text()
+    figures = {path.relative_to(here / "tables") for path in (here / "tables").rglob("*.png")}
+    measured = {Path(name) for name in ("speed/speed.png", "soak/soak.png")}
+    assert {
+        path.relative_to(folder) for path in folder.rglob("*.png") if "revision" not in str(path)
+    } == figures | measured
+
+
+def test_every_question_has_its_folder_its_form_and_its_line_in_the_index():
+    """A README says what was asked, what came out, by which command, and in how many minutes on which hardware."""
+    index = (ROOT / "results" / "README.md").read_text()
+    folders = {path.name for path in (ROOT / "results").iterdir() if path.is_dir()}
+    assert {name.partition("/")[0] for name in draw.DRAWN} < folders
+    for name in folders:
+        text = (ROOT / "results" / name / "README.md").read_text()
+        assert text.startswith("# ") and f"({name}/README.md)" in index, name
+        if name not in ("axes", "laws", "revision-90dd10a"):
+            assert text.splitlines()[0].endswith("?"), name
+            assert all(f"**{part}**" in text for part in ("What it says.", "Command.", "Minutes.")), name
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert (ROOT / "results" / name / link).exists(), (name, link)
+
+
+def test_drawing_writes_to_the_results_only_when_told(here: Path):
+    """Rows, table and figure of a run go to `runs/tables/`; with --update into the README of the question."""
+    run = make_run(here / "a", evor_value.Args(horizon=5, width=64), solved=8)
+    text = draw.draw("targets", draw.Args(runs=(run,)))
+    assert not (here / "results").exists() and (here / "tables" / "targets" / "table.md").read_text() == text
+    readme = here / "results" / "targets" / "README.md"
+    readme.parent.mkdir(parents=True)
+    readme.write_text("# Which?\n\n<!-- table targets -->\nold\n<!-- end -->\nWords.\n")
+    assert stored("targets", run) == text
+    assert readme.read_text() == f"# Which?\n\n<!-- table targets -->\n{text}<!-- end -->\nWords.\n"
+    assert sorted(path.name for path in readme.parent.iterdir()) == ["README.md", "episodes.csv", "runs.csv"]
 
 
 def evaluated_run(path: Path, args: Any, *, solved: list[int]) -> Path:
@@ -361,65 +401,60 @@ def evaluated_run(path: Path, args: Any, *, solved: list[int]) -> Path:
     return path
 
 
-def test_curves_over_training(here: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(training, "HERE", here)
+def test_curves_over_training(here: Path):
     settings = dict(horizon=5, width=64, learning_rate=1e-3)
     runs = (
         evaluated_run(here / "a", evor_value.Args(schedule="cosine", steps=40, **settings), solved=[2, 4, 6, 9]),
         evaluated_run(here / "b", evor_value.Args(schedule="constant", steps=20, **settings), solved=[3, 5]),
     )
-    training.main(training.Args("schedule", runs))
-    text = (here / "training_schedule.md").read_text()
+    text = stored("schedule", *runs)
     assert "| steps 40, schedule cosine | 40 | **90%** [60%, 98%] of 10 | 63% | -4.0 | 10.0 |" in text
     assert "| steps 20, schedule constant | 20 | **50%** [24%, 76%] of 10 |  | -2.0 | 5.0 |" in text
     for run in runs:
         shutil.rmtree(run)
-    (here / "training_schedule.png").unlink()
-    training.main(training.Args("schedule"))
-    assert (here / "training_schedule.md").read_text() == text and (here / "training_schedule.png").is_file()
+    figure = here / "results" / "schedule" / "figure.png"
+    figure.unlink()
+    assert stored("schedule") == text and figure.is_file()
     twins = [evaluated_run(here / name, evor_value.Args(steps=10, run_dir=Path(name)), solved=[1]) for name in "cd"]
     narrow = evaluated_run(here / "f", evor_value.Args(steps=10, width=8), solved=[1])
-    training.main(training.Args("width", (twins[0], narrow)))
-    assert (here / "training_width.md").is_file() and not (here / "training_width.png").exists()
+    assert "| width 8 |" in stored("capacity", twins[0], narrow)
+    assert not (here / "results" / "capacity" / "figure.png").exists()
     longer = evaluated_run(here / "e", evor_value.Args(steps=20), solved=[1])
     with pytest.raises(UserError, match="no evaluation of its last checkpoint"):
-        training.main(training.Args("schedule", (twins[0], longer)))
+        stored("schedule", twins[0], longer)
     with pytest.raises(UserError, match="two of the runs have the same settings"):
-        training.main(training.Args("schedule", tuple(twins)))
+        stored("schedule", *twins)
     other = json.loads((twins[0] / "value" / "config.json").read_text()) | dict(policy_sha256="xy")
     (twins[0] / "value" / "config.json").write_text(json.dumps(other))
     with pytest.raises(UserError, match="differ in policy_sha256"):
-        training.main(training.Args("schedule", tuple(twins)))
+        stored("schedule", *twins)
     config = twins[1] / "value" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | dict(diverged=[[2, 0]])))
-    with pytest.raises(UserError, match="some replicas diverged"):
-        training.main(training.Args("schedule", tuple(twins)))
+    with pytest.raises(UserError, match="diverged: its numbers are not those of all seeds"):
+        stored("schedule", *twins)
     with pytest.raises(UserError, match=r"no .*missing/value/config.json"):
-        training.main(training.Args("schedule", (here / "missing",)))
+        stored("schedule", here / "missing")
 
 
-def test_runs_of_other_rewards_and_base_policies_are_told_apart(here: Path, monkeypatch: pytest.MonkeyPatch):
+def test_runs_of_other_rewards_and_base_policies_are_told_apart(here: Path):
     """The same task and seed with sparse rewards is a line of its own; another base policy is no line of the table."""
-    monkeypatch.setattr(tasks, "HERE", here)
     runs = [
         make_run(here / name, evor_value.Args(reward=reward), solved=solved)
         for name, reward, solved in (("a", "default", 8), ("b", "sparse", 4))
     ]
-    tasks.main(tasks.Args(runs=tuple(runs)))
-    means = (here / "tasks.md").read_text().split("Per task")[0]
+    means = stored("tasks", *runs).split("Per task")[0]
     assert "| cube-double-play (collected) |" in means and "| **80% [49%, 94%]** |" in means
     assert "| cube-double-play, sparse (collected) |" in means and "| **40% [" in means
     other = make_run(here / "c", evor_value.Args(first_seed=1), solved=8, policy="other")
     with pytest.raises(UserError, match="differ in policy_sha256, which the table hides"):
-        tasks.main(tasks.Args(runs=(runs[0], other)))
+        stored("tasks", runs[0], other)
 
 
-def test_the_error_of_a_selection(here: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_error_of_a_selection(here: Path):
     """Critics whose errors are independent and as large as what they agree on: half of what the chooser promises is
     error. The largest of two normals of variance 2 lies sqrt(2 / pi) above the mean."""
-    monkeypatch.setattr(saturation, "HERE", here)
     rng = np.random.default_rng(0)
-    states, most = 5_000, max(saturation.NUMBERS)
+    states, most = 5_000, max(benchmark.NUMBERS)
     agreed, *errors = rng.normal(size=(3, states, most))
     agents = tuple(
         SimpleNamespace(
@@ -428,14 +463,14 @@ def test_the_error_of_a_selection(here: Path, monkeypatch: pytest.MonkeyPatch):
         )
         for error in errors
     )
-    values = saturation.values_of(agents, np.zeros((states, 3)), num_returns=8)
-    rows = saturation.rows_of(values, np.arange(states) // 10)
-    assert len(rows) == 2 * (states // 10) * len(saturation.NUMBERS)
-    assert {row["states"] for row in rows} == {10}
+    values = benchmark.values_of(agents, np.zeros((states, 3)), num_returns=8)
+    gains = benchmark.rows_of(values, np.arange(states) // 10)
+    assert len(gains) == 2 * (states // 10) * len(benchmark.NUMBERS)
+    assert {row["states"] for row in gains} == {10}
     about = dict(env="toy", data_source="collected", td_target="shared-noise", task=2, steps=70, seeds="0 1")
     about |= dict(critic_sha256="12", return_temperature=0.1, num_returns=8)
-    rows = [about | row for row in rows]
-    found = saturation.summary(rows)
+    measured = rows.frame(about | row for row in gains)
+    found = saturation.summary(measured)
     expected = np.sqrt(2) * np.array([1 / np.sqrt(np.pi), 1.02938, 1.42360])  # means of the largest of 2, 4, 8
     np.testing.assert_allclose(found["own"][1:4, 0], expected, atol=0.05)
     np.testing.assert_allclose(found["others"][1:4, 0], expected / 2, atol=0.05)
@@ -445,22 +480,22 @@ def test_the_error_of_a_selection(here: Path, monkeypatch: pytest.MonkeyPatch):
     half = 1.96 * np.std(gains, ddof=1) / np.sqrt(states // 10)
     np.testing.assert_allclose(found["own"][1], [np.mean(gains), half], rtol=1e-6)
 
-    write_csv(here / "saturation.csv", list(rows[0]), rows)
-    saturation.main(saturation.Args())
-    assert "Success:" not in (here / "saturation.md").read_text()  # no sweep stands there
+    folder = here / "results" / "saturation"
+    rows.write(folder / "rows.csv", measured)
+    assert "Success:" not in stored("saturation")  # no sweep stands there
     one = dict(env="toy", task=2, num_actions=4, critic_sha256="12", success=1.0, length=10)
     one |= dict(num_returns=8, return_temperature=0.1, action_temperature=0.25)
     # Of another reward model, and at another tau_R: not what the selection was measured for.
     episodes = [one, one | dict(critic_sha256="34", success=0.0), one | dict(return_temperature=0.5, success=0.0)]
-    write_csv(here / "sweep_actions_episodes.csv", list(one), episodes)
-    saturation.main(saturation.Args())
-    text = (here / "saturation.md").read_text()
-    assert text.count("|\n") == 2 + len(saturation.NUMBERS) and text.count("| 100% [21%, 100%] |") == 1
+    sweep = here / "results" / "num_actions" / "episodes.csv"
+    write_csv(sweep, list(one), episodes)
+    text = stored("saturation")
+    assert text.count("|\n") == 2 + len(benchmark.NUMBERS) and text.count("| 100% [21%, 100%] |") == 1
     assert "at tau_R = 0.1. Success: of the extracted policy at the same tau_R and tau_Q = 0.25." in text
-    assert (here / "saturation.png").is_file()
-    write_csv(here / "sweep_actions_episodes.csv", list(one), [one, one | dict(action_temperature=0.0)])
+    assert (folder / "figure.png").is_file()
+    write_csv(sweep, list(one), [one, one | dict(action_temperature=0.0)])
     with pytest.raises(UserError, match="several tau_Q for this reward model"):
-        saturation.main(saturation.Args())
+        stored("saturation")
 
 
 def test_returns_of_roll_outs():
@@ -491,16 +526,26 @@ def test_a_branch_starts_where_its_actions_lead():
 @pytest.mark.parametrize(
     ("name", "setting", "values", "sentence"),
     [
-        ("tau_r_tasks", "return_temperature", ("0.03", "0.1"), "{} are solved with 0.03 alone and {} with 0.1 alone"),
-        ("tau_q_tasks_single", "action_temperature", ("0.003", "0.0"), "{} are solved with 0.003 alone and {} with 0"),
-        ("tau_q_tasks", "action_temperature", ("0.003", "0.0"), "64% and 62% ({} and {} alone)"),
+        (
+            "return_temperature/tasks",
+            "return_temperature",
+            ("0.03", "0.1"),
+            "{} are solved with 0.03 alone and {} with 0.1 alone",
+        ),
+        (
+            "action_temperature/tasks_single",
+            "action_temperature",
+            ("0.003", "0.0"),
+            "{} are solved with 0.003 alone and {} with 0",
+        ),
+        ("action_temperature/tasks", "action_temperature", ("0.003", "0.0"), "64% and 62% ({} and {} alone)"),
     ],
 )
 def test_the_readme_counts_the_episodes_that_one_temperature_alone_solves(
     name: str, setting: str, values: tuple[str, str], sentence: str
 ):
     solved: dict[str, set] = {}
-    for row in read_csv(ROOT / "results" / f"sweep_{name}_episodes.csv"):
+    for row in read_csv(rows.Place(ROOT / "results", name, ROOT).path("episodes.csv")):
         found = solved.setdefault(row[setting], set())
         found |= {(row["task"], row["episode"])} if float(row["success"]) else set()
     one, other = (solved[value] for value in values)
@@ -511,12 +556,12 @@ def test_the_readme_counts_the_episodes_that_one_temperature_alone_solves(
 def test_the_readmes_headline_table_is_that_of_the_rows():
     """Each of its cells is recomputed from the episodes, with Wilson's interval; the means with that of tasks.md."""
     found = {}
-    for row in read_csv(ROOT / "results" / "tasks_episodes.csv"):
+    for row in read_csv(ROOT / "results" / "tasks" / "episodes.csv"):
         if row["env"] == "cube-double-play" and row["next_action"] == "base":
             key = row["td_target"], row["seed"], row["task"], row["num_actions"] != "1"
             found.setdefault(key, []).append(float(row["success"]))
     readme = (ROOT / "README.md").read_text()
-    table = (ROOT / "results" / "tasks.md").read_text().splitlines()
+    table = (ROOT / "results" / "tasks" / "README.md").read_text().splitlines()
     means = [row for row in table if row.startswith("| cube-double-play (collected) | 1 2 3 4 5 | 1 |")]
     number = 0
     for label, target, seed in (
@@ -544,12 +589,10 @@ def test_the_readmes_headline_table_is_that_of_the_rows():
     assert number == 12
 
 
-def test_a_run_is_compared_with_its_rows(here: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_is_compared_with_its_rows(here: Path):
     """Twelve episodes of which one changed, and other data; then another discount, which is no repetition."""
-    for module in (tasks, check):
-        monkeypatch.setattr(module, "HERE", here)
     run = make_run(here / "a", evor_value.Args(), solved=8)
-    tasks.main(tasks.Args(runs=(run,)))
+    stored("tasks", run)
     text = check.main(check.Args(runs=(run,)))
     assert "| 2 | 0 | 80% [49%, 94%] | 80% [49%, 94%] | 12 of 12 | 3.0 | 3.0 |" in text
     assert text.endswith("Data, versions and hardware alike.")
@@ -573,47 +616,48 @@ def test_the_readmes_other_numbers_are_those_of_the_rows():
     folder, readme = ROOT / "results", " ".join((ROOT / "README.md").read_text().split())
 
     def rates(name: str, column: str, by: str = "success", **values: str) -> dict[str, float]:
-        """Mean per value of a column."""
-        found: dict[str, list[float]] = {}
-        for row in tasks.select(read_csv(folder / name), **values):
-            found.setdefault(row[column], []).append(float(row[by]))
-        return {key: float(np.mean(values)) for key, values in found.items()}
+        """Mean per value of a column, in the order in which they come."""
+        frame = rows.read(folder / name)
+        chosen = frame[np.logical_and.reduce([frame[key] == value for key, value in values.items()] or [True])]
+        return dict(chosen.astype({by: float}).groupby(column, sort=False)[by].mean())
 
     def listed(found: dict[str, float]) -> str:
         return ", ".join(f"{value:.0%}" for value in found.values())
 
-    maze = "sweep_tau_q_maze_episodes.csv"
+    maze = "action_temperature/maze_episodes.csv"
     default, more = (dict(return_temperature="0.03", action_temperature=value) for value in ("0.003", "0.01"))
     per_task = listed(rates(maze, "task", **default)).rpartition(", ")
     means, steps = ([np.mean(list(rates(maze, "task", by, **values).values())) for values in (default, more)]
                     for by in ("success", "length"))  # fmt: skip
     distances = {}
-    for row in tasks.select(read_csv(folder / "tasks_runs.csv"), task="2", next_action="base"):
+    for row in read_csv(folder / "tasks" / "runs.csv"):
+        if (row["task"], row["next_action"]) != ("2", "base"):
+            continue
         levels = {float(key.removeprefix("below_")): float(row[key]) for key in row if key.startswith("below_")}
         distance = np.mean([abs(level - share) for level, share in levels.items()])
         distances[row["env"], row["td_target"], row["seed"]] = f"{distance:.2f}"
     double, single = ([distances[env, *key] for key in (("shared-noise", "0"), ("shared-noise", "1"), ("paper", "0"))]
                       for env in ("cube-double-play", "cube-single-play"))  # fmt: skip
-    gains = saturation.summary(read_csv(folder / "saturation.csv"))
+    gains = saturation.summary(rows.read(folder / "saturation" / "rows.csv"))
     own, others = (gains[name][-1, 0] for name in ("own", "others"))
-    aim = read_csv(folder / "base_policy_schedule.csv")
+    aim = read_csv(folder / "base_policy/schedule.csv")
     assert [(row["bc_steps"], row["schedule"]) for row in aim] == [
         ("200000", "cosine"), ("50000", "cosine"), ("50000", "constant")
     ]  # fmt: skip
     far = [f"{100 * float(row['first_pick_error_median_m']):.1f} cm" for row in aim]
     held = [f"{float(row['policy_steps_lifted']):.0%}" for row in aim]
     schedules = {}
-    for row in read_csv(folder / "training_schedule_episodes.csv"):
+    for row in read_csv(folder / "schedule/episodes.csv"):
         if int(row["step"]) > 20_000:
             schedules.setdefault(row["label"].rpartition(" ")[2], []).append(float(row["success"]))
-    sizes = rates("training_capacity_episodes.csv", "label", step="50000")
+    sizes = rates("capacity/episodes.csv", "label", step="50000")
     width = {name: f"{sizes[f'width {name}, depth 4']:.0%}" for name in (64, 128, 256, 512)}
     sentences = [
         f"it is {per_task[0]} and {per_task[2]} at the default temperatures, a mean of {means[0]:.0%} [",
         f"{rates(maze, 'task', **more)['3']:.0%} with tau_Q = 0.01, a mean of {means[1]:.0%} [",
         f"with {steps[1]:.0f} steps an episode instead of {steps[0]:.0f}.",
-        f"{listed(rates('sweep_actions_episodes.csv', 'num_actions', task='1'))} with 1, 2, 4, ..., 64 on task 1;",
-        f"{listed(rates('sweep_actions_episodes.csv', 'num_actions', task='2'))} on task 2",
+        f"{listed(rates('num_actions/episodes.csv', 'num_actions', task='1'))} with 1, 2, 4, ..., 64 on task 1;",
+        f"{listed(rates('num_actions/episodes.csv', 'num_actions', task='2'))} on task 2",
         f"confirms {others / own:.0%} ({others:.2f} of {own:.2f};",
         f"(mean distance {double[0]} and {double[1]} with the two seeds, {double[2]} for `paper`)",
         f"({single[0]} and {single[1]}; {single[2]})",
@@ -624,47 +668,47 @@ def test_the_readmes_other_numbers_are_those_of_the_rows():
         f"{width[64]}, {width[128]}, {width[256]} and {width[512]} with widths of 64, 128, 256 and 512, "
         f"{sizes['width 512, depth 2']:.0%} with half the depth",
     ]
-    noise = listed(rates("sweep_noise_episodes.csv", "action_noise", num_actions="16")).rpartition(", ")
+    noise = listed(rates("action_noise/episodes.csv", "action_noise", num_actions="16")).rpartition(", ")
     sentences.append(f"{noise[0]} and {noise[2]} of task 2 at standard deviations of 0, 0.1, 0.2 and 0.4")
     assert [sentence for sentence in sentences if sentence not in readme] == []
 
 
-def test_axes_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(axes, "HERE", tmp_path / "axes")
+def test_axes_before_and_after(here: Path):
     bounds = dict(return_axis="bounds", solver="euler", flow_steps=10)
     runs = [
-        make_run(tmp_path / f"{name}-{seed}", evor_value.Args(horizon=5, first_seed=seed, **flags), solved=0)
+        make_run(here / f"{name}-{seed}", evor_value.Args(horizon=5, first_seed=seed, **flags), solved=0)
         for name, flags in (("quantiles", {}), ("bounds", bounds))
         for seed in (0, 1)
     ]
     for run, crps in zip(runs, (1.0, 2.0, 4.0, 5.0), strict=True):
-        rows = read_csv(run / "value" / "calibration.csv")
-        rows = [row | (dict(value=crps) if row["metric"] == "crps" else {}) for row in rows]
-        write_csv(run / "value" / "calibration.csv", list(rows[0]), rows)
+        errors = read_csv(run / "value" / "calibration.csv")
+        errors = [row | (dict(value=crps) if row["metric"] == "crps" else {}) for row in errors]
+        write_csv(run / "value" / "calibration.csv", list(errors[0]), errors)
     for run, readout, solved in ((runs[0], "after", 3), (runs[1], "after", 4), (runs[2], "before", 1)):
         settings = dict(num_actions=16, num_returns=8, return_temperature=0.3, action_temperature=0.2)
         settings |= dict(absolute=readout == "before", flow_steps=5, solver="midpoint")
-        rows = [
+        episodes = [
             dict(task=2, seed=int(run.name[-1]), episode=i, success=float(i < solved), length=100, **settings)
             for i in range(5)
         ]
-        write_csv(run / readout / "episodes.csv", list(rows[0]), rows)
-    axes.main(axes.Args(runs=tuple(runs)))
+        write_csv(run / readout / "episodes.csv", list(episodes[0]), episodes)
+    text = stored("axes", *runs)
     low, high = mean_interval([np.array([[1.0, 1, 1, 0, 0], [1, 1, 1, 1, 0]])])
-    line = (tmp_path / "axes" / "table.md").read_text().splitlines()[2]
+    line = text.splitlines()[2]
     assert line.startswith("| cube-double-play | 2 | 4.50 |  | 1.50 | 0.50 |  | 0.50 | 20% [")
     assert line.endswith(f"| 70% [{low:.0%}, {high:.0%}] |")
 
     # A run that is gathered again takes the place of its rows, and leaves the others.
-    before = (tmp_path / "axes" / "calibration.csv").read_text()
-    axes.main(axes.Args(runs=(runs[1],)))
-    assert (tmp_path / "axes" / "calibration.csv").read_text() == before
-    assert len(read_csv(tmp_path / "axes" / "success.csv")) == 3
+    folder = here / "results" / "axes"
+    before = read_csv(folder / "calibration.csv")
+    assert stored("axes", runs[1], append=True) == text and len(before) == 4
+    after = read_csv(folder / "calibration.csv")
+    assert after[-1] == before[1] and sorted(map(str, after)) == sorted(map(str, before))
+    assert stored("axes", runs[3], append=True) == text  # it has no readout
+    assert len(read_csv(folder / "success.csv")) == 3
     with pytest.raises(UserError, match="holds no run"):
-        axes.main(axes.Args(runs=(tmp_path / "nothing",)))
+        stored("axes", here / "nothing")
 
 
 def test_the_readmes_table_of_axes_is_that_of_the_rows():
-    stored = [read_csv(axes.HERE / f"{name}.csv") for name in ("calibration", "success")]
-    assert axes.table(*stored) == (axes.HERE / "table.md").read_text()
-    assert axes.table(*stored) in (ROOT / "README.md").read_text()
+    assert (ROOT / "results" / "axes" / "table.md").read_text() in (ROOT / "README.md").read_text()

@@ -1,0 +1,296 @@
+"""The table of experiments: for each the commands behind it, in the order that they need.
+
+The last command of most draws their table. What is not `full-*` is for two CPU cores; `full-*` is the scale of the
+paper, for a GPU.
+"""
+
+CUBE = "cube-double-play"
+SINGLE = "cube-single-play"
+MAZE = "pointmaze-medium-navigate"
+SCENE = "scene-play"
+PREVIEW = (SINGLE, CUBE, MAZE)
+FULL = ("pointmaze-large-navigate", SINGLE, CUBE, SCENE, "puzzle-3x3-play")
+ENVIRONMENTS = tuple(dict.fromkeys((*PREVIEW, *FULL)))
+HORIZON = dict.fromkeys((CUBE, SCENE, "puzzle-3x3-play"), "--horizon 5")
+POLICY = dict.fromkeys((CUBE, SCENE), "--ignore-observations 6 7 8 9 10 11")  # joint velocities, see the README
+IMPROVED = "--next-action softmax --discount 0.995"  # what mazes need, see the README
+GREEDY = "--action-temperature 0"  # the best candidate
+BEST = "--num-actions 16"
+VALUES = "0 0.03 0.1 0.2 0.3 0.5 1 3 inf"
+SCHEDULES = {"cosine": "", "constant": "--schedule constant --learning-rate 3e-4"}  # the preset's, and the paper's
+SIZES = ("--width 64", "--width 128", "--width 256", "--depth 2")  # beside 4 x 512
+MAZES = (f"softmax/{MAZE}", *(f"softmax-{task}/{MAZE}" for task in (2, 3, 4, 5)))  # tasks 1 to 5
+AXES = {  # what the return axis is compared with, and the one before
+    "quantiles": "",
+    "std": "--return-axis std",
+    "bounds": "--return-axis bounds --solver euler --flow-steps 10",
+}
+AXES_ON = {  # flags, and how long the range of the possible returns is
+    SCENE: ("--reward sparse --tasks 1 2 3 4 5", 100),
+    **{env: ("", 200 if env == CUBE else 100) for env in PREVIEW},
+}
+
+
+def policy(env: str, flags: str) -> str:
+    return f"evor_bc.py --env {env} {HORIZON.get(env, '')} {POLICY.get(env, '')} {flags}"
+
+
+def preview(env: str, name: str, flags: str = "") -> str:
+    return (
+        f"evor_value.py --env {env} --preview {HORIZON.get(env, '')} --steps 50000 {flags} --run-dir runs/{name}/{env} "
+        f"--policy-run-dir runs/{env}"
+    )
+
+
+def small(env: str, run: str, flags: str = "", *, script: str = "evor_value.py") -> str:
+    """At the scale of the preset, with the temperatures of the stored rows."""
+    return (
+        f"{script} --env {env} --preview --return-temperature 0.1 {GREEDY} {HORIZON.get(env, '')} {flags} "
+        f"--run-dir runs/{run} --policy-run-dir runs/{env}"
+    )
+
+
+def compared(run: str, flags: str, *, critic: str | None = None) -> str:
+    """A line of the tables of baselines: 30,000 steps on the base policy of seed 0."""
+    flags = f"--steps 30000 --policy-seed 0 {flags}"
+    if critic is None:
+        return small(CUBE, run, flags)
+    return small(CUBE, run, f"--critic {critic} {flags}", script="baselines.critics")
+
+
+def full(env: str, name: str, flags: str = "") -> str:
+    return (
+        f"evor_value.py --env {env} {HORIZON.get(env, '')} --critic trunk --tasks 1 2 3 4 5 --seeds 5 {flags} "
+        f"--run-dir runs/full/{name} --policy-run-dir runs/full/{env}"
+    )
+
+
+def sweep(table: str, flags: str, *runs: str, tasks: str = "") -> list[str]:
+    """Sweeps of runs, of all their tasks by default, and their table."""
+    out = table.replace("/", "-")
+    about = f"--tasks {tasks} --num-returns 8" if tasks else "--num-returns 8"
+    commands = [
+        f"evor_infer.py --env {run.partition('/')[2]} --run-dir runs/{run} "
+        f"--policy-run-dir runs/{run.partition('/')[2]} {about} {flags} --out {out}"
+        for run in runs
+    ]
+    return [*commands, draw(table, *(f"{run}/{out}" for run in runs))]
+
+
+def readout(env: str, run: str, name: str, flags: str = "") -> str:
+    return (
+        f"evor_infer.py --env {env} --run-dir runs/{run}/{env} --policy-run-dir runs/{env} "
+        f"--num-actions 16 --num-returns 8 --eval-episodes {25 if env == SCENE else 50} {flags} --out {name}"
+    )
+
+
+def draw(name: str, *runs: str) -> str:
+    """Makes rows of runs, and a table of them in runs/tables/."""
+    return f"experiments.draw {name} --runs {' '.join(f'runs/{run}' for run in runs)}"
+
+
+def axes(env: str) -> list[str]:
+    flags, returns = AXES_ON[env]
+    before = (
+        "--absolute --solver euler --flow-steps 10 "
+        f"--return-temperature {0.03 * returns:g} --action-temperature {0.003 * returns:g}"
+    )
+    return [
+        *(
+            preview(env, f"axis-{name}", f"{flags} {axis} --seeds 2 --policy-seed 0 --eval-episodes 0")
+            for name, axis in AXES.items()
+        ),
+        # The default of tau_Q when the stored rows were made; it is 1 today.
+        readout(env, "axis-quantiles", "after", "--action-temperature 0.2"),
+        readout(env, "axis-bounds", "before", before),
+    ]
+
+
+def targets() -> list[str]:
+    """The published target and the default one, each with the base and the softmax backup."""
+    commands = []
+    for target in ("shared-noise", "paper"):
+        flags = f"--td-target {target}"
+        commands += [
+            small(SINGLE, f"targets/single-{target}-base", f"--tasks 2 1 4 {flags}"),
+            small(SINGLE, f"targets/single-{target}-softmax", f"{flags} --next-action softmax"),
+            small(CUBE, f"targets/double-{target}-base", flags),
+            small(CUBE, f"targets/double-{target}-softmax", f"{flags} --next-action softmax"),
+        ]
+    names = (f"{env}-{target}-{backup}" for env in ("double", "single") for target in ("paper", "shared-noise")
+             for backup in ("base", "softmax"))  # fmt: skip
+    return [*commands, draw("targets", *(f"targets/{name}" for name in names))]
+
+
+def baselines() -> list[str]:
+    """EVOR and its critic without the flow: two seeds on one base policy, one bank; QC on the same base policies."""
+    short = f"runs/{CUBE}-h1"
+    commands, runs = [policy(CUBE, f"--preview --steps 200000 --run-dir {short}").replace("--horizon 5 ", "")], []
+    for backup in ("base", "softmax"):
+        flags = f"--seeds 2 --next-action {backup}"
+        for name in ("paper", "shared-noise", "scalar", "c51", "qr"):
+            runs.append(f"baselines/{name}-{backup}")
+            if name in ("paper", "shared-noise"):
+                commands.append(compared(runs[-1], f"{flags} --td-target {name}"))
+            else:
+                commands.append(compared(runs[-1], flags, critic=name))
+    qc = small(CUBE, "baselines/qc-h5-n32", "--steps 30000", script="baselines.qc")
+    # The same with chunks of one action, on the base policy of horizon 1.
+    commands += [qc, qc.replace("--horizon 5", "--num-next-actions 4").replace("h5-n32", "h1-n4") + "-h1"]
+    # The same models ranked by the mean of their returns.
+    commands += [
+        f"evor_infer.py --env {CUBE} --run-dir runs/baselines/{name}-base --num-actions 16 --num-returns 8 "
+        f"--return-temperature 0.1 inf {GREEDY} --out readout"
+        for name in ("shared-noise", "qr", "c51")
+    ]
+    runs += ["baselines/qc-h5-n32", "baselines/qc-h1-n4"]
+    timing = "benchmarks.speed --groups baselines --rounds 2 --steps 5 --out runs/tables/baselines"
+    return [*commands, timing, draw("baselines --rows runs/tables", *runs)]
+
+
+def backups() -> list[str]:
+    """Between the one-step and the greedy backup, one seed: the data's action, a softmax of 4 at a temperature of 4
+    units of return (0.02 of their range), the best of 4."""
+    flags = {name: f"--next-action {name}" for name in ("base", "dataset", "softmax")}
+    lines = {f"scalar-{name}": ("scalar", flags[name]) for name in flags}
+    lines["scalar-softmax-warm"] = "scalar", "--next-action softmax --backup-temperature 0.02"
+    lines |= {f"shared-noise-{name}": (None, flags[name]) for name in flags}
+    lines["c51-base"] = "c51", "--first-seed 1"
+    commands = [compared(f"backups/{run}", flags, critic=critic) for run, (critic, flags) in lines.items()]
+    return [*commands, draw("backups", *(f"backups/{run}" for run in lines))]
+
+
+def same_data(env: str) -> str:
+    collected = f"~/.ogbench/data/collected/{env}-v0-ep1000-seed0.npz"
+    return (
+        f"benchmarks.same_data --env {env} --reference reference/{env}-v0.npz --collected {collected} "
+        f"--out runs/tables/same_data/{env}.csv"
+    )
+
+
+EXPERIMENTS: dict[str, list[str]] = {
+    "policies": [policy(env, "--preview" + " --steps 200000" * (env == CUBE)) for env in PREVIEW],
+    "tasks": [preview(env, "tasks", f"--tasks 1 2 3 4 5 {GREEDY * (env == MAZE)}") for env in PREVIEW],
+    "seeds": [preview(env, "seeds", f"--first-seed 1 --policy-seed 0 {GREEDY * (env == MAZE)}") for env in PREVIEW],
+    "paper": [
+        *(preview(env, "paper", "--td-target paper") for env in PREVIEW[:2]),
+        draw("tasks", *(f"{name}/{env}" for name in ("tasks", "seeds", "paper") for env in PREVIEW[:2])),
+    ],
+    "maze": [
+        preview(MAZE, "discount", "--discount 0.995"),
+        preview(MAZE, "softmax", f"{IMPROVED}"),  # task 1
+        *(preview(MAZE, f"softmax-{task}", f"{IMPROVED} --tasks {task}") for task in (2, 3, 4, 5)),
+        preview(MAZE, "softmax-seed", f"{IMPROVED} --first-seed 1 --policy-seed 0"),
+        draw(
+            "tasks",
+            *(f"{name}/{env}" for name in ("tasks", "seeds", "paper") for env in PREVIEW[:2]),
+            *(f"{name}/{MAZE}" for name in ("tasks", "seeds", "discount", "softmax-seed")),
+            *MAZES,
+        ),
+    ],
+    "scene_policy": [policy(SCENE, "--preview")],
+    "axes": [
+        *(command for env in AXES_ON for command in axes(env)),
+        draw("axes", *(f"axis-{name}/{env}" for name in AXES for env in AXES_ON)),
+    ],
+    "schedule": [
+        *(preview(CUBE, name, f"{flags} --eval-every 10000 {GREEDY}") for name, flags in SCHEDULES.items()),
+        draw("schedule", *(f"{name}/{CUBE}" for name in SCHEDULES)),
+    ],
+    "policy_schedule": [  # of stage 1, at a quarter of its steps
+        *(
+            policy(CUBE, f"--preview --steps 50000 {flags} --run-dir runs/policy-{name}/{CUBE}")
+            for name, flags in SCHEDULES.items()
+        ),
+        f"benchmarks.base_policy --env {CUBE} --num-episodes 50 --run-dirs runs/{CUBE} runs/policy-cosine/{CUBE} "
+        f"runs/policy-constant/{CUBE} --out runs/tables/base_policy/schedule.csv",
+    ],
+    "velocities": [  # seen or hidden
+        f"evor_bc.py --env {CUBE} --preview --horizon 5 --steps 250000 --run-dir runs/{CUBE}-velocities",
+        *(f"benchmarks.base_policy --env {env} --out runs/tables/base_policy/{env}.csv" for env in PREVIEW[:2]),
+        f"benchmarks.base_policy --env {CUBE} --run-dirs runs/{CUBE}-velocities "
+        f"--out runs/tables/base_policy/{CUBE}_velocities.csv",
+    ],
+    "capacity": [
+        *(preview(CUBE, "capacity" + flags[1:].replace(" ", "-"), f"{flags} {GREEDY}") for flags in SIZES),
+        draw("capacity", f"cosine/{CUBE}", *(f"capacity{flags[1:].replace(' ', '-')}/{CUBE}" for flags in SIZES)),
+    ],
+    "num_actions": sweep("num_actions", "--num-actions 1 2 4 8 16 32 64", f"tasks/{CUBE}", tasks="1 2"),
+    "tau_q": sweep("action_temperature/tau_q", f"{BEST} --action-temperature {VALUES}", f"tasks/{CUBE}", tasks="2"),
+    "tau_r": sweep(
+        "return_temperature/tau_r",
+        f"{BEST} --return-temperature {VALUES} {GREEDY}",
+        f"tasks/{CUBE}",
+        f"paper/{CUBE}",
+        tasks="2",
+    ),
+    "tau_r_tasks": [
+        command
+        for table, env in (("return_temperature/tasks", CUBE), ("return_temperature/tasks_single", SINGLE))
+        for command in sweep(table, f"{BEST} --return-temperature 0.1 0.3 1 {GREEDY}", f"tasks/{env}")
+    ],
+    "tau_q_tasks": [
+        command
+        for name in ("tasks", "seeds")
+        for table, env in ((f"action_temperature/{name}", CUBE), (f"action_temperature/{name}_single", SINGLE))
+        for command in sweep(table, f"{BEST} --action-temperature 0 0.1 0.2 0.5", f"{name}/{env}")
+    ],
+    "tau_q_maze": sweep(
+        "action_temperature/maze", f"{BEST} --return-temperature 0.3 1 --action-temperature 0 0.2 0.5", *MAZES
+    ),
+    "temperatures": sweep(
+        "temperatures",
+        f"{BEST} --return-temperature 0 0.1 0.3 1 inf --action-temperature 0 0.1 0.2 0.5 1",
+        f"tasks/{CUBE}",
+        tasks="2",
+    ),
+    "action_noise": sweep(
+        "action_noise", "--num-actions 1 16 --action-noise 0 0.1 0.2 0.4", f"tasks/{CUBE}", tasks="2"
+    ),
+    "candidates": [
+        f"benchmarks.candidates --run-dir runs/tasks/{CUBE} --policy-run-dir runs/{CUBE}",
+        f"benchmarks.saturation --run-dir runs/tasks/{CUBE} --other runs/seeds/{CUBE} --policy-run-dir runs/{CUBE}",
+        "experiments.draw candidates saturation --rows runs/tables",
+    ],
+    "targets": targets(),
+    "target_steps": [  # four Euler steps, in the bootstrap too
+        small(SINGLE, "target_steps/single", "--tasks 2 1 4 --flow-steps 4 --solver euler"),
+        small(CUBE, "target_steps/double", "--flow-steps 4 --solver euler"),
+        draw("target_steps", "target_steps/double", "target_steps/single"),
+    ],
+    "next_actions": [  # K = 4 is the default
+        *(small(CUBE, f"next_actions/double-{k}", f"--num-next-actions {k}") for k in (1, 2, 8)),
+        draw(
+            "next_actions",
+            "next_actions/double-1",
+            "next_actions/double-2",
+            "targets/double-shared-noise-base",
+            "next_actions/double-8",
+        ),
+    ],
+    "critics": [  # the paper's MLP
+        small(CUBE, "critics/double-mlp", "--critic mlp"),
+        small(SINGLE, "critics/single-mlp", "--tasks 2 --critic mlp"),
+        draw(
+            "critics",
+            "critics/double-mlp",
+            "targets/double-shared-noise-base",
+            "critics/single-mlp",
+            "targets/single-shared-noise-base",
+        ),
+    ],
+    "baselines": baselines(),
+    "backups": backups(),
+    # Collected data against data of OGBench's own script (data_gen_scripts/ of its repository), in reference/.
+    "same_data": [same_data(env) for env in (CUBE, "pointmaze-large-navigate")],
+    # For a GPU: `--only full-cube-double-play --slot 9`.
+    **{
+        f"full-{env}": [policy(env, f"--seeds 5 --run-dir runs/full/{env}"), full(env, env, IMPROVED * ("maze" in env))]
+        for env in FULL
+    },
+    "full-scene-play-sparse": [full(SCENE, "scene-play-sparse", "--reward sparse")],
+}
+# Not run unless they are named.
+NAMED_ONLY = ("same_data", *(name for name in EXPERIMENTS if name.startswith("full")))
+# Of training at revision 90dd10a on two cores of an Intel Xeon, where stored rows have them.
+MINUTES = {"tasks": 109, "seeds": 17, "paper": 13, "maze": 175, "schedule": 19, "capacity": 9}

@@ -1,1 +1,0 @@
-"""Published numbers, and the scripts that gather them."""
