@@ -62,7 +62,7 @@ def make_env(gym_id: str, action_noise: float = 0.0) -> gymnasium.Env:
 
 def max_environments() -> int:
     """As many environments as fit into half of the memory that is free now."""
-    return max(1, int(0.5 * (free_memory() or 8e9) / ENVIRONMENT_BYTES))
+    return max(1, int(0.5 * free_memory() / ENVIRONMENT_BYTES))
 
 
 def episode_seed(seed: int, episode: int) -> int:

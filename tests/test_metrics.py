@@ -2,11 +2,13 @@
 
 import csv
 import dataclasses
+import gc
 import json
 import math
 import os
 import platform
 import subprocess
+import sys
 import time
 import types
 from pathlib import Path
@@ -19,6 +21,7 @@ from common.errors import UserError
 from common.metrics import Metrics, plain, start_tracking, write_csv, write_json
 from tests.helpers import contents
 
+ROOT = Path(__file__).parent.parent
 REPLICAS = [(1, 0), (1, 3), (2, 0), (2, 3)]
 
 
@@ -147,6 +150,26 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path):
         os.utime(tmp_path / name, (0, time.time() - 601))
     write_json(tmp_path / "a.json", {})
     assert {*names.values(), "a.json"} - set(contents(tmp_path)) == {names["killed"]}
+
+
+def test_a_lock_is_held_as_long_as_something_refers_to_it(tmp_path: Path):
+    """By this process, which gets it as often as it asks. Fails if another process gets it, or if it stays for ever."""
+    path = tmp_path / ".lock"
+    code = "import pathlib, sys; from common.metrics import hold; print(hold(pathlib.Path(sys.argv[1])) is None)"
+
+    def another_process_is_refused() -> bool:
+        command = [sys.executable, "-c", code, str(path)]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return {"True": True, "False": False}[said.strip()]
+
+    first = metrics.hold(path)
+    second = metrics.hold(path)
+    assert first is not None and second is first
+    del first
+    assert another_process_is_refused()
+    del second
+    gc.collect()
+    assert not another_process_is_refused()
 
 
 @dataclasses.dataclass(frozen=True)
