@@ -20,6 +20,7 @@ from unittest import mock
 
 import gymnasium
 import numpy as np
+from gymnasium.vector.async_vector_env import AsyncState
 from tqdm import tqdm
 
 from common.envs import free_memory, import_ogbench, num_cores, trim_memory
@@ -279,7 +280,9 @@ class Episodes:
         except (EOFError, ConnectionError):
             how = "at its start"
             if hasattr(self, "vector"):
-                multiprocessing.connection.wait([process.sentinel for process in self.vector.processes], timeout=5.0)
+                dead = multiprocessing.connection.wait([p.sentinel for p in self.vector.processes], timeout=5.0)
+                for process in (p for p in self.vector.processes if p.sentinel in dead):
+                    process.join(5.0)  # its status comes a moment later
                 codes = [process.exitcode for process in self.vector.processes if process.exitcode is not None]
                 how = ", ".join(signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes) or "no status"
             raise UserError(
@@ -288,15 +291,10 @@ class Episodes:
             ) from None
 
     def close(self) -> None:
-        """Ends the processes, whatever they are doing: `AsyncVectorEnv.close` would wait for them."""
-        for process in self.vector.processes:
-            process.kill()
-        for process in self.vector.processes:
-            process.join()
-        for pipe in self.vector.parent_pipes:
-            if pipe is not None:  # as Gymnasium leaves that of a process in which an error was raised
-                pipe.close()
-        self.vector.closed = True
+        """Ends the processes, whatever they are doing: Gymnasium would wait for the answers of a step, and a process
+        that died gives none."""
+        self.vector._state = AsyncState.DEFAULT
+        self.vector.close(terminate=True)
 
     def __enter__(self) -> "Episodes":
         return self
