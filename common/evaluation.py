@@ -21,10 +21,10 @@ from unittest import mock
 import gymnasium
 import numpy as np
 from gymnasium.vector.async_vector_env import AsyncState
-from tqdm import tqdm
 
 from common.envs import free_memory, import_ogbench, num_cores, trim_memory
 from common.errors import UserError
+from common.progress import progress
 
 # Environments in all, if every process has one of each replica then. One of a manipulation task takes about 130 MB (its
 # model and a second one for inverse kinematics) and a second to build.
@@ -238,7 +238,7 @@ class Episodes:
     def _run(self, act: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray], desc: str) -> list[dict[str, Any]]:
         state, _ = self.vector.reset()
         began, acting = time.monotonic(), 0.0
-        with tqdm(total=self.num_replicas * self.num_episodes, desc=desc, unit="episode") as bar:
+        with progress(total=self.num_replicas * self.num_episodes, desc=desc, unit="episode") as bar:
             while state["active"].any():
                 # (workers, R, m, ...) -> (R, workers * m, ...): `act` sees replicas, not processes.
                 merged = {key: self._merge(value) for key, value in state.items()}

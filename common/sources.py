@@ -21,12 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from common.collect import collect, recipe_of, why_not_collectable
 from common.envs import check_env, collected_path, data_dir, parse_env, validation_path
 from common.errors import UserError
 from common.metrics import locked, record_sha256, sha256, sha256_path
+from common.progress import progress
 
 HOSTS = (
     "https://rail.eecs.berkeley.edu/datasets/ogbench",
@@ -291,7 +290,7 @@ def _copy(
     """Appends a response to a file, with a progress bar."""
     with (
         open(path, "ab") as file,
-        tqdm(desc=name, initial=start, total=total, unit="B", unit_scale=True, unit_divisor=1024) as bar,
+        progress(desc=name, initial=start, total=total, unit="B", unit_scale=True, unit_divisor=1024) as bar,
     ):
         began, received = time.monotonic(), 0
         while True:
