@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -227,8 +228,11 @@ def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Mapping[str, Any
         writer.writerows(rows)
 
 
-def start_tracking(project: str, name: str, config: Mapping[str, Any]) -> Any:
+def start_tracking(project: str, name: str, config: Mapping[str, Any], *, directory: Path | None = None) -> Any:
     """A Weights & Biases run; the package is imported here and nowhere else.
+
+    Args:
+        directory: that of the run, where `tracking.json` keeps the id: a run that goes on here is one run there, too.
 
     Raises:
         UserError: `wandb` is not installed.
@@ -237,4 +241,9 @@ def start_tracking(project: str, name: str, config: Mapping[str, Any]) -> Any:
         import wandb
     except ImportError:
         raise UserError("--track needs Weights & Biases: install it with `pip install wandb`.") from None
-    return wandb.init(project=project, name=name, config=plain(config), reinit="finish_previous")
+    settings = dict(project=project, name=name, config=plain(config), reinit="finish_previous")
+    if directory is None:
+        return wandb.init(**settings)
+    kept = read_json(directory / "tracking.json") or {"id": secrets.token_hex(8)}
+    write_json(directory / "tracking.json", kept)
+    return wandb.init(**settings, id=kept["id"], resume="allow")

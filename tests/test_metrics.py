@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -110,9 +111,23 @@ def test_tracking_gets_the_same_numbers(tmp_path: Path):
 
 
 def test_tracking_without_the_package_is_a_users_mistake(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         start_tracking("evor", "name", {})
+
+
+def test_a_run_that_goes_on_is_tracked_as_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Fails if a resumed run begins another run of Weights & Biases, or if two runs share theirs."""
+    calls = []
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: calls.append(settings)))
+    for directory in ("a", "a", "b"):
+        start_tracking("evor", "name", {"steps": 5}, directory=tmp_path / directory)
+    first, resumed, other = calls
+    assert first["config"] == {"steps": 5} and first["resume"] == "allow" and re.fullmatch(r"\w{8,64}", first["id"])
+    assert resumed == first and other["id"] != first["id"]
+    (tmp_path / "a" / "tracking.json").unlink()  # as a run does that starts over
+    start_tracking("evor", "name", {}, directory=tmp_path / "a")
+    assert calls[-1]["id"] not in (first["id"], other["id"])
 
 
 def test_write_csv_and_json_replace_whole_files_or_nothing(tmp_path: Path):
