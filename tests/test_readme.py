@@ -1,13 +1,18 @@
-"""Every command of the README and of the scripts' docstrings parses, so that none of their flags is made up."""
+"""Every command of the README and of the scripts' docstrings parses, so that none of their flags is made up, and the
+Python of the README runs."""
 
 import importlib
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import evor_bc
+import evor_value
 from common.errors import parse_args
+from tests.helpers import tiny_dataset
 
 ROOT = Path(__file__).parent.parent
 VARIABLES = {  # of results/*.sh
@@ -63,3 +68,20 @@ def test_the_commands_are_found():
     found = " ".join(all_commands())
     for script in ("evor_bc.py", "evor_value.py", "evor_infer.py", "common.collect", "benchmarks.return_law"):
         assert script in found
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On two steps of training, in the place that it names: fails if a name or an argument in it is made up."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    data = tiny_dataset(tmp_path / "data.npz", observation_dim=28, action_dim=5, rewards=False)
+    with np.load(data) as arrays:
+        np.savez(data, **arrays, qpos=np.zeros((len(arrays["actions"]), 21)))  # all states of the arm the same
+    common = dict(env="cube-single-play", dataset=data, width=16, depth=2, batch_size=8, chunk=2, steps=2)
+    evor_bc.main(evor_bc.Args(**common))
+    evor_value.main(evor_value.Args(**common, tasks=(2,), num_next_actions=1, eval_episodes=0))
+    names = dict(observations=np.zeros((3, 28), np.float32))
+    for block in blocks:
+        exec(block, names)
+    assert names["actions"].shape == (3, 1, 5) and names["returns"].shape == (3, 64)
