@@ -1,5 +1,7 @@
-"""Every command of the README and of the scripts' docstrings parses, so that none of their flags is made up, and the
-Python of the README runs."""
+"""Every command of README.md, CONTRIBUTING.md and the scripts' docstrings parses: no flag in them is made up.
+
+The Python of the README runs.
+"""
 
 import importlib
 import re
@@ -44,7 +46,7 @@ def with_assignments(script: str) -> str:
 
 
 def all_commands() -> list[str]:
-    texts = [(ROOT / "README.md").read_text()]
+    texts = [(ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")]
     texts += [with_assignments(path.read_text()) for path in sorted(ROOT.glob("results/*.sh"))]
     modules = [path.read_text() for path in sorted([*ROOT.glob("evor_*.py"), *ROOT.glob("*/*.py")])]
     texts += [re.match(r'"""(.*?)"""', text, re.S)[1] for text in modules if text.startswith('"""')]
