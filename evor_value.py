@@ -17,12 +17,12 @@ L(theta) = E( s_theta(z_t, t | x, a) - target )^2 where
     velocity             f(Z'_t) + (1-t) (z_0 - f(z_0))               g s_bar(Z'_t, t | x', a') + f(z_0) - z_0
                          where Z'_t = psi_bar_t(z_0)
 
-z_0' is fresh noise. The last three have the law of h(Z) as their fixed point, `paper` has N(h(Q), 1): docs/td-targets.md
-says why. `paper` and `velocity` need an affine h, for which f(z') = f(0) + g z'.
+z_0' is fresh noise. The last three have the law of h(Z) as their fixed point, `paper` has N(h(Q), 1), see
+docs/td-targets.md. `paper` and `velocity` need an affine h, for which f(z') = f(0) + g z'.
 
-The policy is frozen, so next actions are drawn once, K for each transition (the bank). `--next-action base` takes one of
-them: the law is that of pi_base. `dataset` takes the action that was taken. `softmax` picks among the K as stage 3 does,
-chosen by the online network and valued by the target network: the law of an extracted policy with N_pi = K.
+The policy is frozen, so next actions are drawn once, K for each transition (the bank). `--next-action base` takes one
+of them: the law is that of pi_base. `dataset` takes the action that was taken. `softmax` picks among the K as stage 3
+does, chosen by the online network and valued by the target network: the law of an extracted policy with N_pi = K.
 
 Source: EVOR, arXiv 2510.08218, stage 2. *Ours*, not disclosed there: discount, tau, batch size, LayerNorm, flow steps.
 docs/differences.md lists what differs.

@@ -1,6 +1,6 @@
 """Predicted laws of the reward-to-go of several actions in one state, beside returns of roll-outs from there.
 
-    python -m benchmarks.candidates --run-dir runs/tasks/cube-double-play --policy-run-dir runs/cube-double-play
+    python -m benchmarks.candidates --run-dir runs/tasks/cube-double-play
 
 The extracted policy is run for `--step` steps of an evaluation episode. In the state that it reached, candidates of the
 base policy are drawn, and some of them picked, from the lowest `Q*` to the highest. Each is executed many times, the
@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.envs import parse_env
+from common.episodes import episode_seed, make_env, seeded_reset
 from common.errors import UserError, run_cli
-from common.evaluation import episode_seed, make_env, seeded_reset
 from common.metrics import sha256, write_csv
-from common.training import provenance
+from common.provenance import provenance
 from evor_infer import Agent, load_agent
 
 ENVIRONMENTS = 16  # stepped side by side
@@ -40,8 +40,6 @@ class Args:
 
     run_dir: Path
     """Run directory of the reward model."""
-    policy_run_dir: Path
-    """Run directory of the base policy."""
     task: int = 2
     """The task."""
     episode: int = 0
@@ -141,7 +139,7 @@ def measure(args: Args) -> list[dict[str, Any]]:
     """The rows of one state."""
     path = args.run_dir / "value" / "model.eqx"
     header = checkpoint.read_header(path, stage="value", remedy="train it with evor_value.py first.")
-    agent = load_agent(args.run_dir, task=args.task, policy_run_dir=args.policy_run_dir)
+    agent = load_agent(args.run_dir, task=args.task)
     gym_id, seed = parse_env(header["env"]).gym_id(args.task), episode_seed(0, args.episode)
     observation, actions = walk(agent, gym_id, seed, args.step)
     one = observation[None].astype(np.float32)

@@ -1,7 +1,6 @@
 """What more candidates promise: the gain that the choosing critic sees, and what a critic of another seed sees of it.
 
-    python -m benchmarks.saturation --run-dir runs/tasks/cube-double-play --other runs/seeds/cube-double-play \
-        --policy-run-dir runs/cube-double-play
+    python -m benchmarks.saturation --run-dir runs/tasks/cube-double-play --other runs/seeds/cube-double-play
 
 In validation states, N_pi candidates of the base policy are drawn and the best is chosen by `Q*` of one reward model.
 That model's own value of the choice can only grow with N_pi; part of the growth is its error, since the largest of
@@ -28,7 +27,8 @@ from common import checkpoint, data, sources
 from common.envs import validation_path
 from common.errors import UserError, run_cli
 from common.metrics import sha256, write_csv
-from common.training import PLACES, provenance
+from common.provenance import provenance
+from common.run import PLACES
 from evor_infer import load_agent
 
 NUMBERS = (1, 2, 4, 8, 16, 32, 64)
@@ -43,8 +43,6 @@ class Args:
     """Run directory of a reward model."""
     other: Path
     """Run directory of one of another seed."""
-    policy_run_dir: Path
-    """Run directory of the base policy that both were trained with."""
     task: int = 2
     """The task."""
     states: int = 1_000
@@ -127,7 +125,7 @@ def measure(args: Args) -> list[dict[str, Any]]:
     paths = [run / "value" / "model.eqx" for run in (args.run_dir, args.other)]
     headers, seeds = read_headers(args, paths)
     agents = [
-        load_agent(run, task=args.task, seed=seed, policy_run_dir=args.policy_run_dir)
+        load_agent(run, task=args.task, seed=seed)
         for run, seed in zip((args.run_dir, args.other), seeds, strict=True)
     ]
     header = headers[0]

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from common import checkpoint
 from common.flow import Ode
 from common.networks import FlowPolicy
+from common.progress import progress
 
 CPU_ROWS, ROWS = 4096, 131_072  # actions per call: a CPU is faster where the activations stay in its cache
 
@@ -99,7 +100,7 @@ def make_bank(
         f"{bank.nbytes / 2**20:,.0f} MiB, about {seconds:,.0f} s"
     )
     beside = threading.current_thread() is not threading.main_thread()  # while another file is trained on: no bar
-    with tqdm(
+    with progress(
         total=len(seeds) * len(states), desc="next-action bank", unit="state", unit_scale=True, disable=beside
     ) as bar:
         for replica in range(len(seeds)):

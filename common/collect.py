@@ -40,12 +40,12 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from common.args import at_least, check, not_negative, within
 from common.envs import collected_path, import_ogbench, num_cores, parse_env, validation_path
 from common.errors import UserError, run_cli
 from common.metrics import atomic, locked, package_versions, plain, read_json, record_sha256, write_json
+from common.progress import progress
 
 Episode = dict[str, np.ndarray]
 """Arrays of one row per step, under OGBench's names."""
@@ -440,7 +440,7 @@ def _collect(dataset_name: str, recipe: Recipe, train_path: Path, seed: int, wor
     ]
     left = sum(len(numbers) for _, _, numbers, _ in jobs)
     total = recipe.episodes + validation
-    with tqdm(desc=f"collecting {dataset_name}", unit="episode", total=total, initial=total - left) as bar:
+    with progress(desc=f"collecting {dataset_name}", unit="episode", total=total, initial=total - left) as bar:
         if jobs:
             spawn, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
             with ProcessPoolExecutor(min(workers, len(jobs)), spawn, _end_with_parent) as pool:

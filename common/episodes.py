@@ -20,10 +20,11 @@ from unittest import mock
 
 import gymnasium
 import numpy as np
-from tqdm import tqdm
+from gymnasium.vector.async_vector_env import AsyncState
 
 from common.envs import free_memory, import_ogbench, num_cores, trim_memory
 from common.errors import UserError
+from common.progress import progress
 
 # Environments in all, if every process has one of each replica then. One of a manipulation task takes about 130 MB (its
 # model and a second one for inverse kinematics) and a second to build.
@@ -62,7 +63,7 @@ def make_env(gym_id: str, action_noise: float = 0.0) -> gymnasium.Env:
 
 def max_environments() -> int:
     """As many environments as fit into half of the memory that is free now."""
-    return max(1, int(0.5 * (free_memory() or 8e9) / ENVIRONMENT_BYTES))
+    return max(1, int(0.5 * free_memory() / ENVIRONMENT_BYTES))
 
 
 def episode_seed(seed: int, episode: int) -> int:
@@ -237,7 +238,7 @@ class Episodes:
     def _run(self, act: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray], desc: str) -> list[dict[str, Any]]:
         state, _ = self.vector.reset()
         began, acting = time.monotonic(), 0.0
-        with tqdm(total=self.num_replicas * self.num_episodes, desc=desc, unit="episode") as bar:
+        with progress(total=self.num_replicas * self.num_episodes, desc=desc, unit="episode") as bar:
             while state["active"].any():
                 # (workers, R, m, ...) -> (R, workers * m, ...): `act` sees replicas, not processes.
                 merged = {key: self._merge(value) for key, value in state.items()}
@@ -279,7 +280,9 @@ class Episodes:
         except (EOFError, ConnectionError):
             how = "at its start"
             if hasattr(self, "vector"):
-                multiprocessing.connection.wait([process.sentinel for process in self.vector.processes], timeout=5.0)
+                dead = multiprocessing.connection.wait([p.sentinel for p in self.vector.processes], timeout=5.0)
+                for process in (p for p in self.vector.processes if p.sentinel in dead):
+                    process.join(5.0)  # its status comes a moment later
                 codes = [process.exitcode for process in self.vector.processes if process.exitcode is not None]
                 how = ", ".join(signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes) or "no status"
             raise UserError(
@@ -288,15 +291,10 @@ class Episodes:
             ) from None
 
     def close(self) -> None:
-        """Ends the processes, whatever they are doing: `AsyncVectorEnv.close` would wait for them."""
-        for process in self.vector.processes:
-            process.kill()
-        for process in self.vector.processes:
-            process.join()
-        for pipe in self.vector.parent_pipes:
-            if pipe is not None:  # as Gymnasium leaves that of a process in which an error was raised
-                pipe.close()
-        self.vector.closed = True
+        """Ends the processes, whatever they are doing: Gymnasium would wait for the answers of a step, and a process
+        that died gives none."""
+        self.vector._state = AsyncState.DEFAULT
+        self.vector.close(terminate=True)
 
     def __enter__(self) -> "Episodes":
         return self

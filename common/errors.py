@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import select
 import signal
 import sys
 import threading
@@ -36,7 +37,8 @@ def parse_args(args_type: type, presets: Mapping[str, Mapping[str, Any]], argv: 
 def run_cli(main: Callable, args_type: type, presets: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Runs `main(args)`. What goes wrong becomes one line on stderr: a `UserError`, or a file that cannot be read or
     written, with exit status 2, a number that is not finite with 1. SIGTERM and Ctrl-C exit with 143 and 130, as shells
-    count. With `--debug` on the command line the traceback is shown too."""
+    count; where nobody reads what is printed any more, as after `| head`, it is 141, without a word. With `--debug` on
+    the command line the traceback is shown too."""
     argv = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(argv) < len(sys.argv) - 1
     # Cleans up, which the default action does not: worker processes end, temporary files go.
@@ -52,16 +54,48 @@ def run_cli(main: Callable, args_type: type, presets: Mapping[str, Mapping[str, 
     except (UserError, FloatingPointError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith("RESOURCE_EXHAUSTED") and not _is_lost(error):
             raise
-        if debug:
-            traceback.print_exc()
-        stopped = isinstance(error, KeyboardInterrupt)
-        print("interrupted." if stopped else f"error: {sentence(error)}", file=sys.stderr)
-        code = 130 if stopped else 1 if isinstance(error, FloatingPointError) else 2
+        unread = _drop_unread_output() and isinstance(error, BrokenPipeError)
+        code = 141 if unread else _report(error, debug=debug)
         exit_without_waiting(code)
         raise SystemExit(code) from None
     finally:
+        _drop_unread_output()
         if before not in (signal.SIG_IGN, None):
             signal.signal(signal.SIGTERM, before)
+
+
+def _report(error: BaseException, *, debug: bool) -> int:
+    """Says on stderr what went wrong; returns the exit status."""
+    with contextlib.suppress(BrokenPipeError):
+        if debug:
+            traceback.print_exception(error)
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted.", file=sys.stderr)
+        else:
+            print(f"error: {sentence(error)}", file=sys.stderr)
+    return 130 if isinstance(error, KeyboardInterrupt) else 1 if isinstance(error, FloatingPointError) else 2
+
+
+def _drop_unread_output() -> bool:
+    """Whether stdout or stderr is a pipe that nobody reads any more. What is left for it goes nowhere: else Python,
+    which writes it at the end of the process, would say so."""
+    unread = False
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError):  # such as a full disk, of which Python tells at the end
+            stream.flush()
+        if _is_unread(stream):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            unread = True
+    return unread
+
+
+def _is_unread(stream: Any) -> bool:
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+    except (AttributeError, OSError):  # Windows, and what is no file, do not tell
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 @contextlib.contextmanager
@@ -107,8 +141,7 @@ def _is_lost(error: BaseException) -> bool:
 def exit_without_waiting(code: Any) -> None:
     """Ends this process at once, if it is one of several: the usual way out waits for the others, which wait for it."""
     if _is_one_of_several():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _drop_unread_output()
         os._exit(code if isinstance(code, int) else 1)
 
 

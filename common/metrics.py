@@ -9,13 +9,16 @@ import json
 import math
 import os
 import platform
+import secrets
 import subprocess
 import time
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
+from filelock import BaseFileLock, FileLock, Timeout
 
 from common.errors import UserError
 
@@ -75,8 +78,8 @@ def atomic(path: Path) -> Iterator[Path]:
     here = f".{platform.node()}."
     for left in path.parent.glob(f"{glob.escape(here)}*.{glob.escape(path.name)}"):
         number = left.name.removeprefix(here).removesuffix(f".{path.name}")
-        with contextlib.suppress(OSError):
-            if number.isdecimal() and left.stat().st_mtime < time.time() - 600 and not _is_running(int(number)):
+        with contextlib.suppress(OSError, OverflowError):  # the latter: no number of a process at all
+            if number.isdecimal() and left.stat().st_mtime < time.time() - 600 and not psutil.pid_exists(int(number)):
                 left.unlink()
     temporary = path.with_name(f"{here}{os.getpid()}.{path.name}")
     try:
@@ -91,17 +94,6 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _is_running(process: int) -> bool:
-    if os.name == "posix":  # elsewhere, signal 0 is Ctrl-C
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return False
-        except (OSError, OverflowError):  # of another user, or no number of a process at all
-            pass
-    return True
 
 
 def _sync_directory(path: Path) -> None:
@@ -129,58 +121,31 @@ def record_sha256(content: Path, path: Path) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Lets in one process at a time; a killed process lets go. Where the file system has no locks, everybody is let in:
     what they write is renamed when it is complete."""
+    lock = FileLock(path, fallback_to_soft=False)
     with contextlib.ExitStack() as stack:
-        try:
-            import fcntl
-
-            file = stack.enter_context(open(path, "a"))
+        with contextlib.suppress(OSError):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                stack.enter_context(lock.acquire(blocking=False))
+            except Timeout:
                 print(f"waiting for another process, which has locked {path}", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass
+                stack.enter_context(lock.acquire())
         yield
 
 
-class Hold:
-    """A lock that this process has until nothing refers to this object any more, or the process ends."""
-
-    def __init__(self, descriptor: int):
-        self.descriptor = descriptor
-
-    def __del__(self):
-        os.close(self.descriptor)
-
-
-_held: weakref.WeakValueDictionary[tuple[int, int], Hold] = weakref.WeakValueDictionary()
-
-
-def hold(path: Path) -> Hold | None:
+def hold(path: Path) -> BaseFileLock | None:
     """Locks the file `path`, which it makes, for this process; None if another one has it. Where the file system has no
-    locks, everybody gets it."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)  # no file object: one that is collected unclosed warns
-    found = os.fstat(descriptor)
-    key = found.st_dev, found.st_ino  # the same file, wherever it was moved
-    mine = _held.get(key)
-    if mine is not None:
-        os.close(descriptor)
-        return mine
-    try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except (ImportError, OSError):
-        pass
-    _held[key] = mine = Hold(descriptor)
-    return mine
+    locks, everybody gets it. It is let go when nothing refers to the lock any more, or the process ends."""
+    path.touch()
+    lock = FileLock(path, is_singleton=True, thread_local=False, fallback_to_soft=False)
+    with contextlib.suppress(OSError):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return None
+    return lock
 
 
-def hold_directory(directory: Path, flag: str) -> Hold:
+def hold_directory(directory: Path, flag: str) -> BaseFileLock:
     """Makes `directory` and locks it for this process, which is going to fill it; `flag` names it on the command line.
 
     Raises:
@@ -263,8 +228,11 @@ def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Mapping[str, Any
         writer.writerows(rows)
 
 
-def start_tracking(project: str, name: str, config: Mapping[str, Any]) -> Any:
+def start_tracking(project: str, name: str, config: Mapping[str, Any], *, directory: Path | None = None) -> Any:
     """A Weights & Biases run; the package is imported here and nowhere else.
+
+    Args:
+        directory: that of the run, where `tracking.json` keeps the id: a run that goes on here is one run there, too.
 
     Raises:
         UserError: `wandb` is not installed.
@@ -273,4 +241,9 @@ def start_tracking(project: str, name: str, config: Mapping[str, Any]) -> Any:
         import wandb
     except ImportError:
         raise UserError("--track needs Weights & Biases: install it with `pip install wandb`.") from None
-    return wandb.init(project=project, name=name, config=plain(config), reinit="finish_previous")
+    settings = dict(project=project, name=name, config=plain(config), reinit="finish_previous")
+    if directory is None:
+        return wandb.init(**settings)
+    kept = read_json(directory / "tracking.json") or {"id": secrets.token_hex(8)}
+    write_json(directory / "tracking.json", kept)
+    return wandb.init(**settings, id=kept["id"], resume="allow")

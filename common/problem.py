@@ -262,6 +262,7 @@ class ValueProblem(Problem):
         base = None if self.base is None else self.base.path.parent.parent.resolve()
         return super().header() | dict(
             replicas=self.pairs,
+            return_axis=self.args.axis_kind,
             policy_run_dir=base,
             policy_sha256="" if self.base is None else self.base.sha256,
         )

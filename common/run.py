@@ -36,6 +36,7 @@ from common.metrics import (
     start_tracking,
     write_json,
 )
+from common.progress import progress
 from common.provenance import hardware
 from common.replicas import fetch, join_hosts, leave_hosts, noted_anywhere, spread, stack_replicas
 
@@ -193,7 +194,8 @@ class Run:
         self._hardware = "; ".join(dict.fromkeys(used))  # of all that the run was trained on
         track = None
         if self.args.track and first_host:
-            track = start_tracking("evor", f"{self.header['env']}-{self.stage}", checkpoint.plain(self.args))
+            name, config = f"{self.header['env']}-{self.stage}", checkpoint.plain(self.args)
+            track = start_tracking("evor", name, config, directory=self.directory)
         self.metrics = Metrics(
             self.directory / "metrics.csv",
             stage=self.stage,
@@ -250,7 +252,7 @@ class Run:
         args, first = self.args, self.step
         self._saved_step, self._saved_at, self._saving = first, time.monotonic(), 0.0  # the first chunk is saved
         name = f"{self.stage} {self.header['env']}"
-        bar = tqdm(total=args.steps, initial=first, desc=name, unit="step", disable=jax.process_index() > 0)
+        bar = progress(total=args.steps, initial=first, desc=name, unit="step", disable=jax.process_index() > 0)
         with Signals() as self._signals, bar as self._bar:
             for step in range(first, args.steps, args.chunk):
                 self._chunk_began = time.monotonic()

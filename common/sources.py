@@ -21,12 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from common.collect import collect, recipe_of, why_not_collectable
 from common.envs import check_env, collected_path, data_dir, parse_env, validation_path
 from common.errors import UserError
 from common.metrics import locked, record_sha256, sha256, sha256_path
+from common.progress import progress
 
 HOSTS = (
     "https://rail.eecs.berkeley.edu/datasets/ogbench",
@@ -45,7 +44,7 @@ CHECKSUMS = {
     "cube-single-play-v0-val.npz": "96d07401bdebdc3f0ea6d56ed1333863e0962f441483adc2c43b83105046eb00",
 }
 PAUSE = 1.0  # seconds before the second attempt
-LOWEST_RATE = 1_000  # bytes per second: a host slower than that, over a timeout's length, is as good as silent
+LOWEST_RATE = 1_000  # bytes per second: a host slower than that, in a timeout or an attempt, is as good as silent
 
 
 class Unavailable(Exception):
@@ -194,7 +193,7 @@ def fetch(url: str, path: Path, *, timeout: float, patience: int = 3) -> None:
 
     Args:
         timeout: seconds without an answer, or at less than `LOWEST_RATE`, after which a connection counts as cut.
-        patience: attempts in a row that may bring nothing; the pause doubles with each.
+        patience: attempts in a row that may bring less than `LOWEST_RATE`; the pause doubles with each.
 
     Raises:
         Unavailable: the host does not have the file, keeps failing, or has another file under that name.
@@ -203,13 +202,13 @@ def fetch(url: str, path: Path, *, timeout: float, patience: int = 3) -> None:
     partial = Partial(path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.origin"))
     pieces, failures = int(partial.size() > 0), 0
     while True:
-        before = partial.size()
+        before, began = partial.size(), time.monotonic()
         try:
             _transfer(url, partial, timeout)
         except Cut as error:
-            gained = partial.size() > before
-            pieces += gained
-            failures = 1 if gained else failures + 1
+            gained, seconds = partial.size() - before, time.monotonic() - began + PAUSE
+            pieces += gained > 0
+            failures = 1 if gained >= LOWEST_RATE * seconds else failures + 1
             if failures >= patience:
                 raise Unavailable(f"{error} ({partial.size():,} bytes are kept)") from None
             time.sleep(PAUSE * 2 ** (failures - 1))
@@ -291,7 +290,7 @@ def _copy(
     """Appends a response to a file, with a progress bar."""
     with (
         open(path, "ab") as file,
-        tqdm(desc=name, initial=start, total=total, unit="B", unit_scale=True, unit_divisor=1024) as bar,
+        progress(desc=name, initial=start, total=total, unit="B", unit_scale=True, unit_divisor=1024) as bar,
     ):
         began, received = time.monotonic(), 0
         while True:

@@ -19,8 +19,10 @@ import jax
 import evor_value
 from baselines import critics, qc
 from benchmarks.flops import num_parameters, step_flops
+from common.checkpoint import read_spec
 from common.errors import UserError
 from common.networks import make_critic, make_policy
+from evor_infer import AgentSpec
 from experiments import gather
 from experiments.gather import OF_A_SEED
 from experiments.rows import Frame, Place, cell, frame, numbers, read, table
@@ -45,8 +47,9 @@ def arguments(config: dict[str, Any]) -> evor_value.Args:
 def describe(run: Path) -> dict[str, Any]:
     """What the table says of a run beside its results."""
     config, key = json.loads((run / "value" / "config.json").read_text()), jax.random.key(0)
-    args, critic = arguments(config), eqx.filter_eval_shape(make_critic, config, key=key)
-    policy = eqx.filter_eval_shape(make_policy, config, key=key) if config.get("own_policy") else None
+    args, spec = arguments(config), read_spec(AgentSpec, config["model"], run / "value" / "config.json")
+    critic = eqx.filter_eval_shape(make_critic, spec.critic, key=key)
+    policy = eqx.filter_eval_shape(make_policy, spec.policy, key=key) if config["policy_run_dir"] is None else None
     backup = args.next_action
     if backup == "softmax" and args.backup_temperature == 0:
         backup = f"best of {args.num_next_actions}"

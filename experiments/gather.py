@@ -7,9 +7,9 @@ from typing import Any
 
 from common import checkpoint
 from common.errors import UserError
+from common.evaluation import read_episodes, summarise
 from common.metrics import read_csv, sha256
-from common.training import PLACES
-from evor_infer import read_episodes, summarise
+from common.run import PLACES
 from experiments.rows import Frame, complete, frame
 
 FILES = ("config.json", "evaluation.csv", "calibration.csv", "model.eqx")
@@ -44,7 +44,7 @@ def finished(run: Path, files: Sequence[str] = FILES) -> dict[str, Any]:
 def settings(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Every setting of a run that is one value, and where it comes from."""
     model, policy = run / "value" / "model.eqx", {"steps": ""}  # of a policy that was trained with the reward model
-    if not config.get("own_policy"):
+    if config["policy_run_dir"] is not None:
         policy = json.loads((Path(config["policy_run_dir"]) / "bc" / "config.json").read_text())["args"]
     args = {key: value for key, value in config["args"].items() if key not in OF_A_SEED and not isinstance(value, list)}
     return args | dict(

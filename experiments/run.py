@@ -26,7 +26,7 @@ from common import checkpoint
 from common.envs import default_run_dir, run_name
 from common.errors import UserError, parse_args, run_cli
 from common.metrics import plain, read_csv, read_json, sha256
-from common.training import PLACES
+from common.run import PLACES
 from experiments.gather import of_readout
 from experiments.table import ENVIRONMENTS, EXPERIMENTS, MINUTES, NAMED_ONLY
 

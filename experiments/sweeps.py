@@ -11,7 +11,7 @@ from typing import Any
 from common import checkpoint, figures
 from common.errors import UserError
 from common.metrics import read_csv, read_json, sha256
-from common.training import VERSIONS
+from common.provenance import VERSIONS
 from experiments.rows import Frame, Place, complete, frame, numbers, percent, rate, table
 
 FILES = ("episodes.csv",)

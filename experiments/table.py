@@ -70,8 +70,7 @@ def sweep(table: str, flags: str, *runs: str, tasks: str = "") -> list[str]:
     out = table.replace("/", "-")
     about = f"--tasks {tasks} --num-returns 8" if tasks else "--num-returns 8"
     commands = [
-        f"evor_infer.py --env {run.partition('/')[2]} --run-dir runs/{run} "
-        f"--policy-run-dir runs/{run.partition('/')[2]} {about} {flags} --out {out}"
+        f"evor_infer.py --env {run.partition('/')[2]} --run-dir runs/{run} {about} {flags} --out {out}"
         for run in runs
     ]
     return [*commands, draw(table, *(f"{run}/{out}" for run in runs))]
@@ -79,7 +78,7 @@ def sweep(table: str, flags: str, *runs: str, tasks: str = "") -> list[str]:
 
 def readout(env: str, run: str, name: str, flags: str = "") -> str:
     return (
-        f"evor_infer.py --env {env} --run-dir runs/{run}/{env} --policy-run-dir runs/{env} "
+        f"evor_infer.py --env {env} --run-dir runs/{run}/{env} "
         f"--num-actions 16 --num-returns 8 --eval-episodes {25 if env == SCENE else 50} {flags} --out {name}"
     )
 
@@ -248,8 +247,8 @@ EXPERIMENTS: dict[str, list[str]] = {
         "action_noise", "--num-actions 1 16 --action-noise 0 0.1 0.2 0.4", f"tasks/{CUBE}", tasks="2"
     ),
     "candidates": [
-        f"benchmarks.candidates --run-dir runs/tasks/{CUBE} --policy-run-dir runs/{CUBE}",
-        f"benchmarks.saturation --run-dir runs/tasks/{CUBE} --other runs/seeds/{CUBE} --policy-run-dir runs/{CUBE}",
+        f"benchmarks.candidates --run-dir runs/tasks/{CUBE}",
+        f"benchmarks.saturation --run-dir runs/tasks/{CUBE} --other runs/seeds/{CUBE}",
         "experiments.draw candidates saturation --rows runs/tables",
     ],
     "targets": targets(),

@@ -14,7 +14,8 @@ import numpy as np
 from common import figures
 from common.errors import UserError
 from common.metrics import CALIBRATED, read_csv
-from common.training import PLACES, VERSIONS
+from common.provenance import VERSIONS
+from common.run import PLACES
 from experiments.gather import READOUT, finished, of_readout
 from experiments.rows import Frame, Place, frame, numbers, percent, rate, table
 

@@ -110,6 +110,7 @@ def test_run_cli_says_a_mistake_in_the_presets_too(monkeypatch: pytest.MonkeyPat
         (OSError(errno.EROFS, "Read-only file system", "/mnt/runs"), 2,
          "/mnt/runs: Read-only file system: choose a place that can be written to, with --run-dir or --out."),
         (OSError("strange"), 2, "strange: --debug shows where this happened."),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "Broken pipe: --debug shows where this happened."),
         (MemoryError("Unable to allocate 3 TiB"), 2,
          "out of memory (Unable to allocate 3 TiB): use a smaller --batch-size, fewer --seeds or --num-next-actions."),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"), 2,
@@ -220,6 +221,56 @@ def test_a_mistake_on_the_real_command_line(tmp_path: Path):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: unknown environment 'nonsense'") and done.stderr.count("\n") == 1
     assert "runs" not in os.listdir(tmp_path)
+
+
+PRINTS = """
+import dataclasses
+from common.errors import UserError, run_cli
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    letters: int = 10
+    wrong: bool = False
+
+def main(args):
+    print("x" * args.letters)
+    if args.wrong:
+        raise UserError("wrong: mend it.")
+
+run_cli(main, Args)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--letters", "1000000"], 141, ""),  # more than a buffer: printing fails
+        (["--help"], 0, ""),  # less: it is written at the end of the process
+        ([], 0, ""),
+        (["--wrong"], 2, "error: wrong: mend it.\n"),
+    ],
+    ids=["long", "help", "short", "mistake"],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
+def test_nobody_reads_what_is_printed(
+    tmp_path: Path, words: list[str], code: int, said: str, unbuffered: str, both: bool
+):
+    """As after `| head` and `2>&1 | head`: not a word of it, neither ours nor Python's at the end of the process.
+    Without a buffer it shows at the first word."""
+    (tmp_path / "script.py").write_text(PRINTS)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+        stderr=writer if both else subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert done.returncode == (141 if unbuffered else code)
+    assert both or done.stderr == ("" if unbuffered else said)
 
 
 def test_a_simulator_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,7 @@
 """Roll-outs: every episode once, the same from any number of processes, and equal to a loop written by hand."""
 
 import functools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -326,3 +327,21 @@ def test_a_worker_that_dies_is_reported():
         with pytest.raises(UserError, match=r"of the evaluation died \(SIGKILL\): .* --workers .* --resume\."):
             episodes.run(act)
     assert not second.is_alive()
+
+
+def first_worker_dies(info: dict) -> float:
+    if multiprocessing.current_process().name.endswith("-0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0.0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Python 3.13 on a pipe that ends
+def test_a_worker_that_dies_while_another_has_answered():
+    """Fails if closing waits for the answers of a step: one of them never comes, and the others would be left."""
+    settings = dict(num_episodes=2, workers=2, probe=first_worker_dies)
+    with Episodes(("pointmaze-medium-singletask-task1-v0",), **settings) as episodes:
+        with pytest.raises(UserError, match=r"of the evaluation died \(SIGKILL\)"):
+            episodes.run(lambda observations, *_: np.zeros((*observations.shape[:2], 1, 2), np.float32))
+        processes = episodes.vector.processes
+        assert processes[0].name.endswith("-0") and episodes.vector.parent_pipes[1].poll(60.0)
+    assert not any(process.is_alive() for process in processes)

@@ -2,11 +2,14 @@
 
 import csv
 import dataclasses
+import gc
 import json
 import math
 import os
 import platform
+import re
 import subprocess
+import sys
 import time
 import types
 from pathlib import Path
@@ -19,6 +22,7 @@ from common.errors import UserError
 from common.metrics import Metrics, plain, start_tracking, write_csv, write_json
 from tests.helpers import contents
 
+ROOT = Path(__file__).parent.parent
 REPLICAS = [(1, 0), (1, 3), (2, 0), (2, 3)]
 
 
@@ -107,9 +111,23 @@ def test_tracking_gets_the_same_numbers(tmp_path: Path):
 
 
 def test_tracking_without_the_package_is_a_users_mistake(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         start_tracking("evor", "name", {})
+
+
+def test_a_run_that_goes_on_is_tracked_as_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Fails if a resumed run begins another run of Weights & Biases, or if two runs share theirs."""
+    calls = []
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: calls.append(settings)))
+    for directory in ("a", "a", "b"):
+        start_tracking("evor", "name", {"steps": 5}, directory=tmp_path / directory)
+    first, resumed, other = calls
+    assert first["config"] == {"steps": 5} and first["resume"] == "allow" and re.fullmatch(r"\w{8,64}", first["id"])
+    assert resumed == first and other["id"] != first["id"]
+    (tmp_path / "a" / "tracking.json").unlink()  # as a run does that starts over
+    start_tracking("evor", "name", {}, directory=tmp_path / "a")
+    assert calls[-1]["id"] not in (first["id"], other["id"])
 
 
 def test_write_csv_and_json_replace_whole_files_or_nothing(tmp_path: Path):
@@ -147,6 +165,26 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path):
         os.utime(tmp_path / name, (0, time.time() - 601))
     write_json(tmp_path / "a.json", {})
     assert {*names.values(), "a.json"} - set(contents(tmp_path)) == {names["killed"]}
+
+
+def test_a_lock_is_held_as_long_as_something_refers_to_it(tmp_path: Path):
+    """By this process, which gets it as often as it asks. Fails if another process gets it, or if it stays for ever."""
+    path = tmp_path / ".lock"
+    code = "import pathlib, sys; from common.metrics import hold; print(hold(pathlib.Path(sys.argv[1])) is None)"
+
+    def another_process_is_refused() -> bool:
+        command = [sys.executable, "-c", code, str(path)]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return {"True": True, "False": False}[said.strip()]
+
+    first = metrics.hold(path)
+    second = metrics.hold(path)
+    assert first is not None and second is first
+    del first
+    assert another_process_is_refused()
+    del second
+    gc.collect()
+    assert not another_process_is_refused()
 
 
 @dataclasses.dataclass(frozen=True)

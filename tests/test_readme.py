@@ -1,5 +1,5 @@
-"""Every command of the READMEs and of the scripts' docstrings parses, so that none of their flags is made up, and none
-of them changes a stored row."""
+"""Every command of the READMEs, CONTRIBUTING.md and the scripts' docstrings parses, so that none of their flags is made up,
+and none of them changes a stored row. The Python of the README runs."""
 
 import importlib
 import re
@@ -7,11 +7,15 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import evor_bc
+import evor_value
 from common.errors import parse_args
 from experiments.run import shell
 from experiments.table import EXPERIMENTS
+from tests.helpers import tiny_dataset
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,7 +30,8 @@ def commands(text: str) -> list[str]:
 
 
 def all_commands() -> list[str]:
-    texts = [path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("results/**/*.md")))]
+    pages = ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))
+    texts = [path.read_text() for path in (*pages, *sorted(ROOT.glob("results/**/*.md")))]
     modules = [path.read_text() for path in sorted([*ROOT.glob("evor_*.py"), *ROOT.glob("*/*.py")])]
     texts += [re.match(r'"""(.*?)"""', text, re.S)[1] for text in modules if text.startswith('"""')]
     return sorted({c for text in texts for c in commands(text)})
@@ -88,3 +93,20 @@ def test_links_lead_to_files():
     links = re.findall(r"\]\((?!https?:|results/https?:)([^)#]+)\)", text)
     links += re.findall(r"`(results/[^`*]+)`", text)
     assert len(links) > 40 and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On two steps of training, in the place that it names: fails if a name or an argument in it is made up."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    data = tiny_dataset(tmp_path / "data.npz", observation_dim=28, action_dim=5, rewards=False)
+    with np.load(data) as arrays:
+        np.savez(data, **arrays, qpos=np.zeros((len(arrays["actions"]), 21)))  # all states of the arm the same
+    common = dict(env="cube-single-play", dataset=data, width=16, depth=2, batch_size=8, chunk=2, steps=2)
+    evor_bc.main(evor_bc.Args(**common))
+    evor_value.main(evor_value.Args(**common, tasks=(2,), num_next_actions=1, eval_episodes=0))
+    names = dict(observations=np.zeros((3, 28), np.float32))
+    for block in blocks:
+        exec(block, names)
+    assert names["actions"].shape == (3, 1, 5) and names["returns"].shape == (3, 64)

@@ -3,10 +3,13 @@
 The hosts are local HTTP servers. Nothing but a complete, verified file may ever stand under a dataset's name.
 """
 
+import errno
 import hashlib
 import http.client
 import http.server
 import io
+import itertools
+import os
 import random
 import signal
 import ssl
@@ -14,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -378,11 +382,13 @@ def test_strange_headers_and_leftovers_are_survived(home: Path, host: Host, monk
     assert visible(cache(home)) == COMPLETE
 
 
-def test_a_file_system_without_locks_is_no_obstacle(home: Path, host: Host, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS], ids=errno.errorcode.get)
+def test_a_file_system_without_locks_is_no_obstacle(home: Path, host: Host, monkeypatch, number: int):
+    """Fails also if a file takes the place of the lock, which filelock warns of: a killed process would leave it."""
     import fcntl
 
     def refuse(*args):
-        raise OSError(37, "No locks available")
+        raise OSError(number, os.strerror(number))
 
     fill(host)
     use(monkeypatch, host)
@@ -515,6 +521,39 @@ def test_a_trickling_host_is_as_good_as_silent(home: Path, host: Host, second: H
     host.faults.extend([trickle] * 99)
     assert sources.download("scene-play-v0", timeout=0.1)
     assert visible(cache(home)) == COMPLETE
+
+
+@pytest.mark.parametrize(("piece", "seconds"), [(2_000, 10.0), (100, 0.0)], ids=["slow", "cuts"])
+def test_a_host_that_resumes_at_a_trickle_is_left(
+    home: Path, host: Host, second: Host, monkeypatch, piece: int, seconds: float
+):
+    """Each connection brings a piece of the file: late, or at once, but then the pause takes the time. Fails if any
+    byte counts as progress: a file of 300 MB would take days, and the second host would never be asked."""
+    fill(host)
+    fill(second)
+    use(monkeypatch, host, second)
+    passed = itertools.count(0.0, seconds)
+    clock = types.SimpleNamespace(monotonic=lambda: next(passed), sleep=lambda seconds: None)
+    monkeypatch.setattr(sources, "time", clock)
+    monkeypatch.setattr(sources, "PAUSE", 1.0)
+    for _ in range(2_000):
+        host.cut(after=piece)
+    assert sources.download("scene-play-v0", timeout=15.0)
+    assert visible(cache(home)) == COMPLETE
+    assert len(host.requests) == 6  # three attempts for each file
+
+
+def test_a_host_that_cuts_often_and_is_fast_is_kept(home: Path, host: Host, second: Host, monkeypatch):
+    """Five pieces of 20 kB and more in a second each: fails if a number of cuts is too many."""
+    fill(host)
+    use(monkeypatch, host, second)
+    clock = types.SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda seconds: None)
+    monkeypatch.setattr(sources, "time", clock)
+    monkeypatch.setattr(sources, "PAUSE", 1.0)
+    for _ in range(5):
+        host.cut(after=20_000)
+    assert sources.download("scene-play-v0", timeout=15.0)
+    assert visible(cache(home)) == COMPLETE and not second.requests
 
 
 def test_no_network_is_found_out_at_once(home: Path, host: Host, monkeypatch, capsys):
