@@ -42,7 +42,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 import evor_bc
 import evor_infer
-from common.args import Count, TrainArgs, learning_rate, multiple_of, not_negative, within
+from common.args import Count, TrainArgs, learning_rate, multiple_of, not_negative, unread, within
 from common.envs import NUM_TASKS
 from common.errors import run_cli
 from common.evaluation import Evaluation
@@ -76,7 +76,7 @@ class Args(TrainArgs):
     # --- experiment ---
     tasks: tuple[int, ...] = ()
     """OGBench's single tasks; the environment's default task by default."""
-    policy_run_dir: Path | None = None
+    policy_run_dir: Path | None = unread(None)
     """The run directory with the base policy; --run-dir by default."""
     policy_seed: Annotated[int | None, not_negative] = None
     """The base policy that all seeds share, by its seed; each seed's own by default."""
@@ -118,17 +118,17 @@ class Args(TrainArgs):
     """Polyak rate of the target network (ours)."""
 
     # --- evaluation ---
-    eval_every: Annotated[int, not_negative, multiple_of("chunk")] = 100_000
+    eval_every: Annotated[int, not_negative, multiple_of("chunk")] = unread(100_000)
     """Gradient steps between evaluations; one always ends the run, 0 leaves out the others."""
-    eval_episodes: Annotated[int, not_negative] = 50
+    eval_episodes: Annotated[int, not_negative] = unread(50)
     """Episodes per task and seed (OGBench: 50); 0 skips evaluation."""
-    num_actions: Count = Extraction.num_actions
+    num_actions: Count = unread(Extraction.num_actions)
     """N_pi at evaluation (32: the paper's)."""
-    num_returns: Count = Extraction.num_returns
+    num_returns: Count = unread(Extraction.num_returns)
     """N at evaluation (ours)."""
     return_temperature: Annotated[float, not_negative] = Extraction.return_temperature
     """tau_R, in the softmax backup and at evaluation, in standard deviations of the data's returns (ours)."""
-    action_temperature: Annotated[float, not_negative] = Extraction.action_temperature
+    action_temperature: Annotated[float, not_negative] = unread(Extraction.action_temperature)
     """tau_Q at evaluation, in standard deviations of Q* among the candidates (ours); 0 takes the best candidate."""
 
     def conflicts(self) -> Iterator[str]:

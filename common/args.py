@@ -78,6 +78,11 @@ positive = Constraint(lambda x, _: x > 0, lambda flag, x, _: f"{flag} must be po
 Count = Annotated[int, at_least(1)]
 
 
+def unread(default: Any) -> Any:
+    """A field that no compiled step reads: arguments that differ in such fields alone are equal, and share a program."""
+    return dataclasses.field(default=default, compare=False)
+
+
 def flag_of(field: str) -> str:
     """The field's name on the command line."""
     return f"--{field.replace('_', '-')}"
@@ -116,16 +121,16 @@ class TrainArgs:
     """Number of seeds, all trained in one program: base policies, or a reward model per task and seed."""
     first_seed: Annotated[int, not_negative] = 0
     """The first seed; the others follow it."""
-    run_dir: Path | None = None
+    run_dir: Path | None = unread(None)
     """Where the run goes; runs/ENV (runs/ENV-quick) by default. Stage 1 writes to its folder bc/, stage 2 to value/."""
-    resume: bool = False
+    resume: bool = unread(False)
     """Continue from the last checkpoint in the run directory. Settings of the evaluation may be others then; of a run
     that is complete, only the evaluation is done again."""
-    overwrite: bool = False
+    overwrite: bool = unread(False)
     """Start anew where a run stands already."""
-    track: bool = False
+    track: bool = unread(False)
     """Also log to Weights & Biases."""
-    distributed: bool = False
+    distributed: bool = unread(False)
     """One of several processes that train together (jax.distributed); see `common.replicas.join_hosts`."""
     quick: bool = False
     """Preset: a smoke run that ends in minutes on a laptop's CPU. What it trains is not good."""
@@ -143,7 +148,7 @@ class TrainArgs:
     horizon: Count = 1
     """Length of an action chunk; QC uses 5."""
     ignore_observations: tuple[int, ...] = ()
-    """Coordinates of the observation that the base policy sees as constant, such as velocities (README, Tuning). The
+    """Coordinates of the observation that the base policy sees as constant, such as velocities (docs/tuning.md). The
     reward model always follows its policy."""
 
     # --- network and optimisation ---
