@@ -126,7 +126,7 @@ class TrainArgs:
     track: bool = False
     """Also log to Weights & Biases."""
     distributed: bool = False
-    """One of several processes that train together (jax.distributed); see `common.training.join_hosts`."""
+    """One of several processes that train together (jax.distributed); see `common.replicas.join_hosts`."""
     quick: bool = False
     """Preset: a smoke run that ends in minutes on a laptop's CPU. What it trains is not good."""
     preview: bool = False
