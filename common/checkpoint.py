@@ -160,6 +160,8 @@ def read_spec(cls: type[Spec], content: Any, path: Path) -> Spec:
             name: read_spec(hints[name], value, path) if dataclasses.is_dataclass(hints[name]) else value
             for name, value in content.items()
         }
+        if None in fields.values():  # which fulfils all constraints
+            raise TypeError
         spec = cls(**fields)
         check(spec)
         return spec

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float16, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Float16, Int, Key, PRNGKeyArray
 
 from common import data, sources
 from common.bank import make_bank
@@ -133,7 +133,7 @@ class Problem:
         zeros = jnp.zeros(len(seeds), jnp.int32)
         self._set_replicas(Replica(zeros, zeros, None, keys[:, 1]), keys[:, 0])
 
-    def _set_replicas(self, replicas: Replica, init_keys: PRNGKeyArray) -> None:
+    def _set_replicas(self, replicas: Replica, init_keys: Key[Array, " replicas"]) -> None:
         self.init_keys, self.replicas = init_keys, spread(replicas, len(self.pairs))
 
     def header(self) -> dict[str, Any]:

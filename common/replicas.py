@@ -71,7 +71,7 @@ def join_hosts() -> None:
     JAX_COORDINATOR_ADDRESS (HOST:PORT of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID. The run directory and the
     data have to lie on a file system that all hosts share. Only the first process evaluates and keeps what it writes.
 
-    SIGTERM to any of them stops all after the same chunk, which is saved (`Run.train`).
+    SIGTERM to any of them stops all after the same chunk, which is saved (`Run.steps`).
 
     Raises:
         UserError: the processes cannot be found.

@@ -8,6 +8,7 @@
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -115,9 +116,9 @@ class Run:
         Raises:
             UserError: they do not hold.
         """
-        check(args)
-        self.args, self.stage = args, stage
         self.save_every = min(args.save_every, args.steps)
+        check(dataclasses.replace(args, save_every=self.save_every))
+        self.args, self.stage = args, stage
         self.directory = args.directory / stage
         self.diverged: list[tuple[int | str, int]] = []
         self.resume_path: Path | None = None
@@ -257,9 +258,10 @@ class Run:
             for step in range(first, args.steps, args.chunk):
                 self._chunk_began = time.monotonic()
                 yield step
-        if first == args.steps and jax.process_index() == 0 and not checkpoint.complete(self.model_path):
-            model = self._model(self.own(self._state))
-            checkpoint.save(self.model_path, {**self.header, "step": first}, model)  # somebody lost it
+        if first == args.steps:
+            state = self.own(self._state)  # on all hosts
+            if jax.process_index() == 0 and not checkpoint.complete(self.model_path):
+                checkpoint.save(self.model_path, {**self.header, "step": first}, self._model(state))  # somebody lost it
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("saved")  # the other hosts read what the first one wrote
 
@@ -302,6 +304,7 @@ class Run:
                     raise
                 self._signals.number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
         self._stop_if_signalled()
+        self._chunk_began = time.monotonic()
 
     def _stop_if_signalled(self) -> None:
         """Ends the run, which is saved, if one of the hosts noted a signal."""

@@ -5,7 +5,7 @@
     python -m tests.fuzz policy -max_total_time=600
     python -m tests.fuzz npz -max_total_time=600
 
-A file is either refused with a `UserError` or read; any other exception, more memory than RSS_LIMIT, and more than
+A file is either refused with a `UserError` or read, and an agent that is read acts; any other exception, more memory than RSS_LIMIT, and more than
 TIMEOUT seconds are findings, which libFuzzer writes to the working directory. What follows the target goes to it.
 Half of the files are mutated as bytes, half by their meaning, since hardly any changed byte gets past a checksum:
 fields of headers, shapes and types of arrays, with the checksums made anew.
@@ -32,6 +32,8 @@ with atheris.instrument_imports(include=["common", "evor_infer", "zipfile", "num
     from common import checkpoint, data
     from common.errors import UserError
 
+import jax
+
 import evor_bc
 import evor_value
 from tests.helpers import tiny_dataset
@@ -50,7 +52,7 @@ def mutate_header(header: dict, rng: random.Random) -> dict:
     """Removes, changes or adds a field, here or in a field that is an object itself."""
     header = dict(header)
     for _ in range(rng.randrange(1, 4)):
-        key = rng.choice([*header, "own_policy", "diverged", "policy_seed", "outputs", rng.choice(("x", "policies"))])
+        key = rng.choice([*header, "model", "diverged", "policy_seed", "outputs", rng.choice(("x", "policies"))])
         if isinstance(header.get(key), dict) and rng.random() < 0.6:
             header[key] = mutate_header(header[key], rng)
         elif rng.random() < 0.2:
@@ -131,6 +133,7 @@ def main() -> None:
     corpus = directory / "corpus"
     corpus.mkdir()
     (corpus / "good").write_bytes(path.read_bytes())
+    key = jax.random.key(0)
     counts = dataclasses.make_dataclass("Counts", [("read", int, 0), ("refused", int, 0)])()
 
     def once(content: bytes) -> None:
@@ -139,8 +142,11 @@ def main() -> None:
             with contextlib.redirect_stderr(io.StringIO()):
                 if target == "npz":
                     data.load_trajectories(path, env="robot", tasks=(0,))
+                elif target == "policy":
+                    evor_bc.load(path)
                 else:
-                    evor_infer.load_agents(run)
+                    agent = evor_infer.load_agent(run)
+                    agent.act(np.zeros((1, agent.policy.spec.observation), np.float32), num_actions=2, key=key)
             counts.read += 1
         except UserError as error:
             assert str(error).strip()

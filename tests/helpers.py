@@ -1,5 +1,7 @@
-"""Small datasets and looks at directories, for several test files."""
+"""Small datasets, changed checkpoints, and looks at directories, for several test files."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,21 @@ def tiny_dataset(
 def arrays(path: Path) -> bytes:
     """The arrays of a checkpoint: without its header, which names the run directory, and the SHA-256 of both."""
     return path.read_bytes()[: -checkpoint.TRAILER_BYTES].split(b"\n", 1)[1]
+
+
+def sign(path: Path) -> None:
+    """Makes the SHA-256 at the end of a checkpoint that of the rest, as somebody would who wants a bad one read."""
+    content = path.read_bytes()
+    if content[-checkpoint.TRAILER_BYTES :].startswith(checkpoint.TRAILER):
+        content = content[: -checkpoint.TRAILER_BYTES]
+    path.write_bytes(content + checkpoint.TRAILER + hashlib.sha256(content).hexdigest().encode())
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    """Changes the header of a checkpoint, and nothing else."""
+    header = json.loads(path.read_bytes().split(b"\n", 1)[0])
+    path.write_bytes(json.dumps(header | changes).encode() + b"\n" + arrays(path))
+    sign(path)
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -20,8 +20,9 @@ from pathlib import Path
 import evor_bc
 import evor_value
 from baselines import qc
-from common import checkpoint, training
+from common import checkpoint
 from common.errors import UserError, run_cli
+from common.run import state_to_resume
 
 SMALL = dict(
     env="toy", dataset=Path("data.npz"), width=4, depth=2, batch_size=2, chunk=2, steps=1_000, save_every=20
@@ -69,7 +70,7 @@ def start(stage: str, directory: Path) -> int:
 def saved_step(stage: str, directory: Path) -> int:
     folder = STAGES[stage][2]
     try:
-        path = training.state_to_resume(directory / folder, folder)
+        path = state_to_resume(directory / folder, folder)
         return checkpoint.read_header(path, stage=folder, remedy="")["step"]
     except UserError:
         return 0

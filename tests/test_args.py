@@ -1,16 +1,31 @@
 """Constraints declared beside a field."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
+import numpy as np
 import pytest
 
 import evor_bc
 import evor_infer
 import evor_value
 from baselines import critics, qc
-from common.args import Constraint, Count, at_least, check, each, multiple_of, not_negative, positive, within
+from common.args import (
+    Constraint,
+    Count,
+    at_least,
+    check,
+    each,
+    learning_rate,
+    multiple_of,
+    not_negative,
+    positive,
+    size,
+    within,
+)
 from common.errors import UserError, parse_args
+
+Width = Annotated[int, size(100)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +38,8 @@ class Args:
     size: Annotated[float, positive] = 1.0
     noise: Annotated[float, not_negative] = 0.0
     many: Annotated[tuple[int, ...], each(at_least(1))] = (1,)
+    width: Width = 1
+    kind: Literal["a", "b"] = "a"
 
     def conflicts(self):
         if self.size == self.noise:
@@ -45,6 +62,13 @@ class Args:
         (dict(noise=float("nan")), "--noise must not be negative: nan."),
         (dict(many=()), "--many needs at least one number."),
         (dict(many=(2, 0)), "--many must be at least 1, not 0."),
+        (dict(width=0), "--width must be a number in [1, 100], not 0."),
+        (dict(width=101), "--width must be a number in [1, 100], not 101."),
+        (dict(width=2.0), "--width must be a number in [1, 100], not 2.0."),
+        (dict(width=True), "--width must be a number in [1, 100], not True."),
+        (dict(width="8"), "--width must be a number in [1, 100], not '8'."),
+        (dict(kind="c"), "--kind must be one of a, b, not 'c'."),
+        (dict(kind=[]), "--kind must be one of a, b, not []."),
         (dict(noise=1.0), "--size and --noise are the same."),
     ],
 )
@@ -56,7 +80,7 @@ def test_what_breaks_a_constraint_is_said(changes: dict, sentence: str):
 
 def test_what_fulfils_all_passes():
     check(Args())
-    check(Args(unit=1, steps=1, maybe=3, share=0.999, rate=1e-9, noise=5.0, many=(1, 1)))
+    check(Args(unit=1, steps=1, maybe=3, share=0.999, rate=1e-9, noise=5.0, many=(1, 1), width=100, kind="b"))
 
 
 @pytest.mark.parametrize("script", [evor_bc, evor_value, evor_infer, critics, qc], ids=lambda script: script.__name__)
@@ -75,3 +99,9 @@ def test_a_baseline_keeps_the_constraints_of_fields_that_it_declares_anew():
             if parent is not None and declared is not None:
                 constrained = [x for x in getattr(parent, "__metadata__", ()) if isinstance(x, Constraint)]
                 assert bool(constrained) <= bool(getattr(declared, "__metadata__", ())), field.name
+
+
+def test_learning_rate():
+    assert learning_rate(3e-4, "constant", 100) == 3e-4
+    schedule = learning_rate(2.0, "cosine", 100)
+    assert [float(schedule(step)) for step in (0, 25, 50, 100)] == pytest.approx([2.0, 1 + np.sqrt(0.5), 1.0, 0.0])

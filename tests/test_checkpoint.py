@@ -1,11 +1,11 @@
 """Checkpoints: what goes in comes out bit for bit, and whatever is wrong with a file is a sentence with a remedy."""
 
+import dataclasses
 import functools
-import hashlib
 import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import equinox as eqx
 import hypothesis
@@ -17,30 +17,29 @@ import pytest
 from hypothesis import strategies as st
 
 from common import checkpoint
+from common.args import size
 from common.errors import UserError
-from common.networks import make_critic
+from common.networks import CriticSpec, PolicySpec, make_critic
 from common.returns import affine_axis
-from tests.helpers import contents
+from evor_infer import AgentSpec
+from tests.helpers import contents, sign
 
+SPEC = CriticSpec(observation=3, action=2, kind="mlp", width=8, depth=2, head_width=4, head_depth=2)
 HEADER = dict(
-    stage="value", env="cube-single-play", observation_dim=3, action_dim=2, horizon=1, width=8, depth=2, head_width=4,
-    head_depth=2, critic="mlp", return_axis="std", step=7, replicas=[[1, 0]], policy_sha256="00", args=dict(steps=9),
-    data=dict(name="data.npz", source="own", sha256="11"),
+    stage="value", env="cube-single-play", horizon=1, step=7, seeds=[0], replicas=[[1, 0]], policy_sha256="00",
+    args=dict(steps=9), data=dict(name="data.npz", source="own", sha256="11"), model=dataclasses.asdict(SPEC),
 )  # fmt: skip
 REMEDY = "train it first."
 
 
-def sign(path: Path) -> None:
-    """Makes the SHA-256 at the end that of the rest, as somebody would who wants a bad file to be read."""
-    content = path.read_bytes()
-    if content[-checkpoint.TRAILER_BYTES :].startswith(checkpoint.TRAILER):
-        content = content[: -checkpoint.TRAILER_BYTES]
-    path.write_bytes(content + checkpoint.TRAILER + hashlib.sha256(content).hexdigest().encode())
+def with_model(**changes: Any) -> dict[str, Any]:
+    """The header of another model."""
+    return HEADER | dict(model=HEADER["model"] | changes)
 
 
 def build(header: dict[str, Any]) -> Any:
     """Critic, optimizer state and scale, as far as the header determines them."""
-    critic = make_critic(header, key=jax.random.key(0))
+    critic = make_critic(checkpoint.read_spec(CriticSpec, header["model"], Path("model.eqx")), key=jax.random.key(0))
     return (
         critic,
         optax.adam(1e-3).init(critic),
@@ -51,7 +50,7 @@ def build(header: dict[str, Any]) -> Any:
 
 def trained() -> Any:
     """The same structure after one update, with values that text would round."""
-    critic = make_critic(HEADER, key=jax.random.key(1))
+    critic = make_critic(SPEC, key=jax.random.key(1))
     optimizer = optax.adam(1e-3)
     gradient = jax.tree.map(lambda x: jnp.sin(x) + 1 / 3, critic)
     updates, opt_state = optimizer.update(gradient, optimizer.init(critic))
@@ -73,8 +72,8 @@ def load(path: Path, stage: str = "value") -> tuple[dict[str, Any], Any]:
 
 @pytest.mark.parametrize("kind", ["mlp", "trunk"])
 def test_round_trip_is_exact(tmp_path: Path, kind: str):
-    header = HEADER | dict(critic=kind)
-    critic = make_critic(header, key=jax.random.key(1))
+    header = HEADER | dict(model=dataclasses.replace(SPEC, kind=kind))
+    critic = make_critic(header["model"], key=jax.random.key(1))
     saved = (
         critic,
         optax.adam(1e-3).init(critic),
@@ -82,8 +81,9 @@ def test_round_trip_is_exact(tmp_path: Path, kind: str):
         jnp.asarray(7, jnp.int32),
     )
     checkpoint.save(tmp_path / "model.eqx", header, saved)
-    found, loaded = load(tmp_path / "model.eqx")
-    assert found == header
+    read, loaded = load(tmp_path / "model.eqx")
+    assert read == header | dict(model=dataclasses.asdict(header["model"]))
+    assert read["model"]["kind"] == loaded[0].spec.kind == kind
     assert jax.tree.structure(loaded) == jax.tree.structure(saved)
     for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(saved), strict=True):
         assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
@@ -209,18 +209,97 @@ def test_no_memory_is_taken_for_what_the_file_does_not_hold(path: Path, shape: t
 @pytest.mark.parametrize(
     "change",
     [
-        dict(depth=10**9), dict(width=0), dict(horizon=-1), dict(width="8"), dict(depth=2.0), dict(action_dim=True),
-        dict(observation_dim=None), dict(step="7"), dict(replicas=[[1]]), dict(diverged=None), dict(args=[]),
+        dict(horizon=-1), dict(horizon=10**9), dict(horizon=1.0), dict(horizon=True), dict(model=[]), dict(model=None),
+        dict(seeds=[]), dict(seeds=[-1]), dict(seeds=3), dict(seeds=[True]),
+        dict(step="7"), dict(replicas=[[1]]), dict(diverged=None), dict(args=[]),
         dict(replicas=[[[], 0]]), dict(diverged=[[1, {}]]), dict(data={}), dict(data=[]), dict(env=["x"]),
         dict(replicas=[]), dict(replicas=[[99, 0]]), dict(replicas=[[2, 2**70]]), dict(args={}),
         dict(args=dict(steps="x")), dict(args=dict(steps=9, ignore_observations=3)),
     ],
 )  # fmt: skip
-def test_sizes_that_nobody_means(path: Path, change: dict):
-    """Fails if a model of a billion layers is built, or if a number is taken for what it is not."""
+def test_what_nobody_means(path: Path, change: dict):
+    """Fails if a number is taken for what it is not."""
     checkpoint.save(path, HEADER | change, trained())
     with pytest.raises(UserError, match=rf"damaged \({next(iter(change))} is .*\): delete it and train again"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(depth=10**9), dict(width=0), dict(width="8"), dict(depth=2.0), dict(action=True), dict(observation=None),
+        dict(head_width=-1), dict(outputs=10**18), dict(outputs=[1]), dict(kind="x"), dict(kind=[]), dict(kind=None),
+        dict(more=1), {"key": 1}, {"": 1}, dict(width={}), dict(width=dict(observation=1)),
+    ],
+)  # fmt: skip
+def test_sizes_that_nobody_means(path: Path, change: dict):
+    """Fails if a model of a billion layers is built, or if a field that it does not have is passed on."""
+    checkpoint.save(path, with_model(**change), trained())
+    with pytest.raises(UserError, match=r"damaged \(model is .*\): delete it and train again"):
+        load(path)
+
+
+@pytest.mark.parametrize("field", ["observation", "action", "kind", "width", "depth"])
+def test_a_size_that_is_missing(path: Path, field: str):
+    spec = {name: value for name, value in HEADER["model"].items() if name != field}
+    checkpoint.save(path, HEADER | dict(model=spec), trained())
+    with pytest.raises(UserError, match=r"damaged \(model is .*\): delete it and train again"):
+        load(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    kind: Literal["a", "b"]
+    width: Annotated[int, size(10)] = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    first: Inner
+    second: Inner
+    depth: Annotated[int, size(10)] = 1
+
+
+def test_specs_come_back_as_they_were():
+    """Plain numbers in the file are frozen dataclasses again, one in another."""
+    spec = Outer(Inner("a"), Inner("b", width=10), depth=2)
+    assert checkpoint.read_spec(Outer, checkpoint.plain(spec), Path("x")) == spec
+    assert checkpoint.read_spec(Outer, dict(first=dict(kind="a"), second=dict(kind="b")), Path("x")) == Outer(
+        Inner("a"), Inner("b")
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None, [], 3, "x", {}, dict(first=dict(kind="a")), dict(first=dict(kind="a"), second=dict(kind="c")),
+        dict(first=dict(kind="a"), second=dict(kind="b", width=11)), dict(first=dict(kind="a"), second=None),
+        dict(first=dict(kind="a"), second=dict(kind="b", width=2.0)), dict(first=dict(kind="a"), second=[["kind"]]),
+        dict(first=dict(kind="a"), second=dict(kind="b", width=True)), dict(first=dict(kind="a"), second="kind"),
+        dict(first=dict(kind="a"), second=dict(kind="b"), depth=None), dict(first=dict(kind="a"), second={}),
+        dict(first=dict(kind="a"), second=dict(kind="b"), depth=0), dict(first=3, second=3),
+        dict(first=dict(kind="a"), second=dict(kind="b", more=1)), dict(first=dict(kind=["a"]), second=dict(kind="b")),
+    ],
+)  # fmt: skip
+def test_specs_that_nobody_means(content: Any):
+    """Also without the checks of types that are active in tests only: these classes have none."""
+    with pytest.raises(UserError, match=r"^x is damaged \(model is .*\): delete it and train again\.$"):
+        checkpoint.read_spec(Outer, content, Path("x"))
+
+
+def test_parts_of_an_agent_that_do_not_fit_each_other():
+    """Fails if such an agent is loaded, to stumble at its first action."""
+    spec = AgentSpec(PolicySpec(3, 4, 8, 2), CriticSpec(3, 4, "mlp", 8, 2), horizon=2, knots=5)
+    good = checkpoint.plain(spec)
+    assert checkpoint.read_spec(AgentSpec, good, Path("x")) == spec
+    for part, change in (
+        ("policy", dict(observation=4)), ("critic", dict(observation=4)), ("critic", dict(action=2)),
+        ("policy", dict(action=2)),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=r"^x is damaged \(model is .*\): delete it and train again\.$"):
+            checkpoint.read_spec(AgentSpec, good | {part: good[part] | change}, Path("x"))
+    with pytest.raises(UserError, match="x is damaged"):
+        checkpoint.read_spec(AgentSpec, good | dict(horizon=3), Path("x"))
 
 
 def test_arrays_in_columns_come_back(tmp_path: Path):
@@ -248,14 +327,14 @@ def test_the_newest_complete_one(path: Path, capsys: pytest.CaptureFixture):
         find()
 
 
-@pytest.mark.parametrize("change", [dict(width=16), dict(depth=3), dict(action_dim=4), dict(critic="trunk")])
+@pytest.mark.parametrize("change", [dict(width=16), dict(depth=3), dict(action=4), dict(kind="trunk")])
 def test_arrays_that_do_not_fit_the_header(path: Path, change: dict):
-    checkpoint.save(path, HEADER | change, trained())
+    checkpoint.save(path, with_model(**change), trained())
     with pytest.raises(UserError, match=r"model\.eqx is damaged or of another version .*: delete it and train again"):
         load(path)
 
 
-@pytest.mark.parametrize("field", ["width", "replicas", "policy_sha256", "data"])
+@pytest.mark.parametrize("field", ["model", "horizon", "seeds", "replicas", "policy_sha256", "data"])
 def test_a_header_that_lacks_something(path: Path, field: str):
     checkpoint.save(path, {key: value for key, value in HEADER.items() if key != field}, trained())
     with pytest.raises(UserError, match=rf"has no {field}, as those of an older revision"):
@@ -328,7 +407,7 @@ def mutate(content: bytes, mutations: list[tuple[str, int, bytes]]) -> bytes:
 def test_no_file_brings_more_than_a_sentence(tmp_path_factory: pytest.TempPathFactory, mutations: list):
     """Whatever stands in a file whose SHA-256 is right: a `UserError`, or arrays of the shapes and types asked for."""
     path = tmp_path_factory.getbasetemp() / "mutated.eqx"
-    checkpoint.save(path, {"stage": "bank", "width": 3}, TEMPLATE)
+    checkpoint.save(path, {"stage": "bank", "horizon": 3}, TEMPLATE)
     path.write_bytes(mutate(path.read_bytes()[: -checkpoint.TRAILER_BYTES], mutations))
     sign(path)
     try:
@@ -336,6 +415,6 @@ def test_no_file_brings_more_than_a_sentence(tmp_path_factory: pytest.TempPathFa
     except UserError as error:
         assert str(path) in str(error)
         return
-    assert header["stage"] == "bank" and 1 <= header.get("width", 1) <= 100_000
+    assert header["stage"] == "bank" and 1 <= header.get("horizon", 1) <= 1_000
     for array, like in zip(found, TEMPLATE, strict=True):
         assert array.shape == like.shape and array.dtype == like.dtype

@@ -18,6 +18,7 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -328,7 +329,7 @@ def value(**changes) -> Callable[[], object]:
 
 
 def infer(**changes) -> Callable[[], object]:
-    settings = dict(env=ENV, run_dir=Path("run"), policy_run_dir=Path("run"), eval_episodes=1, workers=1)
+    settings = dict(env=ENV, run_dir=Path("run"), eval_episodes=1, workers=1)
     return lambda: evor_infer.main(evor_infer.Args(**settings | changes))
 
 
@@ -412,6 +413,10 @@ MISTAKES_OF_VALUE = {
     "another environment": (dict(env="cube-double-play"), "made with env 'cube-single-play'|'cube-double-play'"),
     "a seed the policy lacks": (dict(seeds=6), "no seed 1|evor_bc.py --first-seed 0 --seeds 6"),
     "a shared seed the policy lacks": (dict(policy_seed=3), "no seed 3|evor_bc.py --first-seed 3 --seeds 1"),
+    "no base policy where one is named": (
+        dict(policy_run_dir=Path("elsewhere")),
+        "no base policy at elsewhere/bc/model.eqx|evor_bc.py, or leave out --policy-run-dir",
+    ),
     "a negative shared seed": (dict(policy_seed=-1), "--policy-seed must not be negative: -1"),
     "tasks twice": (dict(tasks=(1, 1)), "--tasks needs each task once"),
     "tasks with own rewards": (dict(tasks=(2,)), "brings its own rewards|leave out --tasks"),
@@ -435,7 +440,6 @@ MISTAKES_OF_VALUE = {
 MISTAKES_OF_INFERENCE = {
     "no kind of data": (dict(env="nonsense", run_dir=None), "unknown environment 'nonsense'"),
     "no run": (dict(run_dir=None, env="scene-play"), "runs/scene-play/value/model.eqx|evor_value.py first"),
-    "no base policy": (dict(policy_run_dir=Path("elsewhere")), "elsewhere/bc/model.eqx|evor_bc.py first"),
     "another environment": (dict(env="cube-double-play"), "made with env 'cube-single-play'|'cube-double-play'"),
     "own rewards": (dict(), "was trained on rewards of its own|no environment"),
     "a task not trained": (dict(tasks=(0, 3)), "has no task 3|[0]|evor_value.py"),
@@ -484,7 +488,7 @@ def test_a_malformed_dataset(here: Path, command: Callable):
 
 def test_a_dataset_of_other_dimensions(here: Path):
     tiny_dataset(here / "wide.npz", observation_dim=4)
-    fails_cleanly(value(dataset=Path("wide.npz")), here, "observation_dim 3, this run has 4|--run-dir")
+    fails_cleanly(value(dataset=Path("wide.npz")), here, "observation 3, this run has 4|--run-dir")
 
 
 def test_a_dataset_without_rewards(here: Path):
@@ -523,23 +527,31 @@ def test_resuming_with_other_settings_or_data(here: Path, command: Callable):
     fails_cleanly(command(resume=True), here, "other data")
 
 
-@pytest.mark.parametrize(("command", "stage"), [(value, "bc"), (infer, "bc"), (infer, "value")])
+@pytest.mark.parametrize(("command", "stage"), [(value, "bc"), (infer, "value")])
 def test_a_damaged_checkpoint(here: Path, command: Callable, stage: str):
     path = here / "run" / stage / "model.eqx"
     path.write_bytes(path.read_bytes()[:-200])
     fails_cleanly(command(), here, f"run/{stage}/model.eqx is damaged|delete it and train again")
 
 
-@pytest.mark.parametrize(("stage", "other"), [("bc", "value"), ("value", "bc")])
-def test_checkpoints_in_each_others_place(here: Path, stage: str, other: str):
+@pytest.mark.parametrize(("command", "stage", "other"), [(value, "bc", "value"), (infer, "value", "bc")])
+def test_checkpoints_in_each_others_place(here: Path, command: Callable, stage: str, other: str):
     shutil.copy(here / "run" / other / "model.eqx", here / "run" / stage / "model.eqx")
-    fails_cleanly(infer(), here, f"of stage '{other}', not '{stage}'|run directory")
+    fails_cleanly(command(), here, f"of stage '{other}', not '{stage}'|run directory")
 
 
-def test_inference_with_another_base_policy(here: Path):
-    """Stage 1 was trained anew after stage 2: its actions are no longer those the reward model knows."""
+def test_resuming_with_another_base_policy(here: Path):
+    """Stage 1 was trained anew after stage 2: its actions are no longer those the reward model knows. What was trained
+    has the policy that it knows, and is evaluated with that one, whatever stands in the place of stage 1."""
     bc(steps=2, overwrite=True)()
-    fails_cleanly(infer(), here, "another base policy than run/bc/model.eqx|--policy-run-dir")
+    fails_cleanly(value(resume=True), here, "--resume|had another base policy|start over with --overwrite")
+    agent = evor_infer.load_agent("run")
+    for change in (lambda path: path.write_bytes(b"x"), Path.unlink):
+        change(here / "run" / "bc" / "model.eqx")
+        again = evor_infer.load_agent("run")
+        for a, b in zip(jax.tree.leaves(agent), jax.tree.leaves(again), strict=True):
+            np.testing.assert_array_equal(a, b)
+        fails_cleanly(infer(), here, "was trained on rewards of its own|no environment")
 
 
 def test_a_base_policy_that_was_not_trained_to_its_end(here: Path):

@@ -209,8 +209,8 @@ def test_returns_are_bounded_by_the_rewards_of_all_files(tmp_path: Path):
     settings = arguments(tmp_path, folder, "run")
     evor_bc.main(evor_bc.Args(**settings))
     evor_value.main(evor_value.Args(**settings, discount=0.9))
-    _, (_, scale) = evor_infer.load_critic(tmp_path / "run")
-    np.testing.assert_allclose([float(scale.low[0]), float(scale.high[0])], [0.0, 10.0], rtol=1e-6)
+    axis = evor_infer.load_agent(tmp_path / "run").axis
+    np.testing.assert_allclose([float(axis.low), float(axis.high)], [0.0, 10.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("reward", "lowest"), [("default", -2.0), ("sparse", -1.0)])
@@ -225,8 +225,9 @@ def test_ogbenchs_rewards_are_bounded_by_its_subgoals(reward: str, lowest: float
 
 
 def test_a_missing_base_policy_gets_turns_that_fit_its_own_calls(tmp_path: Path):
-    args = evor_value.Args(file_steps=1_010, chunk=10)
-    assert evor_value.bc_args(args, tmp_path).file_steps == 2_000
+    args = evor_value.Args(file_steps=1_010, chunk=10, run_dir=tmp_path)
+    assert evor_bc.args_for(args).file_steps == 2_000
+    assert evor_bc.args_for(args).directory == tmp_path
 
 
 def test_turns_have_to_fit(tmp_path: Path):

@@ -1,27 +1,33 @@
 """What training loops share, on a toy: replicas, standardisation, and runs that can stop at any time."""
 
+import contextlib
 import csv
 import dataclasses
+import functools
 import json
-import operator
 import os
 import re
 import signal
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common import checkpoint, training
+from common import checkpoint
+from common.args import multiple_of
 from common.errors import UserError
-from common.training import Run, Standardizer, learning_rate, over_replicas, stack_replicas
+from common.networks import Standardizer
+from common.replicas import over_replicas, stack_replicas
+from common.run import STATES, Run, Signals, state_to_resume
 from tests.helpers import arrays, contents
+from tests.processes import ROOT
 
 # --- Parts -------------------------------------------------------------------------------------------------------
 
@@ -65,12 +71,6 @@ def test_standardizer_keeps_the_digits_of_many_rows():
     assert float(standardizer.std[0]) == pytest.approx(0.01, rel=0.01)
 
 
-def test_learning_rate():
-    assert learning_rate(3e-4, "constant", 100) == 3e-4
-    schedule = learning_rate(2.0, "cosine", 100)
-    assert [float(schedule(step)) for step in (0, 25, 50, 100)] == pytest.approx([2.0, 1 + np.sqrt(0.5), 1.0, 0.0])
-
-
 def test_stacked_replicas_are_the_single_ones():
     keys = jax.random.split(jax.random.key(0), 3)
 
@@ -102,7 +102,7 @@ def test_replicas_are_spread_over_all_devices_and_the_rest_is_copied_to_each():
     """In a process of its own with four virtual devices: 6 and 5 replicas are two on each, 3 leave one device idle."""
     code = """
 import jax, jax.numpy as jnp
-from common.training import copy_to_devices, fetch, spread
+from common.replicas import copy_to_devices, fetch, spread
 counts = []
 for replicas in (6, 4, 5, 3, 1):
     tree = {"a": jnp.arange(2.0 * replicas).reshape(replicas, 2), "b": jnp.arange(replicas)}
@@ -114,8 +114,7 @@ for replicas in (6, 4, 5, 3, 1):
 print(len(jax.devices()), counts)
 """
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    root = Path(training.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "4 [(4, {2}), (4, {1}), (4, {2}), (3, {1}), (1, {1})]"
 
 
@@ -131,8 +130,13 @@ class Args:
     resume: bool = False
     overwrite: bool = False
     track: bool = False
+    distributed: bool = False
     run_dir: Path | None = None
     policy_run_dir: Path | None = None
+
+    @property
+    def directory(self) -> Path:
+        return self.run_dir
 
 
 class State(NamedTuple):
@@ -140,35 +144,80 @@ class State(NamedTuple):
     step: Any
 
 
-REPLICAS = [(1, 0), (2, 0)]
-MODEL = operator.attrgetter("weight")
+@dataclasses.dataclass(frozen=True)
+class ChunkedArgs(Args):
+    save_every: Annotated[int, multiple_of("chunk")] = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    replicas: int
+
+
+class Model(NamedTuple):
+    weight: Any
+
+    def spec(self) -> Spec:
+        return Spec(len(self.weight))
+
+
+class Problem:
+    """Two tasks without data."""
+
+    pairs, sizes = ((1, 0), (2, 0)), None
+
+    def __init__(self, sha256: str = "abc"):
+        self.sha256, self.asked = sha256, []
+        self.init_keys = jax.vmap(jax.random.key)(np.arange(2))
+
+    def header(self) -> dict[str, Any]:
+        return dict(env="nowhere", data={"sha256": self.sha256})
+
+    def data(self, step: int) -> None:
+        self.asked.append(step)
+
+
+def init(args: Args, sizes: None, *, key: jax.Array) -> State:
+    """The weights 0 and 1."""
+    return State(jax.random.key_data(key)[-1].astype(jnp.float32), jnp.zeros((), jnp.int32))
+
+
+def model(state: State) -> Model:
+    return Model(state.weight)
 
 
 def open_run(directory: Path, args: Args, *, sha256: str = "abc") -> Run:
-    header = dict(stage="toy", env="nowhere", data={"sha256": sha256}, args=args)
-    return Run(directory, header, replicas=REPLICAS, args=args)
+    run = Run(dataclasses.replace(args, run_dir=directory), stage="toy")
+    run.start(Problem(sha256), init, model=model)
+    return run
 
 
 def train(
-    directory: Path, args: Args, *, until: int | None = None, bad_steps: Any = (0, 0), signal_at: Any = (), **settings
-) -> Run:
+    directory: Path,
+    args: Args,
+    *,
+    until: int | None = None,
+    bad_steps: Any = (0, 0),
+    signal_at: Any = (),
+    evaluate: Callable[[int, State], None] | None = None,
+    evaluate_every: int = 4,
+) -> tuple[Run, State]:
     """Trains a toy whose weight depends on its whole past; `until` interrupts it, `bad_steps` are those from
     which on the replicas are NaN, `signal_at` is a step and the signal that comes in the chunk after it."""
-    run = open_run(directory, args)
-    state = run.restore(State(jnp.array([0.0, 1.0]), jnp.zeros(2, jnp.int32)))
-
-    def train_chunk(state: State, step: int):
-        assert step == int(state.step[0])
-        if int(state.step[0]) == until:
-            raise KeyboardInterrupt
-        if signal_at and step == signal_at[0]:
-            signal.raise_signal(signal_at[1])
-        state = State(state.weight * 0.9 + jnp.sin(state.step.astype(jnp.float32)), state.step + args.chunk)
-        state = state._replace(weight=jnp.where(state.step == np.array(bad_steps), jnp.nan, state.weight))
-        return state, {"loss": state.weight}
-
-    run.train(state, train_chunk, model=MODEL, **settings)
-    return run
+    with Run(dataclasses.replace(args, run_dir=directory), stage="toy") as run:
+        state = run.start(Problem(), init, model=model)
+        for step in run.steps():
+            assert step == int(state.step[0])
+            if evaluate is not None and step > 0 and step % evaluate_every == 0:
+                run.on_first_host(functools.partial(evaluate, step, run.own(state)))
+            if step == until:
+                raise KeyboardInterrupt
+            if signal_at and step == signal_at[0]:
+                signal.raise_signal(signal_at[1])
+            state = State(state.weight * 0.9 + jnp.sin(state.step.astype(jnp.float32)), state.step + args.chunk)
+            state = state._replace(weight=jnp.where(state.step == np.array(bad_steps), jnp.nan, state.weight))
+            run.record(state, {"loss": state.weight})
+        return run, run.own(state)
 
 
 @pytest.mark.parametrize("share", [0.0, 1e9])
@@ -177,35 +226,36 @@ def test_resuming_gives_the_same_files_as_not_stopping(
     tmp_path: Path, until: int, share: float, monkeypatch: pytest.MonkeyPatch
 ):
     """Interrupted right at a checkpoint, and one chunk behind one; also where every chunk is saved."""
-    monkeypatch.setattr(training, "SAVING_SHARE", share)
+    monkeypatch.setattr("common.run.SAVING_SHARE", share)
     train(tmp_path / "whole", Args())
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "stopped", Args(), until=until)
-    saved = checkpoint.read_header(tmp_path / "stopped/train_state.eqx", stage="toy", remedy="")["step"]
+    saved = checkpoint.read_header(tmp_path / "stopped/toy/train_state.eqx", stage="toy", remedy="")["step"]
     assert saved == (until if share else until // 4 * 4)
     train(tmp_path / "stopped", Args(resume=True))
-    assert (tmp_path / "stopped/metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
+    assert (tmp_path / "stopped/toy/metrics.csv").read_bytes() == (tmp_path / "whole/toy/metrics.csv").read_bytes()
     for name in ("model.eqx", "train_state.eqx"):
-        assert arrays(tmp_path / "stopped" / name) == arrays(tmp_path / "whole" / name)
+        assert arrays(tmp_path / "stopped/toy" / name) == arrays(tmp_path / "whole/toy" / name)
 
 
 def test_a_run_leaves_its_files_and_their_provenance(tmp_path: Path):
-    args = Args(run_dir=tmp_path)
-    run = train(tmp_path / "toy", args)
+    run, state = train(tmp_path, Args())
+    assert run.directory == tmp_path / "toy"
     states = {"train_state.eqx", "train_state.previous.eqx", ".lock"}
     assert contents(tmp_path / "toy").keys() == {"config.json", "metrics.csv", "model.eqx"} | states
-    config = json.loads((tmp_path / "toy" / "config.json").read_text())
-    assert config["args"] == dataclasses.asdict(args) | {"run_dir": str(tmp_path)}
+    config = json.loads((tmp_path / "toy/config.json").read_text())
+    assert config["args"] == dataclasses.asdict(Args()) | {"run_dir": str(tmp_path)}
+    assert (config["stage"], config["env"], config["model"]) == ("toy", "nowhere", {"replicas": 2})
     assert config["versions"]["jax"] == jax.__version__ and config["git_revision"]
     assert re.fullmatch(r"\d+ cores of .+", config.pop("hardware")) and 0 <= config.pop("seconds") < 3600
     for path in (run.model_path, run.state_path):
         assert checkpoint.read_header(path, stage="toy", remedy="") == config | {"step": 12}
-    assert int(run.state.step[0]) == 12
+    assert state.step.tolist() == [12, 12]
 
 
 def test_metrics_are_logged_once_per_chunk_and_replica(tmp_path: Path):
     train(tmp_path, Args())
-    with open(tmp_path / "metrics.csv", newline="") as file:
+    with open(tmp_path / "toy/metrics.csv", newline="") as file:
         found = [(int(row["step"]), int(row["task"]), float(row["value"])) for row in csv.DictReader(file)]
     weight, expected = np.array([0.0, 1.0]), []
     for step in range(0, 12, 2):
@@ -225,8 +275,8 @@ def test_evaluations_lie_between_the_first_and_the_last_step(tmp_path: Path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path):
     with pytest.raises(FloatingPointError, match=r"loss of \(task, seed\) \(2, 0\) is not finite before step 6"):
         train(tmp_path, Args(), bad_steps=(6, 6))
-    assert checkpoint.read_header(tmp_path / "model.eqx", stage="toy", remedy="")["step"] == 4
-    assert "nan" not in (tmp_path / "metrics.csv").read_text()
+    assert checkpoint.read_header(tmp_path / "toy/model.eqx", stage="toy", remedy="")["step"] == 4
+    assert "nan" not in (tmp_path / "toy/metrics.csv").read_text()
 
 
 @pytest.mark.parametrize("until", [None, 6, 8])
@@ -237,16 +287,18 @@ def test_a_replica_that_diverges_is_given_up(tmp_path: Path, until: int | None, 
     if until is not None:
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "bad", Args(), until=until, bad_steps=(0, 6))
-    run = train(tmp_path / "bad", Args(resume=until is not None), bad_steps=(0, 6))
+    run, state = train(tmp_path / "bad", Args(resume=until is not None), bad_steps=(0, 6))
     said = capsys.readouterr().err
     assert "loss of (task, seed) (2, 0) is not finite before step 6: it is given up, the others go on" in said
     assert run.good().tolist() == [0] and run.diverged == [(2, 0)]
     assert checkpoint.read_header(run.model_path, stage="toy", remedy="")["diverged"] == [[2, 0]]
-    assert json.loads((tmp_path / "bad/config.json").read_text())["diverged"] == [[2, 0]]
-    whole = (tmp_path / "whole/metrics.csv").read_text().splitlines()
+    assert json.loads((tmp_path / "bad/toy/config.json").read_text())["diverged"] == [[2, 0]]
+    whole = (tmp_path / "whole/toy/metrics.csv").read_text().splitlines()
     kept = [line for line in whole if ",2,0," not in line or int(line.split(",")[4]) < 6]
-    assert (tmp_path / "bad/metrics.csv").read_text().splitlines() == kept
-    assert run.state.weight[0] == train(tmp_path / "again", Args()).state.weight[0]
+    assert (tmp_path / "bad/toy/metrics.csv").read_text().splitlines() == kept
+    assert state.weight[0] == train(tmp_path / "again", Args())[1].weight[0]
+    loss = [float(line.split(",")[-1]) for line in kept if line.split(",")[2:5] == ["1", "0", "12"]]
+    assert run.means() == {"loss": pytest.approx(loss[0])}
 
 
 def test_resuming_refuses_what_is_not_the_same_run(tmp_path: Path):
@@ -262,26 +314,26 @@ def test_resuming_refuses_what_is_not_the_same_run(tmp_path: Path):
 def test_a_resumed_run_counts_its_time_on(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, Args(), until=8)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | dict(seconds=5_000.0)))
+    config = json.loads((tmp_path / "toy/config.json").read_text())
+    (tmp_path / "toy/config.json").write_text(json.dumps(config | dict(seconds=5_000.0)))
     train(tmp_path, Args(resume=True))
-    assert 5_000 <= json.loads((tmp_path / "config.json").read_text())["seconds"] < 10_000
+    assert 5_000 <= json.loads((tmp_path / "toy/config.json").read_text())["seconds"] < 10_000
     train(tmp_path, Args(overwrite=True))
-    assert json.loads((tmp_path / "config.json").read_text())["seconds"] < 5_000
+    assert json.loads((tmp_path / "toy/config.json").read_text())["seconds"] < 5_000
 
 
 def test_a_moved_run_can_be_resumed(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "old", Args(run_dir=tmp_path / "old"), until=8)
+        train(tmp_path / "old", Args(), until=8)
     (tmp_path / "old").rename(tmp_path / "new")
-    run = train(tmp_path / "new", Args(run_dir=tmp_path / "new", resume=True))
-    assert int(run.state.step[0]) == 12
+    _, state = train(tmp_path / "new", Args(resume=True))
+    assert state.step.tolist() == [12, 12]
 
 
 def test_tracking_gets_every_replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     logged = []
     track = types.SimpleNamespace(log=lambda values, step: logged.append((step, *values)))
-    monkeypatch.setattr(training, "start_tracking", lambda project, name, config: track)
+    monkeypatch.setattr("common.run.start_tracking", lambda project, name, config: track)
     train(tmp_path, Args(steps=2, save_every=2, track=True))
     assert logged == [(2, "toy/task1/seed0/loss"), (2, "toy/task2/seed0/loss")]
 
@@ -295,7 +347,7 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(tmp_path: Path, damage: 
     train(tmp_path / "whole", Args())
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "stopped", Args(), until=8)
-    state, previous = (tmp_path / "stopped" / name for name in training.STATES)
+    state, previous = (tmp_path / "stopped/toy" / name for name in STATES)
     if damage is None:
         state.unlink()
     else:
@@ -303,63 +355,100 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(tmp_path: Path, damage: 
     step = checkpoint.read_header(previous, stage="toy", remedy="")["step"]
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "stopped", Args(resume=True), until=step)  # killed again, before it saved anything
-    assert training.state_to_resume(tmp_path / "stopped", "toy") == previous
+    assert state_to_resume(tmp_path / "stopped/toy", "toy") == previous
     with pytest.raises(UserError, match="pass --resume"):
         open_run(tmp_path / "stopped", Args())
     train(tmp_path / "stopped", Args(resume=True))
-    assert (tmp_path / "stopped/metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
-    assert arrays(state) == arrays(tmp_path / "whole/train_state.eqx")
+    assert (tmp_path / "stopped/toy/metrics.csv").read_bytes() == (tmp_path / "whole/toy/metrics.csv").read_bytes()
+    assert arrays(state) == arrays(tmp_path / "whole/toy/train_state.eqx")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_chunk_that_it_interrupts(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch):
     """Fails if a signal is lost, ends the chunk, or stays noted after the loop."""
-    monkeypatch.setattr(training, "SAVING_SHARE", 0.0)
+    monkeypatch.setattr("common.run.SAVING_SHARE", 0.0)
     before = signal.getsignal(number)
     train(tmp_path / "whole", Args())
     with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as stop:
         train(tmp_path / "stopped", Args(), signal_at=(6, number))
     assert getattr(stop.value, "code", 143) == 143 and signal.getsignal(number) == before
-    assert checkpoint.read_header(tmp_path / "stopped/train_state.eqx", stage="toy", remedy="")["step"] == 8
+    assert checkpoint.read_header(tmp_path / "stopped/toy/train_state.eqx", stage="toy", remedy="")["step"] == 8
     train(tmp_path / "stopped", Args(resume=True))
-    assert (tmp_path / "stopped/metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
-    assert arrays(tmp_path / "stopped/model.eqx") == arrays(tmp_path / "whole/model.eqx")
+    assert (tmp_path / "stopped/toy/metrics.csv").read_bytes() == (tmp_path / "whole/toy/metrics.csv").read_bytes()
+    assert arrays(tmp_path / "stopped/toy/model.eqx") == arrays(tmp_path / "whole/toy/model.eqx")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("at", [8, 12])
+@pytest.mark.parametrize(("at", "save_every"), [(8, 4), (8, 12), (12, 4)])
 def test_a_signal_while_saving_stops_there(
-    tmp_path: Path, number: int, at: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    tmp_path: Path, number: int, at: int, save_every: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ):
-    """Before an evaluation that is due at step 8, and at the end: fails if the evaluation begins, or if the loop ends
-    as though nothing had been."""
-    calls, save = [], Run._save
+    """Before an evaluation that is due at step 8, whether the step is saved anyway or for the evaluation alone, and at
+    the end: fails if the evaluation begins, or if the loop ends as though nothing had been."""
+    calls, save, args = [], Run._save, Args(save_every=save_every)
 
-    def save_and_signal(run: Run, step: int, *rest: Any) -> float:
-        seconds = save(run, step, *rest)
-        if step == at:
+    def save_and_signal(run: Run) -> None:
+        save(run)
+        if run.step == at:
             signal.raise_signal(number)
-        return seconds
 
+    def evaluate(step: int, state: State) -> None:
+        calls.append(step)
+
+    monkeypatch.setattr("common.run.SAVING_SHARE", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_save", save_and_signal)
         with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
-            train(tmp_path, Args(), evaluate=lambda step, state: calls.append(step), evaluate_every=4)
+            train(tmp_path, args, evaluate=evaluate)
     assert calls == [step for step in (4, 8) if step < at]
     assert f"saved step {at} of 12" in capfd.readouterr().err
-    train(tmp_path, Args(resume=True), evaluate=lambda step, state: calls.append(step), evaluate_every=4)
+    assert checkpoint.read_header(tmp_path / "toy/train_state.eqx", stage="toy", remedy="")["step"] == at
+    train(tmp_path, dataclasses.replace(args, resume=True), evaluate=evaluate)
     assert calls == [4, 8]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_an_evaluation_ends_it_at_once(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch):
+    """As it would outside of the training, whose handlers are back for the chunk after it: there, it is saved first."""
+    monkeypatch.setattr("common.run.SAVING_SHARE", 0.0)
+    raised, calls = (KeyboardInterrupt if number == signal.SIGINT else SystemExit), []
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def evaluate(step: int, state: State) -> None:
+        assert all(signal.getsignal(n) == handler for n, handler in handlers.items())
+        calls.append(step)
+        if calls == [4]:
+            signal.raise_signal(number)
+            pytest.fail("the evaluation went on")
+
+    monkeypatch.setattr("common.run.SAVING_SHARE", 0.0)
+    old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as `run_cli` does
+    handlers[signal.SIGTERM] = signal.getsignal(signal.SIGTERM)
+    try:
+        train(tmp_path / "whole", Args())
+        for begun, stops in (([4], {}), ([4, 4, 8], dict(signal_at=(8, number)))):
+            with pytest.raises(raised):
+                train(tmp_path / "run", Args(resume=True), evaluate=evaluate, **stops)
+            assert calls == begun
+            state = checkpoint.read_header(tmp_path / "run/toy/train_state.eqx", stage="toy", remedy="")
+            assert state["step"] == (10 if stops else 4)
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    train(tmp_path / "run", Args(resume=True), evaluate=evaluate)
+    assert calls == [4, 4, 8]
+    assert (tmp_path / "run/toy/metrics.csv").read_bytes() == (tmp_path / "whole/toy/metrics.csv").read_bytes()
+    assert arrays(tmp_path / "run/toy/model.eqx") == arrays(tmp_path / "whole/toy/model.eqx")
 
 
 def test_a_signal_that_nobody_acted_on_acts_at_the_end():
     """And after one that was noted, a second acts at once, also after an evaluation."""
-    with pytest.raises(KeyboardInterrupt), training.Signals() as signals:
+    with pytest.raises(KeyboardInterrupt), Signals() as signals:
         signal.raise_signal(signal.SIGINT)
         assert signals.number == signal.SIGINT
-    with pytest.raises(ZeroDivisionError), training.Signals():
+    with pytest.raises(ZeroDivisionError), Signals():
         signal.raise_signal(signal.SIGINT)
         raise ZeroDivisionError
-    with pytest.raises(KeyboardInterrupt), training.Signals() as signals:
+    with pytest.raises(KeyboardInterrupt), Signals() as signals:
         signal.raise_signal(signal.SIGINT)
         with signals.as_outside():
             pass
@@ -380,16 +469,16 @@ def test_ignored_signals_stay_ignored(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_resuming_nothing_starts(tmp_path: Path, capsys: pytest.CaptureFixture):
     """A job that always says --resume starts the first time, also if it was killed between the first two files."""
     train(tmp_path / "whole", Args())
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/model.eqx").write_bytes(b"of a run that was killed before it saved its state")
+    (tmp_path / "run/toy").mkdir(parents=True)
+    (tmp_path / "run/toy/model.eqx").write_bytes(b"of a run that was killed before it saved its state")
     train(tmp_path / "run", Args(resume=True))
     assert "nothing to resume in" in capsys.readouterr().out
-    assert arrays(tmp_path / "run/model.eqx") == arrays(tmp_path / "whole/model.eqx")
+    assert arrays(tmp_path / "run/toy/model.eqx") == arrays(tmp_path / "whole/toy/model.eqx")
 
 
 @pytest.mark.parametrize("damage", [None, b"x"])
 def test_a_finished_run_mends_its_model(tmp_path: Path, damage: bytes | None):
-    path = train(tmp_path, Args()).model_path
+    path = train(tmp_path, Args())[0].model_path
     before, unchanged = arrays(path), path.read_bytes()
     train(tmp_path, Args(resume=True))
     assert path.read_bytes() == unchanged  # whose SHA-256 later stages remember
@@ -400,30 +489,109 @@ def test_a_finished_run_mends_its_model(tmp_path: Path, damage: bytes | None):
 
 def test_a_parameter_that_the_last_update_spoiled(tmp_path: Path):
     """Its losses were finite, and it must not be saved as good."""
-    run = open_run(tmp_path, Args())
-
-    def train_chunk(state: State, step: int):
-        bad = np.array([False, step == 10])
-        return State(jnp.where(bad, jnp.inf, state.weight), state.step + 2), {"loss": jnp.ones(2)}
-
-    run.train(State(jnp.zeros(2), jnp.zeros(2, jnp.int32)), train_chunk, model=MODEL)
+    with Run(Args(run_dir=tmp_path), stage="toy") as run:
+        state = run.start(Problem(), init, model=model)
+        for step in run.steps():
+            bad = np.array([False, step == 10])
+            state = State(jnp.where(bad, jnp.inf, state.weight), state.step + 2)
+            run.record(state, {"loss": jnp.ones(2)})
     assert run.diverged == [(2, 0)]
     assert checkpoint.read_header(run.state_path, stage="toy", remedy="")["diverged"] == [[2, 0]]
 
 
-def test_an_evaluation_that_was_cut_short_is_done_anew(tmp_path: Path):
-    """The state is saved before the evaluation, which may take long; so a resumed run begins with it."""
-    calls = []
+@pytest.mark.parametrize("save_every", [4, 12])
+def test_an_evaluation_that_was_cut_short_is_done_anew(
+    tmp_path: Path, save_every: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The state is saved before the evaluation, which may take long, and once; so a resumed run begins with it."""
+    monkeypatch.setattr("common.run.SAVING_SHARE", 0.0)
+    calls, args = [], Args(save_every=save_every)
 
     def evaluate(step: int, state: State) -> None:
+        header = checkpoint.read_header(tmp_path / "toy/train_state.eqx", stage="toy", remedy="")
+        assert header["step"] == step == int(state.step[0])
         calls.append(step)
-        if calls == [4]:
+        if calls in ([4], [4, 4, 8]):
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, Args(), evaluate=evaluate, evaluate_every=4)
-    train(tmp_path, Args(resume=True), evaluate=evaluate, evaluate_every=4)
-    assert calls == [4, 4, 8]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, dataclasses.replace(args, resume=True), evaluate=evaluate)
+    assert checkpoint.read_header(tmp_path / "toy/train_state.previous.eqx", stage="toy", remedy="")["step"] == 4
+    train(tmp_path, dataclasses.replace(args, resume=True), evaluate=evaluate)
+    assert calls == [4, 4, 8, 8]
+
+
+@pytest.mark.parametrize("leave", [ZeroDivisionError, None])
+def test_the_loop_that_is_left_early_leaves_nothing_behind(tmp_path: Path, leave: type[Exception] | None):
+    """By an error or by `break`: the handlers of signals are those from before, and what was saved is continued."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    train(tmp_path / "whole", Args())
+    with contextlib.suppress(ZeroDivisionError), Run(Args(run_dir=tmp_path / "run"), stage="toy") as run:
+        run.start(Problem(), init, model=model)
+        for _ in run.steps():
+            assert all(signal.getsignal(number) != handler for number, handler in handlers.items())
+            if leave is None:
+                break
+            raise leave
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    train(tmp_path / "run", Args(resume=True))
+    assert arrays(tmp_path / "run/toy/model.eqx") == arrays(tmp_path / "whole/toy/model.eqx")
+
+
+def test_the_data_of_the_first_chunk_are_asked_for_before_the_loop(tmp_path: Path):
+    """So that they load before the progress bar starts; those of a finished run are not."""
+    for args, until, steps in ((Args(), 8, [0]), (Args(resume=True), None, [8]), (Args(resume=True), None, [])):
+        problem = Problem()
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            Run(dataclasses.replace(args, run_dir=tmp_path), stage="toy") as run,
+        ):
+            state = run.start(problem, init, model=model)
+            assert problem.asked == steps
+            for step in run.steps():
+                if step == until:
+                    raise KeyboardInterrupt
+                state = state._replace(step=state.step + 2)
+                run.record(state, {"loss": state.weight})
+
+
+def test_what_stands_there_is_looked_at_before_anything_is_read(tmp_path: Path):
+    """A state that cannot be continued is said by `Run` itself, before the data are loaded for minutes."""
+    train(tmp_path, Args())
+    for name in STATES:
+        (tmp_path / "toy" / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"not a checkpoint of this project"):
+        Run(Args(run_dir=tmp_path, resume=True), stage="toy")
+
+
+def test_the_progress_bar_does_not_count_evaluations_as_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """On a clock that runs in the chunks, for 4 seconds each, and in the evaluations: two steps, 2,000 ms each."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr("common.run.time", types.SimpleNamespace(monotonic=lambda: clock.now))
+
+    def evaluate(step: int) -> None:
+        clock.now += 1_000.0
+
+    with Run(Args(run_dir=tmp_path), stage="toy") as run:
+        state = run.start(Problem(), init, model=model)
+        for step in run.steps():
+            if step == 4:
+                run.on_first_host(functools.partial(evaluate, step))
+            clock.now += 4.0
+            state = state._replace(step=state.step + 2)
+            run.record(state, {"loss": state.weight})
+    assert set(re.findall(r"ms=([\d.]+)", capsys.readouterr().err)) == {"2000.00"}
+
+
+def test_a_run_that_is_shorter_than_its_checkpoints_are_apart(tmp_path: Path):
+    """`save_every` is then the number of steps, of which it need not be a multiple of `chunk`."""
+    args = ChunkedArgs(steps=9, chunk=3, save_every=10, run_dir=tmp_path)
+    assert Run(args, stage="toy").save_every == 9
+    with pytest.raises(UserError, match="--save-every 10 is no multiple of --chunk 3"):
+        Run(dataclasses.replace(args, steps=12), stage="toy")
 
 
 def test_a_directory_belongs_to_one_process(tmp_path: Path):
@@ -465,18 +633,19 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path: Path):
         from common.errors import run_cli
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         sys.argv = ["script", "--resume"]
-        test_run.MODEL = lambda state: test_run.np.zeros(10_000)
+        test_run.model = lambda state: test_run.Model(test_run.np.zeros(10_000))
         run_cli(lambda args: test_run.train(test_run.Path({str(tmp_path / "run")!r}), args), test_run.Args)
     """
     command = [sys.executable, "-c", "\n".join(line.strip() for line in code.splitlines())]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
+    path = tmp_path / "run/toy/model.eqx"
     assert done.stderr.splitlines()[-1] == (
-        f"error: {tmp_path / 'run/model.eqx'}: File too large: raise the limit (ulimit -f), then go on with --resume."
+        f"error: {path}: File too large: raise the limit (ulimit -f), then go on with --resume."
     )
     after = contents(tmp_path / "run")
     assert after.keys() == before.keys()
     assert all(after[name] == before[name] for name in before if name.endswith(".eqx"))
     train(tmp_path / "run", Args(resume=True))
-    assert (tmp_path / "run/metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
-    assert arrays(tmp_path / "run/train_state.eqx") == arrays(tmp_path / "whole/train_state.eqx")
+    assert (tmp_path / "run/toy/metrics.csv").read_bytes() == (tmp_path / "whole/toy/metrics.csv").read_bytes()
+    assert arrays(tmp_path / "run/toy/train_state.eqx") == arrays(tmp_path / "whole/toy/train_state.eqx")

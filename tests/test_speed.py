@@ -10,9 +10,9 @@ import pytest
 import evor_value
 from baselines import critics, qc
 from benchmarks import flops, inference, speed
-from common.networks import CRITIC_FIELDS, FlowCritic, FlowPolicy
+from common.networks import FlowCritic, FlowPolicy, Sizes
+from common.problem import Dataset, Replica
 from common.returns import affine_axis
-from evor_infer import Agent
 
 ARGS = speed.Args(rounds=1, width=32, rows=500, steps=2, replicas=(1, 2))
 
@@ -63,17 +63,14 @@ def test_step_flops_are_those_of_the_compiled_step(learner, changes):
     """Within 9%: XLA counts activations and Adam too. (And the round of a loop once: one Euler step each.) The first
     layers are a sixth of the networks: leaving out what is saved there would show."""
     args = learner.Args(width=256, depth=3, batch_size=64, num_next_actions=4, horizon=20, **changes)
-    header = dict(observation_dim=100, action_dim=5, horizon=20, critic=args.critic)
-    header |= {field: getattr(args, field) for field in CRITIC_FIELDS}
-    header |= dict(outputs=getattr(args, "outputs", 1))
-    state = learner.init_state(args, header, key=jax.random.key(0))
+    state = learner.init_state(args, Sizes(observation=100, action=5, horizon=20), key=jax.random.key(0))
     count = 10
-    dataset = evor_value.ValueData(
+    dataset = Dataset(
         jnp.zeros((40, 100)), jnp.zeros((40, 5)), jnp.arange(count), jnp.zeros((1, count)), jnp.zeros((1, count)),
         jnp.zeros((1, count, 4, 100), jnp.float16), jnp.array(count),
     )  # fmt: skip
     scale = affine_axis(0.0, 0.5, low=-1.0, high=1.0)
-    replica = evor_value.Replica(jnp.array(0), jnp.array(0), scale, jax.random.key(0))
+    replica = Replica(jnp.array(0), jnp.array(0), scale, jax.random.key(0))
     found = counted(lambda s, d, r: learner.train_step(args, s, d, r), state, dataset, replica)
     expected = flops.step_flops(args, state.critic, getattr(state, "policy", None))
     assert found == pytest.approx(expected, rel=0.09)
@@ -109,7 +106,7 @@ def test_table_and_figure_of_small_groups(tmp_path, monkeypatch):
 def test_quantiles_rank_candidates_better_than_independent_draws():
     """On an untrained critic, whose returns are about the noise itself, at a high temperature: with N quantiles Q* has
     no variance and less error than with N independent draws; both have less with more returns."""
-    agent = Agent(speed.agent(speed.Args(width=32), "trunk"))
+    agent = speed.agent(speed.Args(width=32), "trunk")
     observations = np.random.default_rng(0).normal(size=(6, speed.OBSERVATION)).astype(np.float32)
     args = inference.Args(num_actions=8, draws=8, return_temperature=1.0)
     rows = {(row["noise"], row["num_returns"]): row for row in inference.noise_rows(args, agent, observations)}
@@ -121,7 +118,7 @@ def test_quantiles_rank_candidates_better_than_independent_draws():
 
 
 def test_solver_errors_fall_with_the_steps():
-    agent = Agent(speed.agent(speed.Args(width=32), "mlp"))
+    agent = speed.agent(speed.Args(width=32), "mlp")
     rng = np.random.default_rng(0)
     observations = rng.normal(size=(5, speed.OBSERVATION)).astype(np.float32)
     actions = rng.uniform(-1, 1, (5, speed.ACTION)).astype(np.float32)

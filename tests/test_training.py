@@ -3,9 +3,9 @@
 import contextlib
 import csv
 import dataclasses
-import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,11 +20,14 @@ import pytest
 import evor_bc
 import evor_infer
 import evor_value
-from common import checkpoint, training
+from common import checkpoint, problem
 from common.envs import validation_path
+from common.episodes import Episodes
 from common.errors import UserError
+from common.evaluation import Evaluation, read_episodes
 from common.metrics import Metrics, read_csv
-from tests.helpers import arrays, contents, tiny_dataset
+from common.run import Run
+from tests.helpers import arrays, contents, rewrite, tiny_dataset
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(width=16, depth=2, batch_size=16, chunk=10, steps=60, save_every=20)
@@ -63,7 +66,7 @@ def files(run_dir, stage):
 def test_resumed_stages_equal_uninterrupted_ones(tmp_path, dataset, monkeypatch):
     """Stopped at step 50, resumed from the checkpoint of step 40: the same parameters and metrics.csv, in which
     the predictions are compared with returns at steps 20, 40 (before the stop and after it) and 60, once each."""
-    monkeypatch.setattr(training, "SAVING_SHARE", 0.0)
+    monkeypatch.setattr("common.run.SAVING_SHARE", 0.0)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     tiny_dataset(validation_path(dataset), seed=1)
     short = dict(td_target="velocity", discount=0.5, eval_every=20)  # returns are complete after seven steps
@@ -111,23 +114,19 @@ def test_seeds_can_share_one_base_policy(tmp_path, dataset):
     settings["policy_run_dir"] = tmp_path / "bc"
     evor_value.main(evor_value.Args(**settings, run_dir=tmp_path / "shared", seeds=3, policy_seed=1))
     evor_value.main(evor_value.Args(**settings, run_dir=tmp_path / "alone", first_seed=1))
-    load = functools.partial(evor_infer.load_agent, policy_run_dir=tmp_path / "bc")
-    shared = [load(tmp_path / "shared", seed=seed) for seed in range(3)]
-    alone = load(tmp_path / "alone", seed=1)
+    shared = [evor_infer.load_agent(tmp_path / "shared", seed=seed) for seed in range(3)]
+    alone = evor_infer.load_agent(tmp_path / "alone", seed=1)
     x, a, key = np.ones((4, 3), np.float32), np.zeros((4, 2), np.float32), jax.random.key(0)
     actions = [agent.sample_actions(x, 2, key=key) for agent in (*shared, alone)]
     returns = [agent.sample_returns(x, a, 3, key=key) for agent in (*shared, alone)]
-    for found in actions[1:]:
-        np.testing.assert_array_equal(found, actions[0])
+    _, (policies, _) = evor_bc.load(tmp_path / "bc" / "bc" / "model.eqx")
+    for agent, of_agent in zip((*shared, alone), actions, strict=True):
+        np.testing.assert_array_equal(of_agent, actions[0])
+        for mine, both in zip(jax.tree.leaves(agent.policy), jax.tree.leaves(policies), strict=True):
+            np.testing.assert_array_equal(mine, both[1])
+            assert mine.ndim == 1 or not np.array_equal(mine, both[0])
     np.testing.assert_allclose(returns[1], returns[3], rtol=1e-5)
     assert np.abs(returns[0] - returns[1]).min() > 1e-3 and np.abs(returns[2] - returns[1]).min() > 1e-3
-
-
-def rewrite(path: Path, **changes: object) -> None:
-    """Changes the header of a model, and nothing else."""
-    header = checkpoint.read_header(path, stage=path.parent.name, remedy="")
-    load = evor_infer.load_policy if path.parent.name == "bc" else evor_infer.load_critic
-    checkpoint.save(path, header | changes, load(path.parent.parent)[1])
 
 
 def test_replicas_that_diverged_are_left_out(tmp_path, dataset, capsys):
@@ -149,17 +148,32 @@ def test_replicas_that_diverged_are_left_out(tmp_path, dataset, capsys):
     evor_value.main(evor_value.Args(**settings, overwrite=True, policy_seed=1))
 
 
-def test_no_path_in_a_file_is_followed(tmp_path, dataset):
-    """A reward model from somebody else may name any file of this machine as its base policy."""
+def test_an_agent_needs_nothing_but_its_own_file(tmp_path, dataset):
+    """A reward model from somebody else may name any file of this machine as its base policy: none is opened. Whether
+    the base policy is there, was trained anew or is gone, the agent acts as it did."""
     settings = dict(env="robot", dataset=dataset, **SMALL)
-    evor_bc.main(evor_bc.Args(**settings, run_dir=tmp_path / "bc"))
-    evor_value.main(evor_value.Args(**settings, run_dir=tmp_path / "run", policy_run_dir=tmp_path / "bc"))
-    with pytest.raises(UserError, match=r"no base policy in .*run/bc: pass --policy-run-dir, .*it says: in '.*/bc'"):
-        evor_infer.load_agent(tmp_path / "run")
-    evor_infer.load_agent(tmp_path / "run", policy_run_dir=tmp_path / "bc")
-    rewrite(tmp_path / "run" / "value" / "model.eqx", replicas=[[0, 7]])
-    with pytest.raises(UserError, match=r"bc/model.eqx has no seed 7"):
-        evor_infer.load_agent(tmp_path / "run", policy_run_dir=tmp_path / "bc")
+    base = evor_bc.Args(**settings, run_dir=tmp_path / "bc")
+    args = evor_value.Args(**settings, run_dir=tmp_path / "run", policy_run_dir=tmp_path / "bc")
+    evor_bc.main(base)
+    evor_value.main(args)
+    header, _, _ = evor_infer.load_agents(tmp_path / "run")
+    assert header["policy_run_dir"] == str((tmp_path / "bc").resolve())
+    x, act = np.ones((4, 3), np.float32), dict(key=jax.random.key(0), num_actions=4)
+    expected = evor_infer.load_agent(tmp_path / "run").act(x, **act)
+
+    evor_bc.main(dataclasses.replace(base, overwrite=True, learning_rate=1e-2))
+    np.testing.assert_array_equal(evor_infer.load_agent(tmp_path / "run").act(x, **act), expected)
+    with pytest.raises(UserError, match=r"--resume: the run in .*run/value had another base policy: start over"):
+        evor_value.main(dataclasses.replace(args, resume=True))
+
+    shutil.rmtree(tmp_path / "bc")
+    with pytest.raises(UserError, match=r"no base policy at .*bc/bc/model\.eqx: train it with evor_bc\.py"):
+        evor_value.main(dataclasses.replace(args, resume=True))
+    shutil.copytree(tmp_path / "run" / "value", tmp_path / "sent" / "value")
+    rewrite(tmp_path / "sent" / "value" / "model.eqx", policy_run_dir="/dev/stdin", replicas=[[0, 7]])
+    np.testing.assert_array_equal(evor_infer.load_agent(tmp_path / "sent", seed=7).act(x, **act), expected)
+    with pytest.raises(UserError, match=r"sent/value has no seed 0: it has \[7\]"):
+        evor_infer.load_agent(tmp_path / "sent", seed=0)
 
 
 def test_a_run_compiles_its_training_step_once(tmp_path, dataset):
@@ -196,8 +210,8 @@ def test_the_bank_is_drawn_anew_when_asked(tmp_path, dataset, monkeypatch):
         banks.append((keywords["draw"], make_bank(*args, **keywords)))
         return banks[-1][1]
 
-    make_bank = evor_value.make_bank
-    monkeypatch.setattr(evor_value, "make_bank", spy)
+    make_bank = problem.make_bank
+    monkeypatch.setattr(problem, "make_bank", spy)
     evor_value.main(evor_value.Args(run_dir=tmp_path / "r", **settings))
     assert [draw for draw, _ in banks] == [0, 1, 2]
     assert not np.array_equal(banks[0][1], banks[1][1]) and not np.array_equal(banks[1][1], banks[2][1])
@@ -277,14 +291,14 @@ def test_replicas_equal_runs_of_their_own_on_any_number_of_devices(tmp_path, dat
     code = f"""
 import jax, evor_bc, evor_value
 from pathlib import Path, PosixPath
-from common import training
+from common import problem, run
 seen = []
-spread = training.spread
+spread = run.spread
 def spy(tree, replicas):
     tree = spread(tree, replicas)
-    seen.append(len(jax.tree.leaves(tree)[0].sharding.device_set))
+    seen.append((type(tree).__name__, len(jax.tree.leaves(tree)[0].sharding.device_set)))
     return tree
-evor_bc.spread = evor_value.spread = spy
+problem.spread = run.spread = spy
 for stage in (evor_bc, evor_value):
     stage.main(stage.Args(run_dir=Path("four"), seeds=5, **{settings!r}))
 print("devices", seen)
@@ -297,7 +311,7 @@ print("devices", seen)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert "devices [4, 4]" in done.stdout
+    assert f"devices {[('Replica', 4), ('TrainState', 4)] * 2}" in done.stdout
     for stage in (evor_bc, evor_value):
         stage.main(stage.Args(run_dir=tmp_path / "one", seeds=5, **settings))
         stage.main(stage.Args(run_dir=tmp_path / "alone", seeds=1, first_seed=3, **settings))
@@ -347,19 +361,25 @@ def two_processes(code: str, directory: Path) -> Iterator[list[subprocess.Popen]
 
 def test_two_processes_train_together_as_one_does(tmp_path, dataset):
     """Both stages with three seeds on two processes of one device each (one place holds a repeat), and resumed at the
-    end: the numbers of one process with one device. Only the first process evaluates and fills the run directory."""
+    end, with a model that somebody lost: the numbers of one process with one device. Only the first process evaluates
+    and fills the run directory."""
     settings = dict(env="robot", dataset=dataset, seeds=3, **SMALL)
     code = f"""
 import jax, evor_bc, evor_value
 from pathlib import Path, PosixPath
-from common.training import Run
-evaluated, train = [], Run.train
-def train_and_evaluate(*args, **keywords):
-    evaluate = lambda step, state: evaluated.append(step)
-    return train(*args, **keywords | dict(evaluate=evaluate, evaluate_every=20))
-Run.train = train_and_evaluate
+from common.run import Run
+evaluated, steps = [], Run.steps
+def steps_and_evaluations(run):
+    for step in steps(run):
+        if step in (20, 40):
+            run.on_first_host(lambda: evaluated.append(step))
+        yield step
+Run.steps = steps_and_evaluations
 for stage in (evor_bc, evor_value):
     stage.main(stage.Args(run_dir=Path("two"), distributed=True, **{settings!r}))
+    path = Path("two", stage.__name__.removeprefix("evor_"), "model.eqx")
+    if jax.process_index() == 0:
+        path.rename(path.with_name("lost"))
     stage.main(stage.Args(run_dir=Path("two"), distributed=True, resume=True, **{settings!r}))
 print("process", jax.process_index(), "devices", len(jax.devices()), "evaluated", evaluated)
 """
@@ -377,6 +397,8 @@ print("process", jax.process_index(), "devices", len(jax.devices()), "evaluated"
         ):
             a, b = ([float(row["value"]) for row in csv.DictReader(file)] for file in (one, two))
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5)
+        (tmp_path / "two" / stage / "lost").rename(tmp_path / f"lost-{stage}")
+        assert arrays(tmp_path / f"lost-{stage}") == arrays(tmp_path / "two" / stage / "model.eqx")
     names = {path.name for path in (tmp_path / "two").rglob("*") if path.is_file()}
     assert names == {path.name for path in (tmp_path / "one").rglob("*") if path.is_file()}
 
@@ -390,18 +412,21 @@ def test_sigterm_to_one_of_two_processes_stops_and_saves_both(tmp_path, dataset)
 import os, signal, sys, evor_bc
 from common.errors import run_cli
 from common.metrics import Metrics
-from common.training import Run
+from common.run import Run
 from pathlib import Path, PosixPath
-attempt, log, train = int(os.environ["ATTEMPT"]), Metrics.log, Run.train
+attempt, log, steps = int(os.environ["ATTEMPT"]), Metrics.log, Run.steps
 def stop():
     os.kill(os.getpid(), signal.SIGTERM)
 def log_and_stop(self, step, *rest):
     log(self, step, *rest)
     if step == 20 and os.environ["JAX_PROCESS_ID"] == "1":
         stop()
-def train_and_evaluate(*args, **keywords):
-    return train(*args, **keywords | dict(evaluate=lambda *_: attempt == 1 and stop(), evaluate_every=40))
-Metrics.log, Run.train = log_and_stop, train_and_evaluate
+def steps_and_evaluations(run):
+    for step in steps(run):
+        if step == 40:
+            run.on_first_host(lambda: attempt == 1 and stop())
+        yield step
+Metrics.log, Run.steps = log_and_stop, steps_and_evaluations
 args = evor_bc.Args(run_dir=Path("two"), distributed=True, resume=attempt > 0, **{settings!r})
 sys.argv = ["evor_bc.py"]
 run_cli(lambda _: evor_bc.main(args), evor_bc.Args)
@@ -420,6 +445,147 @@ run_cli(lambda _: evor_bc.main(args), evor_bc.Args)
     )
     assert len(one) == 6 * 2 * 2
     np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-5)
+
+
+class OneStep(Episodes):
+    """Episodes of one step, from observations that are known, solved where the action is small."""
+
+    def __init__(self, gym_ids, *, num_episodes, horizon):
+        self.shape, self.horizon = (len(gym_ids), num_episodes), horizon
+
+    def close(self):
+        pass
+
+    def run(self, act, desc):
+        _, episode = np.indices(self.shape)
+        observations = (np.ones((*self.shape, 2)) * (1 + episode[..., None])).astype(np.float32)
+        chunks = np.asarray(act(observations, episode, np.zeros(self.shape, int)))
+        assert chunks.shape == (*self.shape, self.horizon, 2)
+        return [
+            dict(replica=r, episode=e, length=1, total=float(chunks[r, e].sum()), probe=0.0)
+            | dict(success=float(np.abs(chunks[r, e]).max() < 0.5))
+            for r, e in np.ndindex(self.shape)
+        ]
+
+
+@pytest.fixture
+def maze(tmp_path, monkeypatch):
+    """Arguments of a training with evaluations at steps 20, 40 and 60 (the end), of two seeds."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("common.evaluation.Episodes", OneStep)
+    monkeypatch.setattr("common.run.SAVING_SHARE", 0.0)
+    settings = dict(env="pointmaze-medium-navigate", episodes=2, seeds=2, **SMALL)
+    evor_bc.main(evor_bc.Args(**settings, run_dir=tmp_path / "bc"))
+    return evor_value.Args(
+        **settings, policy_run_dir=tmp_path / "bc", num_next_actions=2, eval_every=20, eval_episodes=3, num_actions=2,
+        num_returns=2,
+    )  # fmt: skip
+
+
+def stripped(rows):
+    """Rows of `evaluation.csv`: what was evaluated when."""
+    return sorted({(row["step"], row["seed"], row["num_actions"], row["num_returns"]) for row in rows})
+
+
+def test_evaluations_of_a_resumed_run_are_those_of_one_that_never_stopped(tmp_path, maze, monkeypatch):
+    """Stopped in the chunk after the evaluation of step 40, and in the middle of that: once more from there, each row
+    once. Of a run that is complete only the evaluation is done again, with other settings if these are given."""
+    whole, parts = (dataclasses.replace(maze, run_dir=tmp_path / name) for name in ("whole", "parts"))
+    summary = evor_value.main(whole)
+    path = tmp_path / "whole" / "value" / "evaluation.csv"
+    rows = read_episodes(path)
+    both = [(seed, number, 2) for seed in (0, 1) for number in (1, 2)]
+    every = [(step, seed, 2, 2) for step in (20, 40) for seed in (0, 1)] + [(60, *rest) for rest in both]
+    assert stripped(rows) == every and len(rows) == 3 * len(every)
+    assert {(row["task"], row["num_actions"], row["episodes"]) for row in summary} == {(1, 1, 6), (1, 2, 6)}
+
+    play, calls = OneStep.run, []
+
+    def play_and_stop(self, act, desc):
+        calls.append(desc)
+        played = play(self, act, desc)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return played
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OneStep, "run", play_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            evor_value.main(parts)
+        assert stripped(read_episodes(tmp_path / "parts" / "value" / "evaluation.csv")) == every[:2]
+        interrupt_at(patch, 50)
+        with pytest.raises(Interrupted):
+            evor_value.main(dataclasses.replace(parts, resume=True))
+    assert len(calls) == 3 and stripped(read_episodes(tmp_path / "parts" / "value" / "evaluation.csv")) == every[:4]
+    evor_value.main(dataclasses.replace(parts, resume=True))
+    assert (tmp_path / "parts" / "value" / "evaluation.csv").read_bytes() == path.read_bytes()
+    assert files(tmp_path / "parts", "value") == files(tmp_path / "whole", "value")
+
+    before = contents(tmp_path / "whole" / "value")
+    assert evor_value.main(dataclasses.replace(whole, resume=True)) == summary
+    after = contents(tmp_path / "whole" / "value")
+    same = ("evaluation.csv", "metrics.csv", "model.eqx", "train_state.eqx", "train_state.previous.eqx")
+    assert {name: after[name] for name in same} == {name: before[name] for name in same}
+    evor_value.main(dataclasses.replace(whole, resume=True, num_returns=3))
+    rows = read_episodes(path)
+    assert stripped(rows) == [(60, seed, number, 3) for seed in (0, 1) for number in (1, 2)]
+    assert len(rows) == 3 * 4 and contents(tmp_path / "whole" / "value")["model.eqx"] == before["model.eqx"]
+    assert json.loads((tmp_path / "whole" / "value" / "config.json").read_text())["args"]["num_returns"] == 3
+
+
+def test_a_replica_that_diverges_is_not_evaluated(tmp_path, maze, monkeypatch, capsys):
+    """Seed 1, from step 30 on: the other seed is evaluated with the numbers that it has without it, also by a run that
+    is resumed."""
+    whole, bad = (dataclasses.replace(maze, run_dir=tmp_path / name) for name in ("whole", "bad"))
+    evor_value.main(whole)
+    train_chunk = evor_value.train_chunk
+
+    def spoil(args, state, *rest):
+        state, metrics = train_chunk(args, state, *rest)
+        return state, metrics | dict(loss=metrics["loss"].at[1].set(np.nan)) if state.step[0] == 30 else metrics
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evor_value, "train_chunk", spoil)
+        interrupt_at(patch, 50)
+        with pytest.raises(Interrupted):
+            evor_value.main(bad)
+    capsys.readouterr()
+    summary = evor_value.main(dataclasses.replace(bad, resume=True))
+    printed = capsys.readouterr().out
+    assert "diverged and left out, (task, seed): (1, 1)" in printed
+    assert {row["episodes"] for row in summary} == {3}
+    rows, expected = (read_episodes(tmp_path / name / "value" / "evaluation.csv") for name in ("bad", "whole"))
+    assert rows == [row for row in expected if row["seed"] == 0 or row["step"] == 20]
+    for name in ("loss", "success"):
+        logged, unspoiled = (
+            [row for row in read_csv(tmp_path / run / "value" / "metrics.csv") if row["metric"] == name]
+            for run in ("bad", "whole")
+        )
+        assert logged == [row for row in unspoiled if row["seed"] == "0" or int(row["step"]) < 30]
+    header, pairs, _ = evor_infer.load_agents(tmp_path / "bad")
+    assert pairs == [(1, 0)] and header["diverged"] == [[1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "own_rewards", "held_out", "due"),
+    [
+        (dict(), False, False, [20, 40]),
+        (dict(), True, False, []),
+        (dict(), True, True, [20, 40]),
+        (dict(eval_episodes=0), False, False, []),
+        (dict(eval_episodes=0), False, True, [20, 40]),
+        (dict(eval_every=0), False, True, []),
+        (dict(eval_every=60), False, True, []),
+        (dict(eval_every=30), False, True, [30]),
+    ],
+)
+def test_evaluations_lie_between_the_first_and_the_last_step(tmp_path, changes, own_rewards, held_out, due):
+    """The one after the last step also reports. None is made where there is nothing to evaluate."""
+    args = evor_value.Args(**dict(chunk=10, steps=60, eval_every=20) | changes)
+    run = mock.Mock(spec=Run, directory=tmp_path, resume_path=None)
+    data = mock.Mock(spec=problem.ValueProblem, own_rewards=own_rewards, validation="some" if held_out else None)
+    evaluation = Evaluation(args, data, run)
+    assert [step for step in range(0, 70, 10) if evaluation.is_due(step)] == due
 
 
 def test_the_main_job_on_collected_data_with_chunks(tmp_path, monkeypatch, capsys):
@@ -473,7 +639,7 @@ def test_the_main_job_on_collected_data_with_chunks(tmp_path, monkeypatch, capsy
     # The same model, evaluated with another number of actions: no row of the earlier settings stays.
     before = (run / "value" / "model.eqx").read_bytes()
     evor_value.main(dataclasses.replace(args, resume=True, num_actions=3))
-    rows = evor_infer.read_episodes(run / "value" / "evaluation.csv")
+    rows = read_episodes(run / "value" / "evaluation.csv")
     assert sorted({(row["step"], row["num_actions"]) for row in rows}) == [(20, 1), (20, 3)]
     assert json.loads((run / "value" / "config.json").read_text())["args"]["num_actions"] == 3
     assert (run / "value" / "model.eqx").read_bytes() == before

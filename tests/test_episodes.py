@@ -15,9 +15,9 @@ import mujoco
 import numpy as np
 import pytest
 
-from common import evaluation
+from common import episodes as roll_outs
+from common.episodes import EpisodeRunner, Episodes, seeded_reset
 from common.errors import UserError
-from common.evaluation import EpisodeRunner, Episodes, seeded_reset
 from tests import processes
 
 GYM_IDS = ("cube-single-singletask-task2-v0", "cube-single-singletask-task4-v0")
@@ -87,7 +87,7 @@ def test_number_of_processes_changes_nothing(make_episodes, rows: list[dict]):
 def test_episodes_equal_a_loop_by_hand(rows: list[dict]):
     """Chunks of five are executed open loop: `act` sees only every fifth observation."""
     for replica, episode in ((0, 2), (1, 0)):
-        env = evaluation.make_env(GYM_IDS[replica])
+        env = roll_outs.make_env(GYM_IDS[replica])
         observation, step, total, done = seeded_reset(env, seed_of(7, episode)), 0, 0.0, False
         while not done:
             if step % HORIZON == 0:
@@ -117,7 +117,7 @@ def test_noise_in_the_actions():
             executed.append(action)
             return self.np_random.uniform(-1, 1, 1).astype(np.float32), 0.0, False, False, {}
 
-    env, plain = evaluation.ActionNoise(Recorder(), 0.5), Recorder()
+    env, plain = roll_outs.ActionNoise(Recorder(), 0.5), Recorder()
     action = np.array([0.0, 0.25, -0.25, 0.9, -1.0], np.float32)
     observations = [env.reset(seed=3)[0], *(env.step(action)[0] for _ in range(2_000))]
     without = [plain.reset(seed=3)[0], *(plain.step(action)[0] for _ in range(2_000))]
@@ -147,7 +147,7 @@ def test_noise_is_asked_for(make_episodes, rows: list[dict]):
 def test_seeded_reset_determines_the_roll_out(gym_id: str):
     """OGBench takes random steps in `reset` with an action space it never seeds. Fails if they leave a trace in the
     simulator: the start of its contact solver is part of the state that the next step depends on."""
-    env = evaluation.make_env(gym_id)
+    env = roll_outs.make_env(gym_id)
     actions = np.random.default_rng(0).uniform(-1, 1, (40, *env.action_space.shape)).astype(np.float32)
 
     def roll_out(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -189,7 +189,7 @@ class Counter(gymnasium.Env):
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> EpisodeRunner:
     """Slots 1 and 3 of four, seven episodes, chunks of three: slot 1 runs episodes 1 and 5, slot 3 runs episode 3."""
-    monkeypatch.setattr(evaluation, "make_env", lambda gym_id, noise=0.0: Counter())
+    monkeypatch.setattr(roll_outs, "make_env", lambda gym_id, noise=0.0: Counter())
     return EpisodeRunner(("a",), [1, 3], num_slots=4, num_episodes=7, horizon=3, seed=0, probe=lambda info: 2.0)
 
 
@@ -239,7 +239,7 @@ def test_environments_are_few_and_slots_cover_all_episodes(
 ):
     """Each environment takes memory and time to build: at most 250 where so many fit into the memory, or one per
     replica if there are more replicas."""
-    monkeypatch.setattr(evaluation, "max_environments", lambda: 250)
+    monkeypatch.setattr(roll_outs, "max_environments", lambda: 250)
     monkeypatch.setattr(gymnasium.vector, "AsyncVectorEnv", lambda fns, context: types.SimpleNamespace(fns=fns))
     fns = Episodes(["x"] * replicas, num_episodes=episodes, workers=workers).vector.fns
     slots = [slot for fn in fns for slot in fn.args[1]]
@@ -253,7 +253,7 @@ def test_environments_are_few_and_slots_cover_all_episodes(
 SCRIPT = """
 import numpy as np
 from common.errors import run_cli
-from common.evaluation import Episodes
+from common.episodes import Episodes
 from evor_infer import Args
 
 def main(args):
@@ -285,7 +285,7 @@ import sys
 started = []
 events = {"subprocess.Popen", "os.posix_spawn", "os.system", "os.fork"}
 sys.addaudithook(lambda event, args: started.append(args) if event in events else None)
-from common.evaluation import make_env
+from common.episodes import make_env
 
 make_env("pointmaze-medium-singletask-task1-v0")
 make_env("cube-single-singletask-task1-v0")
