@@ -549,8 +549,9 @@ def main(args: Args) -> list[dict[str, Any]]:
                 summary = write_rows(out, rows)
     # Last: where it stands, all that it describes does.
     config = dict(stage="infer", env=header["env"], args=args, data=header["data"])
-    config |= dict(critic_sha256=sha256(out.parent / "value" / "model.eqx"), versions=package_versions())
-    config |= dict(git_revision=git_revision(), hardware=hardware(), seconds=round(time.monotonic() - began, 1))
+    config |= dict(policy_sha256=header["policy_sha256"], critic_sha256=sha256(out.parent / "value" / "model.eqx"))
+    config |= dict(versions=package_versions(), git_revision=git_revision(), hardware=hardware())
+    config |= dict(seconds=round(time.monotonic() - began, 1))
     write_json(out / "config.json", config)
     report(summary, out, title=f"{header['env']} ({header['data']['source']} data)")
     if filmed is not None:

@@ -79,7 +79,7 @@ Count = Annotated[int, at_least(1)]
 
 
 def unread(default: Any) -> Any:
-    """A field that no compiled step reads: arguments that differ in such fields alone are equal, and share a program."""
+    """A field that no compiled step reads: arguments that differ in nothing else are equal, and share a program."""
     return dataclasses.field(default=default, compare=False)
 
 

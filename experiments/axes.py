@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.evaluation import read_episodes, summarise
 from common.metrics import read_json
-from evor_infer import read_episodes, summarise
 from experiments.rows import Frame, Place, cell, complete, frame, numbers, read, table
 
 FILES = ("calibration.csv", "success.csv")

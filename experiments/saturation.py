@@ -10,7 +10,7 @@ from jaxtyping import Float
 from benchmarks.saturation import NUMBERS
 from common import figures
 from common.errors import UserError
-from evor_infer import summarise
+from common.evaluation import summarise
 from experiments.rows import Frame, Place, numbers, percent, read, table
 
 FILES = ("rows.csv",)

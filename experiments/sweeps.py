@@ -36,7 +36,7 @@ def gather(folder: Path) -> list[dict[str, Any]]:
     about = dict(
         td_target=trained.get("td_target", ""),
         next_action=trained["next_action"],
-        critic=value["critic"],
+        critic=trained["critic"],
         # A setting of the training too, where the backup chooses among actions.
         backup_return_temperature=trained["return_temperature"] if trained["next_action"] == "softmax" else "",
         steps=value["step"],

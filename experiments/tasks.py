@@ -12,8 +12,8 @@ import numpy as np
 
 from common import figures
 from common.errors import UserError
+from common.evaluation import summarise
 from common.statistics import success_interval
-from evor_infer import summarise
 from experiments import gather
 from experiments.rows import RESULTS, Frame, Place, cell, complete, numbers, percent, read, table
 

@@ -73,8 +73,10 @@ def test_changes_that_the_docs_show(tmp_path: Path, change: str, says: str):
 
 
 def test_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """With a quarter of its steps: laws within 0.2 of the true ones, and the better bet chosen. Fails if the law of state
-    0 is that of one bet, or if the choice is that of the base policy."""
+    """With a part of its steps: laws within 0.2 of the true ones, and the better bet chosen.
+
+    Fails if the law of state 0 is that of one bet, or if the choice is that of the base policy.
+    """
     for name, steps in (("BC", 500), ("VALUE", 1_500)):
         settings = dataclasses.replace(getattr(one_page, name), steps=steps, chunk=500)
         monkeypatch.setattr(one_page, name, settings)

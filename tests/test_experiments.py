@@ -15,7 +15,7 @@ from common import checkpoint
 from common.envs import default_run_dir
 from common.errors import UserError
 from common.metrics import read_json, write_csv
-from common.training import Run
+from common.run import Run
 from experiments import draw, rows, run
 from tests import processes
 from tests.helpers import tiny_dataset
@@ -46,7 +46,7 @@ def test_every_experiment_finds_what_it_needs():
             elif module == "benchmarks.base_policy":
                 assert set(args.run_dirs) <= set(policies), command
             elif module in ("benchmarks.candidates", "benchmarks.saturation"):
-                assert args.run_dir in values and args.policy_run_dir in policies, command
+                assert args.run_dir in values, command
     assert len(values) > 50 and len(sweeps) > 20
 
 
@@ -112,7 +112,7 @@ def test_what_was_stopped_goes_on_and_what_is_done_is_skipped(
     assert module == "evor_bc"
     with monkeypatch.context() as patch:
         save = Run._save
-        patch.setattr(Run, "_save", lambda self, step, *rest: sys.exit(1) if step == 40 else save(self, step, *rest))
+        patch.setattr(Run, "_save", lambda self: sys.exit(1) if self.step == 40 else save(self))
         with pytest.raises(SystemExit):
             evor_bc.main(args)
     stopped = run.progress(command)

@@ -1,5 +1,5 @@
-"""Every command of the READMEs, CONTRIBUTING.md and the scripts' docstrings parses, so that none of their flags is made up,
-and none of them changes a stored row. The Python of the README runs."""
+"""Every command of the pages and of the scripts' docstrings parses, so that none of their flags is made up, and none of
+them changes a stored row. The Python of the README runs."""
 
 import importlib
 import re

@@ -17,7 +17,9 @@ from benchmarks import saturation as benchmark
 from common import checkpoint
 from common.errors import UserError
 from common.metrics import read_csv, sha256, write_csv
+from common.networks import CriticSpec, PolicySpec
 from common.statistics import mean_interval, success_interval
+from evor_infer import AgentSpec
 from experiments import check, draw, gather, rows, saturation, tasks
 
 ROOT = Path(__file__).parent.parent
@@ -30,11 +32,14 @@ def make_run(path: Path, args: Any, *, solved: int, policy: str = "ab", bc_steps
         folder.mkdir(parents=True)
     (base / "bc" / "config.json").write_text(json.dumps(dict(args=dict(steps=bc_steps))))
     seed = args.first_seed
+    sizes = dict(observation=37, action=5 * args.horizon, width=args.width, depth=args.depth)
+    critic = CriticSpec(**sizes, kind=args.critic, outputs=getattr(args, "outputs", 1))
+    spec = AgentSpec(PolicySpec(**sizes), critic, args.horizon, 115)
+    joint = getattr(args, "policy", "frozen") == "joint"
     config = dict(
-        env="cube-double-play", observation_dim=37, action_dim=5, horizon=args.horizon, critic=args.critic,
-        width=args.width, depth=args.depth, head_width=64, head_depth=3, outputs=getattr(args, "outputs", 1),
-        return_axis=args.axis_kind,
-        policy_run_dir=str(base), policy_sha256=policy, own_policy=args.own_policy, args=checkpoint.plain(args),
+        env="cube-double-play", horizon=args.horizon, seeds=[seed], model=checkpoint.plain(spec),
+        return_axis=args.axis_kind, policy_run_dir=None if joint else str(base), policy_sha256=policy,
+        args=checkpoint.plain(args),
         data=dict(name="d", source="collected", sha256="cd"), versions=dict(jax="1"), git_revision="ef",
         replicas=[[task, seed]],
     )  # fmt: skip
@@ -277,10 +282,9 @@ def test_a_sweep_is_drawn_again_from_its_rows(here: Path):
     for target, solved in (("paper", 1), ("shared-noise", 3)):
         folder = here / target / "tau_r"
         header = dict(
-            stage="value", env="cube-double-play", observation_dim=3, action_dim=2, horizon=1, width=8, depth=2,
-            step=70, critic="mlp", return_axis="std", replicas=[[2, 0]], policy_sha256="ab",
-            data=dict(name="d", source="collected", sha256="cd"), 
-            args=dict(td_target=target, next_action="base", steps=70, discount=0.99, return_temperature=0.03),
+            stage="value", env="cube-double-play", horizon=1, model={}, step=70, seeds=[0], replicas=[[2, 0]],
+            policy_sha256="ab", data=dict(name="d", source="collected", sha256="cd"),
+            args=dict(td_target=target, next_action="base", critic="mlp", steps=70, discount=0.99, return_temperature=0.03),
         )  # fmt: skip
         model = folder.parent / "value" / "model.eqx"
         checkpoint.save(model, header, ())
@@ -549,7 +553,7 @@ def test_the_readme_counts_the_episodes_that_one_temperature_alone_solves(
         found = solved.setdefault(row[setting], set())
         found |= {(row["task"], row["episode"])} if float(row["success"]) else set()
     one, other = (solved[value] for value in values)
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    readme = " ".join((ROOT / "docs" / "results.md").read_text().split())
     assert sentence.format(len(one - other), len(other - one)) in readme
 
 
@@ -560,7 +564,7 @@ def test_the_readmes_headline_table_is_that_of_the_rows():
         if row["env"] == "cube-double-play" and row["next_action"] == "base":
             key = row["td_target"], row["seed"], row["task"], row["num_actions"] != "1"
             found.setdefault(key, []).append(float(row["success"]))
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "docs" / "results.md").read_text()
     table = (ROOT / "results" / "tasks" / "README.md").read_text().splitlines()
     means = [row for row in table if row.startswith("| cube-double-play (collected) | 1 2 3 4 5 | 1 |")]
     number = 0
@@ -589,6 +593,42 @@ def test_the_readmes_headline_table_is_that_of_the_rows():
     assert number == 12
 
 
+def test_the_readmes_tables_are_those_of_the_results():
+    """Each cell is one of the tables of results/, which are drawn from their rows."""
+    readme = (ROOT / "README.md").read_text()
+
+    def cells(name: str, *begins: str) -> list[str]:
+        lines = (ROOT / "results" / name / "README.md").read_text().replace("*", "").splitlines()
+        (line,) = [line for line in lines if all(begin in line for begin in begins)]
+        return [cell.strip() for cell in line.split("|")[1:-1]]
+
+    def shorter(cell: str) -> str:
+        rate, low, high = re.fullmatch(r"(\d+%) \[(\d+)%, (\d+)%\]", cell).groups()
+        return f"{rate} [{low}, {high}]"
+
+    for env, label in (
+        ("cube-single-play", "cube-single-play"),
+        ("cube-double-play", "cube-double-play"),
+        (
+            "pointmaze-medium-navigate",
+            "pointmaze-medium-navigate, with `--next-action softmax --discount 0.995`",
+        ),
+    ):
+        backup = "softmax" if "maze" in env else "base"
+        *_, extracted, _, alone, _ = cells("tasks", f"| {env} (collected) | 1 2 3 4 5 | 1 |", f"| `{backup}` |")
+        assert f"| {label} | {shorter(alone)} | {shorter(extracted)} |" in readme
+    for method, label in (
+        ("`scalar` | base", "scalar critic"),
+        ("`paper, trunk` | base", "published TD target"),
+        ("`c51` | base", "C51"),
+        ("`qr` | base", "QR"),
+        ("`shared-noise, trunk` | base", "`shared-noise`, the default"),
+        ("`QC, frozen policy` | best of 32", "QC, best of 32, frozen policy"),
+    ):
+        _, _, _, _, extracted, _, alone, *_ = cells("baselines", f"| {method} |")
+        assert f"| {label} | {shorter(alone)} | {shorter(extracted)} |" in readme
+
+
 def test_a_run_is_compared_with_its_rows(here: Path):
     """Twelve episodes of which one changed, and other data; then another discount, which is no repetition."""
     run = make_run(here / "a", evor_value.Args(), solved=8)
@@ -613,7 +653,7 @@ def test_a_run_is_compared_with_its_rows(here: Path):
 def test_the_readmes_other_numbers_are_those_of_the_rows():
     """Sentences written anew from the rows: the maze, N_pi, noise, selection, calibration, base policies, schedules and
     sizes. Fails if a row or a sentence is changed alone."""
-    folder, readme = ROOT / "results", " ".join((ROOT / "README.md").read_text().split())
+    folder, readme = ROOT / "results", " ".join((ROOT / "docs" / "results.md").read_text().split())
 
     def rates(name: str, column: str, by: str = "success", **values: str) -> dict[str, float]:
         """Mean per value of a column, in the order in which they come."""
@@ -711,4 +751,4 @@ def test_axes_before_and_after(here: Path):
 
 
 def test_the_readmes_table_of_axes_is_that_of_the_rows():
-    assert (ROOT / "results" / "axes" / "table.md").read_text() in (ROOT / "README.md").read_text()
+    assert (ROOT / "results" / "axes" / "table.md").read_text() in (ROOT / "docs" / "results.md").read_text()
