@@ -19,13 +19,13 @@ import gymnasium
 import jax
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
 
 from common import checkpoint
 from common.envs import parse_env
 from common.episodes import episode_seed, make_env, seeded_reset
 from common.errors import UserError, run_cli
 from common.metrics import sha256, write_csv
+from common.progress import progress
 from common.provenance import provenance
 from evor_infer import Agent, load_agent
 
@@ -116,7 +116,7 @@ def roll_out(
     longest = gymnasium.spec(gym_id).max_episode_steps
     returns = []
     try:
-        for first in tqdm(range(0, len(chunks), ENVIRONMENTS), desc="roll-outs", unit="batch"):
+        for first in progress(iterable=range(0, len(chunks), ENVIRONMENTS), desc="roll-outs", unit="batch"):
             some = chunks[first : first + ENVIRONMENTS]
             chunk = np.concatenate([some, np.repeat(some[-1:], ENVIRONMENTS - len(some), axis=0)])  # fills up
             observations, _ = vector.reset()

@@ -1,6 +1,7 @@
 """What a run of hours leaves of its progress: in a file, a line now and then."""
 
 import re
+from pathlib import Path
 
 import pytest
 from tqdm import std
@@ -67,6 +68,13 @@ def test_what_takes_less_than_ten_seconds_leaves_nothing(clock: Clock, capsys: p
             clock.now += 1.0
             bar.update(1)
     assert capsys.readouterr().err == ""
+
+
+def test_all_bars_are_of_this_kind():
+    """Fails if a script shows a bar of tqdm's own, which fills a file."""
+    root = Path(progress.__file__).parent.parent
+    makers = [path.name for path in root.glob("**/*.py") if re.search(r"\btqdm\(", path.read_text())]
+    assert [name for name in makers if name != "test_progress.py"] == ["progress.py"]
 
 
 def test_a_terminal_gets_a_bar_that_moves(clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

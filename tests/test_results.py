@@ -284,7 +284,8 @@ def test_a_sweep_is_drawn_again_from_its_rows(here: Path):
         header = dict(
             stage="value", env="cube-double-play", horizon=1, model={}, step=70, seeds=[0], replicas=[[2, 0]],
             policy_sha256="ab", data=dict(name="d", source="collected", sha256="cd"),
-            args=dict(td_target=target, next_action="base", critic="mlp", steps=70, discount=0.99, return_temperature=0.03),
+            args=dict(td_target=target, next_action="base", critic="mlp", steps=70, discount=0.99,
+                      return_temperature=0.03),
         )  # fmt: skip
         model = folder.parent / "value" / "model.eqx"
         checkpoint.save(model, header, ())

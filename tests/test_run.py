@@ -331,11 +331,15 @@ def test_a_moved_run_can_be_resumed(tmp_path: Path):
 
 
 def test_tracking_gets_every_replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    logged = []
+    logged, ids = [], []
     track = types.SimpleNamespace(log=lambda values, step: logged.append((step, *values)))
-    monkeypatch.setattr("common.run.start_tracking", lambda project, name, config: track)
+    wandb = types.SimpleNamespace(init=lambda **settings: ids.append(settings["id"]) or track)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     train(tmp_path, Args(steps=2, save_every=2, track=True))
     assert logged == [(2, "toy/task1/seed0/loss"), (2, "toy/task2/seed0/loss")]
+    train(tmp_path, Args(steps=2, save_every=2, track=True, resume=True))
+    train(tmp_path, Args(steps=2, save_every=2, track=True, overwrite=True))
+    assert ids[0] == ids[1] != ids[2]  # one run, gone on with, and a new one
 
 
 # --- Stopping ----------------------------------------------------------------------------------------------------
