@@ -3,12 +3,17 @@
 from pathlib import Path
 
 import gymnasium
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from common import film
 from common.errors import UserError
+from common.networks import FlowCritic, FlowPolicy, Standardizer
+from common.returns import affine_axis
+from evor_infer import Agent, Extraction
 
 
 class Counter(gymnasium.Env):
@@ -45,6 +50,38 @@ def test_a_frame_for_every_second_step_and_one_decision_a_chunk(tmp_path: Path):
     with Image.open(tmp_path / "films" / "a.gif") as found:
         # Four, and the last one for a second; Pillow may join equal ones.
         assert 5 <= found.n_frames <= 19 and found.size == (512, 256)
+
+
+def test_an_agent_is_filmed_with_what_it_does(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Chunks of three actions: the film shows the law and eight other actions, in the environment's units, of the
+    action that is executed; the environment is closed after it."""
+    env, drawn, executed, closed = Counter(), [], [], []
+    agent = Agent(
+        policy=FlowPolicy(1, 3, width=8, depth=2, key=jax.random.key(0)),
+        critic=FlowCritic(1, 3, width=8, depth=2, key=jax.random.key(1)),
+        standardizer=Standardizer(jnp.zeros(1), jnp.ones(1)),
+        axis=affine_axis(-5.0, 0.5, low=-10.0, high=0.0),
+        horizon=3,
+    )
+    settings = Extraction(num_actions=4, num_returns=3, flow_steps=2)
+    step = env.step
+    env.step = lambda action: (executed.append(float(action[0])), step(action))[1]
+    env.close = lambda: closed.append(env.steps)
+    with pytest.MonkeyPatch.context() as patch:
+        draw = film.draw
+        patch.setattr(film, "draw", lambda *args, **named: (drawn.append((*args[2:], named)), draw(*args, **named)))
+        film.film_episode(agent, settings, env, tmp_path / "a.gif", seed=3, title="a toy")
+    assert (tmp_path / "a.gif").stat().st_size > 1_000 and closed == [7] and len(drawn) == 5
+    assert capsys.readouterr().out == f"film: {tmp_path / 'a.gif'} (solved)\n"
+    for frame, decided in ((0, 0), (2, 3), (3, 6)):
+        key = jax.random.split(jax.random.fold_in(jax.random.key(3), decided))[0]
+        x = jnp.full((1, 1), float(decided))
+        chunk = agent.act(x, num_actions=4, num_returns=3, flow_steps=2, key=key)
+        np.testing.assert_allclose(executed[decided : decided + 3], chunk[0, : 7 - decided, 0], rtol=1e-5)
+        law, others, named = drawn[frame]
+        np.testing.assert_allclose(law, agent.sample_returns(x, chunk, 200, flow_steps=2, key=key)[0], rtol=1e-5)
+        assert others.shape == (8,) and len(np.unique(others)) == 8 and np.abs(others + 5.0).max() < 2.0
+        assert named["bounds"] == (-10.0, 0.0)
 
 
 def test_without_ffmpeg_a_gif_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
