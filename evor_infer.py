@@ -6,18 +6,17 @@ Given the base policy (stage 1) and the reward-to-go law (stage 2), in an observ
 
     a^(1..N_pi) ~ pi_base(. | x)                                    candidates
     r^(i,1..N)  ~ R_theta(. | x, a^(i))                             draws of the reward-to-go
-    Q*(x, a^(i)) = T log( (1/N) sum_j exp(r^(i,j) / T) )            log-mean-exp, T = tau_R sigma_R
-    a ~ softmax_i( Q*(x, a^(i)) / (tau_Q sigma_Q) )                 tau_Q = 0: the best candidate
+    Q*(x, a^(i)) = T log( (1/N) sum_j exp(r^(i,j) / T) )            log-mean-exp, T = tau_R sigma
+    a ~ softmax_i( Q*(x, a^(i)) / (tau_Q sigma) )                   tau_Q = 0: the best candidate
 
 | symbol | here                 | symbol  | here                 |
 |--------|----------------------|---------|----------------------|
 | N_pi   | `num_actions`        | tau_R   | `return_temperature` |
 | N      | `num_returns`        | tau_Q   | `action_temperature` |
 
-sigma_R is the standard deviation of the data's returns, over all its states, and sigma_Q that of Q* among the
-candidates of this observation. So temperatures are relative, and one number means the same in every environment. With
-`--absolute` both sigma are 1, as in the paper: temperatures are in the environment's units. `num_actions = 1` is the
-base policy.
+sigma is the standard deviation of the data's returns, over all its states. So temperatures do not depend on the units
+of the rewards. With `--absolute` sigma is 1, as in the paper: temperatures are in the environment's units.
+`num_actions = 1` is the base policy.
 
 Lists on the command line are a sweep: every combination is evaluated on the same episodes, without retraining.
 Reads `runs/ENV/value/model.eqx`; writes `runs/ENV/infer/{config.json, episodes.csv, summary.csv, sweep.png}`.
@@ -98,8 +97,8 @@ class Args:
     """N: draws of the reward-to-go per candidate (ours)."""
     return_temperature: Annotated[tuple[float, ...], each(not_negative)] = (0.3,)
     """tau_R, in standard deviations of the data's returns (ours); inf scores by the mean, 0 by the largest draw."""
-    action_temperature: Annotated[tuple[float, ...], each(not_negative)] = (1.0,)
-    """tau_Q, in standard deviations of Q* among the candidates (ours); 0 takes the best candidate, inf any."""
+    action_temperature: Annotated[tuple[float, ...], each(not_negative)] = (0.01,)
+    """tau_Q, in standard deviations of the data's returns (ours); 0 takes the best candidate, inf any."""
     absolute: bool = False
     """Temperatures in the environment's units, as in the paper."""
     flow_steps: Count = 5
@@ -132,7 +131,7 @@ class Extraction(eqx.Module):
     num_actions: int = eqx.field(static=True, default=32)
     num_returns: int = eqx.field(static=True, default=16)
     return_temperature: float = 0.3
-    action_temperature: float = 1.0
+    action_temperature: float = 0.01
     flow_steps: int = eqx.field(static=True, default=5)
     solver: Solver = eqx.field(static=True, default="midpoint")
     independent_noise: bool = eqx.field(static=True, default=False)
@@ -142,9 +141,9 @@ class Extraction(eqx.Module):
     def ode(self) -> Ode:
         return Ode(self.flow_steps, self.solver)
 
-    def return_units(self, axis: ReturnAxis) -> Float[Array, "*replicas"]:
-        """tau_R in the environment's units."""
-        return self.return_temperature * (jnp.ones_like(axis.spread) if self.absolute else axis.spread)
+    def unit(self, axis: ReturnAxis) -> Float[Array, "*replicas"]:
+        """sigma, the unit of both temperatures, in the environment's units."""
+        return jnp.ones_like(axis.spread) if self.absolute else axis.spread
 
 
 # --- Maths -------------------------------------------------------------------------------------------------------
@@ -198,18 +197,12 @@ def score_one(
     return log_mean_exp(axis.to_environment(returns), temperature, weights)
 
 
-def standardise(scores: Float[Array, " num_actions"]) -> Float[Array, " num_actions"]:
-    """Scores in units of their own standard deviation, or of what single precision rounds off where that is more."""
-    info = jnp.finfo(scores.dtype)
-    rounding = jnp.maximum(info.eps * jnp.max(jnp.abs(scores)), info.tiny)
-    return (scores - jnp.mean(scores)) / jnp.maximum(jnp.std(scores), rounding)
-
-
 def select(
     scores: Float[Array, " num_actions"], temperature: Float[ArrayLike, ""], *, key: PRNGKeyArray
 ) -> Int[Array, ""]:
     """An index with probability `softmax(scores / temperature)`; temperature 0: the largest score, inf: uniform."""
-    drawn = jax.random.categorical(key, scores / jnp.where(temperature == 0, 1.0, temperature))
+    above = scores - jnp.max(scores)  # exact where it counts, however far from zero the scores are
+    drawn = jax.random.categorical(key, above / jnp.where(temperature == 0, 1.0, temperature))
     return jnp.where(temperature == 0, jnp.argmax(scores), drawn)
 
 
@@ -223,13 +216,13 @@ def act_one(
     candidates = agent.policy.sample(observation, noise, settings.ode)
     if settings.num_actions == 1:
         return candidates[0]
-    score = functools.partial(score_one, temperature=settings.return_units(agent.axis), ode=settings.ode)
+    unit = settings.unit(agent.axis)
+    score = functools.partial(score_one, temperature=settings.return_temperature * unit, ode=settings.ode)
     returns_noise = return_noise(settings, key=noise_key)
     scores = jax.vmap(score, (None, None, None, 0, None))(
         agent.critic, agent.axis, observation, candidates, returns_noise
     )
-    scores = scores if settings.absolute else standardise(scores)
-    return candidates[select(scores, settings.action_temperature, key=select_key)]
+    return candidates[select(scores, settings.action_temperature * unit, key=select_key)]
 
 
 # --- Agent -------------------------------------------------------------------------------------------------------
@@ -429,7 +422,7 @@ def _sample_returns(agent, observations, actions, settings, *, key):
 @jax.jit
 def _q_value(agent, observations, actions, settings, *, key):
     noise = return_noise(settings, key=key)
-    temperature = settings.return_units(agent.axis)
+    temperature = settings.return_temperature * settings.unit(agent.axis)
 
     def one(x, a):
         x = agent.standardizer(x)

@@ -93,7 +93,7 @@ class Args(TrainArgs):
     redraw_bank: Annotated[int, not_negative, multiple_of("chunk")] = 0
     """Gradient steps after which the bank is drawn anew; 0 keeps the first."""
     backup_temperature: Annotated[float, not_negative] = 0.0
-    """tau_Q of the softmax backup, in standard deviations of Q* among the K; 0 takes the best of K."""
+    """tau_Q of the softmax backup, in standard deviations of the data's returns; 0 takes the best of K."""
     backup_returns: Count = 4
     """Return draws per banked action in the softmax backup."""
     critic: Literal["mlp", "trunk"] = "mlp"
@@ -129,7 +129,7 @@ class Args(TrainArgs):
     return_temperature: Annotated[float, not_negative] = Extraction.return_temperature
     """tau_R, in the softmax backup and at evaluation, in standard deviations of the data's returns (ours)."""
     action_temperature: Annotated[float, not_negative] = unread(Extraction.action_temperature)
-    """tau_Q at evaluation, in standard deviations of Q* among the candidates (ours); 0 takes the best candidate."""
+    """tau_Q at evaluation, in standard deviations of the data's returns (ours); 0 takes the best candidate."""
 
     def conflicts(self) -> Iterator[str]:
         yield from super().conflicts()
@@ -277,7 +277,7 @@ def choose_next_action(
     """The softmax backup: stage 3's extraction over the K banked actions, by the online critic."""
     score = functools.partial(evor_infer.score_one, temperature=return_temperature * axis.spread, ode=ode)
     scores = jax.vmap(score, (None, None, None, 0, None))(critic, axis, observation, candidates, noise)
-    return candidates[evor_infer.select(evor_infer.standardise(scores), action_temperature, key=key)]
+    return candidates[evor_infer.select(scores, action_temperature * axis.spread, key=key)]
 
 
 # --- Training ----------------------------------------------------------------------------------------------------

@@ -125,8 +125,7 @@ def measure(args: Args) -> list[dict[str, Any]]:
     paths = [run / "value" / "model.eqx" for run in (args.run_dir, args.other)]
     headers, seeds = read_headers(args, paths)
     agents = [
-        load_agent(run, task=args.task, seed=seed)
-        for run, seed in zip((args.run_dir, args.other), seeds, strict=True)
+        load_agent(run, task=args.task, seed=seed) for run, seed in zip((args.run_dir, args.other), seeds, strict=True)
     ]
     header = headers[0]
     path, source = sources.find_files(header["env"], None, episodes=None)

@@ -50,7 +50,7 @@ def play(
     desc = f"N_pi={settings.num_actions} N={settings.num_returns} tau_R={settings.return_temperature:g} " + (
         f"tau_Q={settings.action_temperature:g}"
     )
-    units = np.asarray(settings.return_units(agents.axis))
+    units = settings.return_temperature * np.asarray(settings.unit(agents.axis))
     rows = []
     for row in episodes.run(act, desc=" ".join([desc, *(f"{name}={value:g}" for name, value in columns.items())])):
         replica = row.pop("replica")

@@ -99,8 +99,7 @@ def axes(env: str) -> list[str]:
             preview(env, f"axis-{name}", f"{flags} {axis} --seeds 2 --policy-seed 0 --eval-episodes 0")
             for name, axis in AXES.items()
         ),
-        # The default of tau_Q when the stored rows were made; it is 1 today.
-        readout(env, "axis-quantiles", "after", "--action-temperature 0.2"),
+        readout(env, "axis-quantiles", "after"),
         readout(env, "axis-bounds", "before", before),
     ]
 
@@ -215,7 +214,12 @@ EXPERIMENTS: dict[str, list[str]] = {
         draw("capacity", f"cosine/{CUBE}", *(f"capacity{flags[1:].replace(' ', '-')}/{CUBE}" for flags in SIZES)),
     ],
     "num_actions": sweep("num_actions", "--num-actions 1 2 4 8 16 32 64", f"tasks/{CUBE}", tasks="1 2"),
-    "tau_q": sweep("action_temperature/tau_q", f"{BEST} --action-temperature {VALUES}", f"tasks/{CUBE}", tasks="2"),
+    "tau_q": sweep(
+        "action_temperature/tau_q",
+        f"{BEST} --action-temperature 0 0.003 0.01 0.03 0.1 0.3 1 inf",
+        f"tasks/{CUBE}",
+        tasks="2",
+    ),
     "tau_r": sweep(
         "return_temperature/tau_r",
         f"{BEST} --return-temperature {VALUES} {GREEDY}",
@@ -232,14 +236,14 @@ EXPERIMENTS: dict[str, list[str]] = {
         command
         for name in ("tasks", "seeds")
         for table, env in ((f"action_temperature/{name}", CUBE), (f"action_temperature/{name}_single", SINGLE))
-        for command in sweep(table, f"{BEST} --action-temperature 0 0.1 0.2 0.5", f"{name}/{env}")
+        for command in sweep(table, f"{BEST} --action-temperature 0 0.003 0.01 0.03", f"{name}/{env}")
     ],
     "tau_q_maze": sweep(
-        "action_temperature/maze", f"{BEST} --return-temperature 0.3 1 --action-temperature 0 0.2 0.5", *MAZES
+        "action_temperature/maze", f"{BEST} --return-temperature 0.3 1 --action-temperature 0 0.01 0.03", *MAZES
     ),
     "temperatures": sweep(
         "temperatures",
-        f"{BEST} --return-temperature 0 0.1 0.3 1 inf --action-temperature 0 0.1 0.2 0.5 1",
+        f"{BEST} --return-temperature 0 0.1 0.3 1 inf --action-temperature 0 0.003 0.01 0.03 0.1",
         f"tasks/{CUBE}",
         tasks="2",
     ),

@@ -575,6 +575,7 @@ def test_the_progress_bar_does_not_count_evaluations_as_training(
     """On a clock that runs in the chunks, for 4 seconds each, and in the evaluations: two steps, 2,000 ms each."""
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr("common.run.time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
 
     def evaluate(step: int) -> None:
         clock.now += 1_000.0
