@@ -1,10 +1,10 @@
 """A run: the directory that a training fills, and the loop over its compiled chunks.
 
-    with Run(args, stage="value") as run:
-        state = run.start(problem, init_state, model=...)
-        for step in run.steps():
-            state, metrics = train_chunk(args, state, problem.data(step), problem.replicas)
-            run.record(state, metrics)
+with Run(args, stage="value") as run:
+    state = run.start(problem, init_state, model=...)
+    for step in run.steps():
+        state, metrics = train_chunk(args, state, problem.data(step), problem.replicas)
+        run.record(state, metrics)
 """
 
 import contextlib

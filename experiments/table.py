@@ -70,8 +70,7 @@ def sweep(table: str, flags: str, *runs: str, tasks: str = "") -> list[str]:
     out = table.replace("/", "-")
     about = f"--tasks {tasks} --num-returns 8" if tasks else "--num-returns 8"
     commands = [
-        f"evor_infer.py --env {run.partition('/')[2]} --run-dir runs/{run} {about} {flags} --out {out}"
-        for run in runs
+        f"evor_infer.py --env {run.partition('/')[2]} --run-dir runs/{run} {about} {flags} --out {out}" for run in runs
     ]
     return [*commands, draw(table, *(f"{run}/{out}" for run in runs))]
 

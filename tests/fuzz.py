@@ -5,10 +5,11 @@
     python -m tests.fuzz policy -max_total_time=600
     python -m tests.fuzz npz -max_total_time=600
 
-A file is either refused with a `UserError` or read, and an agent that is read acts. Any other exception, more memory
+A file is either refused with a `UserError` or read, and an agent that is read acts; any other exception, more memory
 than RSS_LIMIT, and more than TIMEOUT seconds are findings, which libFuzzer writes to the working directory. What
-follows the target goes to it. Half of the files are mutated as bytes, half by their meaning, since hardly any changed
-byte gets past a checksum: fields of headers, shapes and types of arrays, with the checksums made anew.
+follows the target goes to it.
+Half of the files are mutated as bytes, half by their meaning, since hardly any changed byte gets past a checksum:
+fields of headers, shapes and types of arrays, with the checksums made anew.
 """
 
 import contextlib
