@@ -123,6 +123,11 @@ class Args:
     out: str = "infer"
     """Folder of the run directory to write to; another name keeps an earlier sweep."""
 
+    @property
+    def directory(self) -> Path:
+        """The run directory of stage 2."""
+        return self.run_dir or default_run_dir(parse_env(self.env).short, quick=self.quick)
+
 
 class Extraction(eqx.Module):
     """How an action is extracted. Temperatures are traced by `jit`: sweeping them compiles nothing anew. The numbers of
@@ -494,8 +499,7 @@ def open_run(args: Args) -> tuple[dict[str, Any], list[tuple[int, int]], Agent, 
     Raises:
         UserError: there is no such run, or no environment to evaluate it in.
     """
-    name = parse_env(args.env)
-    run_dir = args.run_dir or default_run_dir(name.short, quick=args.quick)
+    name, run_dir = parse_env(args.env), args.directory
     out = run_dir / args.out
     if out.resolve() in {(run_dir / folder).resolve() for folder in ("", "bc", "value")}:
         raise UserError(f"--out {args.out}: {out} is not for sweeps: name another folder.")
@@ -542,7 +546,7 @@ def main(args: Args) -> list[dict[str, Any]]:
                 summary = write_rows(out, rows)
     # Last: where it stands, all that it describes does.
     config = dict(stage="infer", env=header["env"], args=args, data=header["data"])
-    config |= dict(policy_sha256=header["policy_sha256"], critic_sha256=sha256(out.parent / "value" / "model.eqx"))
+    config |= dict(policy_sha256=header["policy_sha256"], critic_sha256=sha256(args.directory / "value" / "model.eqx"))
     config |= dict(versions=package_versions(), git_revision=git_revision(), hardware=hardware())
     config |= dict(seconds=round(time.monotonic() - began, 1))
     write_json(out / "config.json", config)

@@ -50,12 +50,14 @@ def play(
     desc = f"N_pi={settings.num_actions} N={settings.num_returns} tau_R={settings.return_temperature:g} " + (
         f"tau_Q={settings.action_temperature:g}"
     )
-    units = settings.return_temperature * np.asarray(settings.unit(agents.axis))
+    units = np.asarray(settings.unit(agents.axis))
     rows = []
     for row in episodes.run(act, desc=" ".join([desc, *(f"{name}={value:g}" for name, value in columns.items())])):
         replica = row.pop("replica")
         task, replica_seed = pairs[replica]
-        of_settings = dict(dataclasses.asdict(settings), return_temperature_units=float(units[replica]))
+        of_settings = dataclasses.asdict(settings)
+        for name in ("return_temperature", "action_temperature"):
+            of_settings[f"{name}_units"] = getattr(settings, name) * float(units[replica])
         rows.append(columns | dict(task=task, seed=replica_seed) | of_settings | row)
     return rows
 

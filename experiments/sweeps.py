@@ -19,8 +19,15 @@ ALIKE = ("env", "data_sha256", "policy_sha256", "steps", "next_action", "backup_
 ALIKE += ("horizon", "discount", "flow_steps", "solver", "absolute", "eval_seed")
 SETTINGS = ("num_actions", "num_returns", "return_temperature", "action_temperature", "action_noise")
 MODEL = ["td_target", "task", "seed"]
-# Rows of revision 90dd10a do not say it: theirs are fractions of the range of the possible returns.
-UNITS = {"": "fractions of the return range", "True": "units of return", "False": "standard deviations"}
+# Whether temperatures are absolute, and whether rows say what tau_Q is in units of return. Those of revision 90dd10a
+# say neither. Later ones that do not say it have a tau_Q in standard deviations of the candidates' scores.
+UNITS = {
+    ("", False): "fractions of the return range",
+    ("True", False): "units of return",
+    ("True", True): "units of return",
+    ("False", False): "standard deviations",
+    ("False", True): "standard deviations of the data's returns",
+}
 
 
 def gather(folder: Path) -> list[dict[str, Any]]:
@@ -61,7 +68,9 @@ def gather_all(folders: Sequence[Path]) -> list[Frame]:
 
 def refuse(frames: Sequence[Frame]) -> None:
     """Raises `UserError` for sweeps that share no figure."""
-    episodes = complete(frames[0], ALIKE)
+    episodes = complete(frames[0], [*ALIKE, "action_temperature_units"])
+    if (episodes["absolute"] == "False").any() and (episodes["action_temperature_units"] == "").nunique() > 1:
+        raise UserError("the folders' tau_Q have different units: they share no figure.")
     for name in ALIKE:
         if episodes[name].nunique() > 1:
             raise UserError(f"the folders' evaluations differ in {name}: they share no figure.")
@@ -82,12 +91,13 @@ def summarise(episodes: Frame) -> list[dict[str, Any]]:
 
 def draw(frames: Sequence[Frame], place: Place) -> str:
     """Markdown, and the figure."""
-    episodes = numbers(complete(frames[0], ["absolute"]), whole=["task"], real=[*SETTINGS, "success"])
+    episodes = complete(frames[0], ["absolute", "action_temperature_units"])
+    episodes = numbers(episodes, whole=["task"], real=[*SETTINGS, "success"])
     summary, first = summarise(episodes), episodes.iloc[0]
     swept = [name for name in SETTINGS if episodes[name].nunique() > 1] or ["num_actions"]
     title = f"{first['env']} ({first['data_source']} data), {int(first['steps']):,} steps"
     if {"return_temperature", "action_temperature"} & set(swept):
-        title += f",\ntemperatures in {UNITS[first['absolute']]}"
+        title += f",\ntemperatures in {UNITS[first['absolute'], first['action_temperature_units'] != '']}"
     path = place.path("figure.png")
     if swept == ["return_temperature", "action_temperature"]:
         panels: dict[str, list[dict[str, Any]]] = {}

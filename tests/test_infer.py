@@ -11,7 +11,7 @@ import pytest
 from scipy.special import logsumexp
 
 import evor_infer
-from common.evaluation import read_episodes, summarise
+from common.evaluation import play, read_episodes, summarise
 from common.flow import Ode
 from common.metrics import write_csv
 from common.networks import FlowCritic, FlowPolicy, Standardizer
@@ -186,6 +186,17 @@ def test_temperatures_are_relative_unless_they_are_absolute():
     relative = agent.act(x, return_temperature=0.2, action_temperature=0.1, **settings)
     units = agent.act(x, return_temperature=5.0, action_temperature=2.5, absolute=True, **settings)
     np.testing.assert_array_equal(relative, units)
+
+
+def test_rows_say_the_temperatures_in_units_of_return():
+    class Episodes:
+        def run(self, act, *, desc):
+            return [dict(replica=0, episode=0, success=1.0, length=1)]
+
+    agents = jax.tree.map(lambda x: x[None], make_agent())
+    settings = Extraction(return_temperature=0.2, action_temperature=0.1)
+    (row,) = play(agents, Episodes(), settings, pairs=[(2, 0)], seed=0)
+    assert (row["return_temperature_units"], row["action_temperature_units"]) == (5.0, 2.5)
 
 
 def test_choices_do_not_depend_on_where_the_scores_are():

@@ -20,7 +20,7 @@ from common.metrics import read_csv, sha256, write_csv
 from common.networks import CriticSpec, PolicySpec
 from common.statistics import mean_interval, success_interval
 from evor_infer import AgentSpec
-from experiments import check, draw, gather, rows, saturation, tasks
+from experiments import check, draw, gather, rows, saturation, sweeps, tasks
 
 ROOT = Path(__file__).parent.parent
 
@@ -273,6 +273,16 @@ def test_calibration_over_the_tasks_that_all_models_share():
         "paper, mlp, horizon 1, discount 0.99": pytest.approx({0.1: 0.1, 0.5: 0.7}),
     }
     assert tasks.reliability(rows.frame([row("1", 0.2), row("2", 0.2, td_target="paper")])) == ([], {})
+
+
+def test_temperatures_of_different_units_share_no_figure():
+    """tau_Q was in standard deviations of the scores before the rows said what it is in units of return."""
+    settings = dict.fromkeys((*sweeps.ALIKE, *sweeps.MODEL, "critic_sha256"), "1") | dict(absolute="False")
+    old, new = settings, settings | dict(action_temperature_units="0.3")
+    sweeps.refuse([rows.frame([old, old])])
+    sweeps.refuse([rows.frame([new, new | dict(action_temperature_units="0.0")])])
+    with pytest.raises(UserError, match="tau_Q have different units"):
+        sweeps.refuse([rows.frame([old, new])])
 
 
 def test_a_sweep_is_drawn_again_from_its_rows(here: Path):
