@@ -190,7 +190,7 @@ def test_training_ends_in_an_agent_of_evor_infer(tmp_path: Path, kind: str, next
     evor_bc.main(evor_bc.Args(**common))
     critics.main(critics.Args(**common, critic=kind, next_action=next_action, num_next_actions=2, atoms=11))
     agent = evor_infer.load_agent(tmp_path / "run")
-    assert isinstance(agent.params.critic, DirectCritic) and agent.params.critic.kind == kind
+    assert isinstance(agent.critic, DirectCritic) and agent.critic.kind == kind
     observations, actions, key = np.ones((4, 3), np.float32), np.zeros((4, 2), np.float32), jax.random.key(0)
     assert agent.act(observations, key=key, num_actions=4).shape == (4, 1, 2)
     few, many = (agent.q_value(observations, actions, num_returns=n, key=key) for n in (1, 64))
@@ -198,12 +198,12 @@ def test_training_ends_in_an_agent_of_evor_infer(tmp_path: Path, kind: str, next
     draws = agent.sample_returns(observations, actions, 2_000, key=key)
     if kind == "scalar":
         np.testing.assert_allclose(draws, jnp.broadcast_to(few[:, None], draws.shape), rtol=1e-5)
-    axis = agent.params.axis
+    axis = agent.axis
     exact = agent.q_value(observations, actions, return_temperature=1.0, key=key)
     expected = evor_infer.log_mean_exp(draws, axis.spread)
     np.testing.assert_allclose(expected, exact, atol=0.1 * float(axis.spread))
     if kind == "c51":  # over the possible returns, and 0.1 of their range beyond
-        low, high = (float(axis.to_environment(agent.params.critic.atoms[i])) for i in (0, -1))
+        low, high = (float(axis.to_environment(agent.critic.atoms[i])) for i in (0, -1))
         np.testing.assert_allclose([low, high], [-110.0, 10.0], rtol=1e-4, atol=1e-3)
 
 
