@@ -344,7 +344,7 @@ def train_step(
     """One gradient step of one replica. Keys are derived from the step, so a resumed run draws the same batches."""
     batch_key, noise_key, action_key = jax.random.split(jax.random.fold_in(replica.key, state.step), 3)
     batch = sample_batch(dataset, args.batch_size, args.horizon, key=batch_key)
-    reward, bootstrap = batch.rewards[replica.task], batch.bootstraps[replica.task]
+    reward, bootstrap = (x[replica.task, batch.index] for x in (dataset.rewards, dataset.bootstraps))
 
     # The bootstrap: everything below the next state comes from the target network.
     chosen = next_actions(args, state.critic, dataset, replica, batch, key=action_key)

@@ -160,7 +160,7 @@ def train_step(
     """One gradient step of one replica. Keys are derived from the step, so a resumed run draws the same batches."""
     batch_key, _, action_key = jax.random.split(jax.random.fold_in(replica.key, state.step), 3)
     batch = sample_batch(dataset, args.batch_size, args.horizon, key=batch_key)
-    reward, bootstrap = batch.rewards[replica.task], batch.bootstraps[replica.task]
+    reward, bootstrap = (x[replica.task, batch.index] for x in (dataset.rewards, dataset.bootstraps))
 
     low, high = map(replica.axis.to_model, replica.axis.bounds(args.clip_margin))
     online, target_critic = with_atoms(state.critic, low, high), with_atoms(state.target, low, high)

@@ -41,14 +41,12 @@ class Dataset(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Transitions: `Z(x, a) = reward + bootstrap * Z(x', a')`."""
+    """Transitions. Stage 2 finds their rewards of a task as `dataset.rewards[task, index]`."""
 
     index: Int[Array, " batch"]  # which of the n transitions
     observations: Float[Array, "batch observation"]
     actions: Float[Array, "batch chunk"]
     next_observations: Float[Array, "batch observation"]
-    rewards: Float[Array, "tasks batch"]
-    bootstraps: Float[Array, "tasks batch"]
 
 
 class Replica(NamedTuple):
@@ -85,8 +83,6 @@ def sample_batch(dataset: Dataset, batch_size: int, horizon: int, *, key: PRNGKe
         dataset.observations[starts],
         action_chunks(dataset.actions, starts, horizon),
         dataset.observations[starts + horizon],
-        dataset.rewards[:, index],
-        dataset.bootstraps[:, index],
     )
 
 

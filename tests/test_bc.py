@@ -90,8 +90,7 @@ def test_a_batch_is_of_whole_transitions_that_count():
     np.testing.assert_array_equal(batch.observations[:, 0], start)
     np.testing.assert_array_equal(batch.actions, jnp.stack([start, start + 1], axis=1))
     np.testing.assert_array_equal(batch.next_observations[:, 0], start + 2)
-    np.testing.assert_array_equal(batch.rewards, jnp.stack([10 + start, 20 + start]))
-    np.testing.assert_array_equal(batch.bootstraps, -batch.rewards)
+    np.testing.assert_array_equal(dataset.rewards[1, batch.index], 20 + start)
 
 
 def test_replicas_are_independent_and_equal_to_single_runs():

@@ -198,8 +198,6 @@ def batch_of(dataset, index, horizon=1):
         dataset.observations[starts],
         action_chunks(dataset.actions, starts, horizon),
         dataset.observations[starts + horizon],
-        dataset.rewards[:, index],
-        dataset.bootstraps[:, index],
     )
 
 
