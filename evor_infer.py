@@ -97,7 +97,7 @@ class Args:
     """N: draws of the reward-to-go per candidate (ours)."""
     return_temperature: Annotated[tuple[float, ...], each(not_negative)] = (0.3,)
     """tau_R, in standard deviations of the data's returns (ours); inf scores by the mean, 0 by the largest draw."""
-    action_temperature: Annotated[tuple[float, ...], each(not_negative)] = (0.01,)
+    action_temperature: Annotated[tuple[float, ...], each(not_negative)] = (0.003,)
     """tau_Q, in standard deviations of the data's returns (ours); 0 takes the best candidate, inf any."""
     absolute: bool = False
     """Temperatures in the environment's units, as in the paper."""
@@ -136,7 +136,7 @@ class Extraction(eqx.Module):
     num_actions: int = eqx.field(static=True, default=32)
     num_returns: int = eqx.field(static=True, default=16)
     return_temperature: float = 0.3
-    action_temperature: float = 0.01
+    action_temperature: float = 0.003
     flow_steps: int = eqx.field(static=True, default=5)
     solver: Solver = eqx.field(static=True, default="midpoint")
     independent_noise: bool = eqx.field(static=True, default=False)

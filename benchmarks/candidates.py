@@ -31,7 +31,7 @@ from evor_infer import Agent, load_agent
 
 ENVIRONMENTS = 16  # stepped side by side
 
-READOUT = dict(num_returns=8, return_temperature=0.3, action_temperature=0.01)  # the defaults; of the film too
+READOUT = dict(num_returns=8, return_temperature=0.3, action_temperature=0.003)  # the defaults; of the film too
 
 
 @dataclasses.dataclass(frozen=True)

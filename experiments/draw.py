@@ -38,7 +38,9 @@ DRAWN: dict[str, ModuleType] = {
         [f"action_temperature/{part}" for part in ("tau_q", "tasks", "tasks_single", "seeds", "seeds_single", "maze")],
         sweeps,
     ),
-    **dict.fromkeys([f"axis_temperatures/{part}" for part in ("double", "single", "single_absolute")], sweeps),
+    **dict.fromkeys(
+        [f"axis_temperatures/{part}" for part in ("double", "single", "single_absolute", "single_data")], sweeps
+    ),
     "axes": axes,
     "base_policy": base_policy,
     "candidates": candidates,
