@@ -17,8 +17,9 @@ L(theta) = E( s_theta(z_t, t | x, a) - target )^2 where
     velocity             f(Z'_t) + (1-t) (z_0 - f(z_0))               g s_bar(Z'_t, t | x', a') + f(z_0) - z_0
                          where Z'_t = psi_bar_t(z_0)
 
-z_0' is fresh noise. The last three have the law of h(Z) as their fixed point, `paper` has N(h(Q), 1), see
-docs/td-targets.md. `paper` and `velocity` need an affine h, for which f(z') = f(0) + g z'.
+z_0' is fresh noise, u is uniform over the possible returns on the axis. The last three have the law of h(Z) as their
+fixed point, `paper` has N(h(Q), 1) with Q the mean of Z, see docs/td-targets.md. `paper` and `velocity` need an affine
+h, for which f(z') = f(0) + g z'.
 
 The policy is frozen, so next actions are drawn once, K for each transition (the bank). `--next-action base` takes one
 of them: the law is that of pi_base. `dataset` takes the action that was taken. `softmax` picks among the K as stage 3
@@ -223,8 +224,8 @@ def td_target(
         next_velocity: `(z, t) -> s_bar(z, t | x', a')`, of the target network.
         next_flow: `(z_0, t) -> psi_bar_t(z_0 | x', a')`, of the target network.
         axis: the map h. With `paper` and `velocity` it has to be affine.
-        margin: how far beyond the possible returns bootstrapped ones may go, as a fraction of their range. A velocity
-            on the way from z_0 to a return in [low, high] is clipped to [low - z_0, high - z_0].
+        margin: how far beyond the possible returns bootstrapped ones may go, as a fraction of their range.
+            `velocity` clips on the axis to [low - z_0, high - z_0], `paper` to [low, high].
 
     No gradient flows into either result.
     """
@@ -235,16 +236,16 @@ def td_target(
         y = axis.to_model(r + g * jnp.clip(axis.to_environment(next_z), low, high))
         z_t, target = (1.0 - t) * z_0 + t * y, y - z_0
     else:
-        # With an affine h, f(z) = f(0) + g z: from here on r is f(0).
-        r = axis.to_model(r + g * axis.to_environment(jnp.zeros_like(r)))
-        low, high = axis.to_model(low), axis.to_model(high)
+        # With an affine h, f(z) = f(0) + g z.
+        f_0 = axis.to_model(r + g * axis.to_environment(jnp.zeros_like(r)))
+        z_low, z_high = axis.to_model(low), axis.to_model(high)
         if kind == "paper":
             z_t = z_0 + t * noise.u
-            target = r + g * jnp.clip(next_velocity(z_t, t), low, high)
+            target = f_0 + g * jnp.clip(next_velocity(z_t, t), z_low, z_high)
         elif kind == "velocity":
-            next_z_t = jnp.clip(next_flow(z_0, t), (1.0 - t) * z_0 + t * low, (1.0 - t) * z_0 + t * high)
-            z_t = t * r + g * next_z_t + (1.0 - t) * (1.0 - g) * z_0
-            target = r + g * jnp.clip(next_velocity(next_z_t, t), low - z_0, high - z_0) - (1.0 - g) * z_0
+            next_z_t = jnp.clip(next_flow(z_0, t), (1.0 - t) * z_0 + t * z_low, (1.0 - t) * z_0 + t * z_high)
+            z_t = t * f_0 + g * next_z_t + (1.0 - t) * (1.0 - g) * z_0
+            target = f_0 + g * jnp.clip(next_velocity(next_z_t, t), z_low - z_0, z_high - z_0) - (1.0 - g) * z_0
         else:
             raise ValueError(f"unknown TD target {kind!r}.")
     return jax.lax.stop_gradient(z_t), jax.lax.stop_gradient(target)
@@ -373,7 +374,7 @@ def train_step(
     critic = optax.apply_updates(state.critic, updates)
     # Polyak average of the *updated* online parameters: the target lags by tau alone, not by one step more.
     target_critic = optax.incremental_update(critic, state.target, args.tau)
-    # The end of a straight path from z_t along the target is a draw of the bootstrapped return.
+    # The end of a straight path from z_t along the target is a draw of the bootstrapped return (`velocity`: about that).
     drawn = target if args.td_target == "paper" else z_t + (1.0 - noise.t) * target
     metrics = {
         "loss": loss,

@@ -135,12 +135,12 @@ class TrainArgs:
     quick: bool = False
     """Preset: a smoke run that ends in minutes on a laptop's CPU. What it trains is not good."""
     preview: bool = False
-    """Preset: reaches a working policy on a CPU in tens of minutes."""
+    """Preset: reaches a working policy in about an hour on two cores."""
 
     # --- data ---
     dataset: Path | None = None
     """An .npz file in OGBench's layout to train on instead, or a folder of them, which take turns. Stage 2 needs
-    rewards and masks in it, or qpos."""
+    rewards in it (masks are optional), or qpos."""
     episodes: Annotated[int | None, at_least(1)] = None
     """Episodes to collect if the data can neither be found nor downloaded; OGBench's number by default."""
     file_steps: Count = 10_000

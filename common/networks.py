@@ -274,8 +274,8 @@ class FlowCritic(Critic):
             head = eqx.tree_at(lambda mlp: mlp.hidden[0].weight, head, weight.at[width:].set(z_t))
         else:
             raise ValueError(f"critic must be 'mlp' or 'trunk', not {kind!r}.")
-        # A small output: after LayerNorm a Glorot output layer starts off by about one unit, half the possible returns,
-        # and a bootstrapped level takes 1 / (tau (1 - discount)) steps to mend by a factor e.
+        # A small output: after LayerNorm a Glorot output layer starts off by about one unit, and a
+        # bootstrapped level takes 1 / (tau (1 - discount)) steps to mend by a factor e.
         self.head = eqx.tree_at(lambda mlp: mlp.output.weight, head, 0.01 * head.output.weight)
         self.spec = CriticSpec(observation, action, kind, width, depth, head_width, head_depth)
 
