@@ -374,7 +374,7 @@ def train_step(
     critic = optax.apply_updates(state.critic, updates)
     # Polyak average of the *updated* online parameters: the target lags by tau alone, not by one step more.
     target_critic = optax.incremental_update(critic, state.target, args.tau)
-    # The end of a straight path from z_t along the target is a draw of the bootstrapped return (`velocity`: about that).
+    # The end of a straight path from z_t along the target is a draw of the bootstrapped return, for `velocity` nearly.
     drawn = target if args.td_target == "paper" else z_t + (1.0 - noise.t) * target
     metrics = {
         "loss": loss,
