@@ -24,6 +24,7 @@ it: batch size, flow steps, standardised observations.
 """
 
 import dataclasses
+import gc
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,7 +141,8 @@ def main(args: Args) -> dict[str, float]:
         for step in run.steps():
             state, metrics = train_chunk(args, state, problem.data(step), problem.replicas)
             run.record(state, metrics)
-    print(f"base policy: {run.model_path}")
+    if jax.process_index() == 0:
+        print(f"base policy: {run.model_path}")
     return run.means()
 
 
@@ -169,9 +171,9 @@ def args_for(args: Any) -> Args:
     changes = dict(PRESETS[preset], **{preset: True}) if preset else {}
     chunk = changes.get("chunk", Args.chunk)
     shared = ("env", "dataset", "episodes", "horizon", "ignore_observations", "track", "distributed")
+    changes |= {name: getattr(args, name) for name in shared}
     return Args(
         **changes,
-        **{name: getattr(args, name) for name in shared},
         seeds=len(args.policy_seeds),
         first_seed=args.policy_seeds[0],
         run_dir=args.directory,
@@ -193,6 +195,7 @@ def load_or_train(args: Any, *, sizes: Sizes, data_sha256: str) -> BasePolicy:
         resume = any((path.parent / name).is_file() for name in STATES)
         print(f"{'unfinished' if resume else 'no'} base policy at {path}: training it first.", flush=True)
         main(dataclasses.replace(args_for(args), resume=resume))
+        gc.collect()  # stage 1's data, before stage 2's are loaded
     elif not path.is_file():
         raise UserError(f"there is no base policy at {path}: train it with evor_bc.py, or leave out --policy-run-dir.")
     elif not done:

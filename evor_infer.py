@@ -81,7 +81,7 @@ class Args:
     """Tasks to evaluate; all that stage 2 trained by default."""
     seeds: Annotated[int | None, at_least(1)] = None
     """Number of seeds to evaluate; all that stage 2 trained by default."""
-    first_seed: int = 0
+    first_seed: Annotated[int, not_negative] = 0
     """The first of them, with --seeds."""
     run_dir: Path | None = None
     """The run directory of stage 2; runs/ENV (runs/ENV-quick) by default."""
@@ -111,7 +111,7 @@ class Args:
     # --- evaluation ---
     eval_episodes: Count = 50
     """Episodes per task and seed (OGBench: 50)."""
-    eval_seed: int = 0
+    eval_seed: Annotated[int, not_negative] = 0
     """Seed of the initial states."""
     action_noise: Annotated[tuple[float, ...], each(not_negative)] = (0.0,)
     """Standard deviation of Gaussian noise in the executed actions, which are in [-1, 1]: stochastic transitions."""
@@ -133,11 +133,11 @@ class Extraction(eqx.Module):
     """How an action is extracted. Temperatures are traced by `jit`: sweeping them compiles nothing anew. The numbers of
     draws and steps set array shapes and are static."""
 
-    num_actions: int = eqx.field(static=True, default=32)
-    num_returns: int = eqx.field(static=True, default=16)
-    return_temperature: float = 0.3
-    action_temperature: float = 0.003
-    flow_steps: int = eqx.field(static=True, default=5)
+    num_actions: Count = eqx.field(static=True, default=32)
+    num_returns: Count = eqx.field(static=True, default=16)
+    return_temperature: Annotated[float, not_negative] = 0.3
+    action_temperature: Annotated[float, not_negative] = 0.003
+    flow_steps: Count = eqx.field(static=True, default=5)
     solver: Solver = eqx.field(static=True, default="midpoint")
     independent_noise: bool = eqx.field(static=True, default=False)
     absolute: bool = eqx.field(static=True, default=False)
@@ -249,7 +249,8 @@ class AgentSpec:
 
 
 class Agent(eqx.Module):
-    """A trained agent. Its methods are batched and jitted once per shape; returns are in the environment's units.
+    """A trained agent. Its methods are batched and jitted once per shape; returns are in the environment's units. They
+    refuse what the command line refuses, with a `UserError`.
 
     Many agents are one `Agent` whose leaves have a leading axis of replicas, as in a checkpoint; `decide` takes those.
     """
@@ -289,6 +290,7 @@ class Agent(eqx.Module):
             independent_noise,
             absolute,
         )
+        check(settings)
         actions = _act(self, observations, settings, key=key)
         return actions.reshape(len(actions), self.horizon, -1)
 
@@ -304,6 +306,7 @@ class Agent(eqx.Module):
         """Candidates of the base policy, in [-1, 1]; a chunk of h actions is one vector."""
         self._check(observations)
         settings = Extraction(num_actions=num_actions, flow_steps=flow_steps, solver=solver)
+        check(settings)
         return _sample_actions(self, observations, settings, key=key)
 
     def sample_returns(
@@ -322,6 +325,7 @@ class Agent(eqx.Module):
         settings = Extraction(
             num_returns=num_returns, flow_steps=flow_steps, solver=solver, independent_noise=independent_noise
         )
+        check(settings)
         return _sample_returns(self, observations, actions, settings, key=key)
 
     def q_value(
@@ -348,6 +352,7 @@ class Agent(eqx.Module):
             independent_noise=independent_noise,
             absolute=absolute,
         )
+        check(settings)
         return _q_value(self, observations, actions, settings, key=key)
 
     def decide(
@@ -501,7 +506,8 @@ def open_run(args: Args) -> tuple[dict[str, Any], list[tuple[int, int]], Agent, 
     """
     name, run_dir = parse_env(args.env), args.directory
     out = run_dir / args.out
-    if out.resolve() in {(run_dir / folder).resolve() for folder in ("", "bc", "value")}:
+    trained = any((out / name).is_file() for name in ("model.eqx", "train_state.eqx"))
+    if trained or out.resolve() in {(run_dir / folder).resolve() for folder in ("", "bc", "value")}:
         raise UserError(f"--out {args.out}: {out} is not for sweeps: name another folder.")
     seeds = () if args.seeds is None else range(args.first_seed, args.first_seed + args.seeds)
     header, pairs, agents = load_agents(run_dir, tasks=args.tasks, seeds=seeds)

@@ -108,7 +108,7 @@ class Args(TrainArgs):
     return_axis: AxisKind | None = None
     """The axis that the law is learned on: the data's quantiles, an affine one of their standard deviation, or the one
     of the possible returns (ours); quantiles by default, std for targets that need an affine axis."""
-    clip_margin: float = 0.1
+    clip_margin: Annotated[float, not_negative] = 0.1
     """How far beyond the possible returns bootstrapped ones may go, as a fraction of the return range (ours)."""
     flow_steps: Count = Extraction.flow_steps
     """Steps of all flows: the target's, whose error the bootstrap multiplies by 1 / (1 - discount^horizon), the next

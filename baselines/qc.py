@@ -43,7 +43,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 import evor_bc
 import evor_value
 from baselines import critics
-from common.args import Count, at_least, not_negative
+from common.args import Count, at_least, not_negative, unread
 from common.errors import run_cli
 from common.evaluation import Evaluation
 from common.networks import DirectCritic, FlowPolicy, Sizes
@@ -68,11 +68,11 @@ class Args(critics.Args):
     """A policy trained with the critic, or stage 1's; see the top of the file."""
     num_next_actions: Count = 32
     """N: draws of the policy, of which the backup takes the best."""
-    num_actions: Annotated[int | None, at_least(1)] = None  # type: ignore[assignment]
+    num_actions: Annotated[int | None, at_least(1)] = unread(None)  # type: ignore[assignment]
     """N at evaluation; --num-next-actions by default."""
     next_action: Literal["base", "dataset", "softmax"] = "softmax"
     """softmax is QC's: with --backup-temperature 0, the best of N. The others need --policy frozen."""
-    action_temperature: Annotated[float, not_negative] = 0.0
+    action_temperature: Annotated[float, not_negative] = unread(0.0)
     """tau_Q at evaluation; 0 is QC's: the best of N."""
     ensemble: Count = 2
     """Critics, whose mean is the value."""

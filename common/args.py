@@ -96,8 +96,9 @@ def check(args: Any) -> None:
     """
     for field, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, field)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            raise UserError(f"{flag_of(field)} must be one of {', '.join(get_args(hint))}, not {value!r:.50}.")
+        for kind in (hint, *get_args(hint)):  # also of `Literal[...] | None`
+            if get_origin(kind) is Literal and value is not None and value not in get_args(kind):
+                raise UserError(f"{flag_of(field)} must be one of {', '.join(get_args(kind))}, not {value!r:.50}.")
         for constraint in getattr(hint, "__metadata__", ()) if value is not None else ():
             if isinstance(constraint, Constraint) and not constraint.holds(value, args):
                 raise UserError(constraint.complaint(flag_of(field), value, args))

@@ -83,9 +83,11 @@ def progress(command: str) -> str:
     config = read_json(directory / "config.json")
     if config is None:
         return "not begun"
-    if any(config.get("args", {}).get(name) != value for name, value in plain(args).items() if name not in MAY_DIFFER):
+    # None stands for a default that is only known when the command runs.
+    asked = {name: value for name, value in plain(args).items() if name not in MAY_DIFFER and value is not None}
+    if any(config.get("args", {}).get(name) != value for name, value in asked.items()):
         return "other arguments"
-    if config.get("policy_sha256") and not (policy.is_file() and sha256(policy) == config["policy_sha256"]):
+    if policy and config.get("policy_sha256") and not (policy.is_file() and sha256(policy) == config["policy_sha256"]):
         return "another base policy"
     if module in TRAINED:
         return progress_of_training(directory, TRAINED[module], args, config)
@@ -104,7 +106,7 @@ def progress_of_training(directory: Path, stage: str, args: Any, config: dict[st
     evaluated = [
         (row["task"], row["seed"])
         for row in of_readout(episodes, plain(args))
-        if row["step"] == str(args.steps) and row["num_actions"] == str(args.num_actions)
+        if row["step"] == str(args.steps) and row["num_actions"] == str(config["args"]["num_actions"])
     ]
     complete = not getattr(args, "eval_episodes", 0) or all(
         evaluated.count((str(task), str(seed))) == args.eval_episodes for task, seed in config["replicas"]

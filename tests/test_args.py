@@ -40,6 +40,7 @@ class Args:
     many: Annotated[tuple[int, ...], each(at_least(1))] = (1,)
     width: Width = 1
     kind: Literal["a", "b"] = "a"
+    other: Literal["c", "d"] | None = None
 
     def conflicts(self):
         if self.size == self.noise:
@@ -69,6 +70,7 @@ class Args:
         (dict(width="8"), "--width must be a number in [1, 100], not '8'."),
         (dict(kind="c"), "--kind must be one of a, b, not 'c'."),
         (dict(kind=[]), "--kind must be one of a, b, not []."),
+        (dict(other="a"), "--other must be one of c, d, not 'a'."),
         (dict(noise=1.0), "--size and --noise are the same."),
     ],
 )

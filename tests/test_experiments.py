@@ -11,10 +11,11 @@ import pytest
 
 import evor_bc
 import evor_value
+from baselines import qc
 from common import checkpoint
 from common.envs import default_run_dir
 from common.errors import UserError
-from common.metrics import read_json, write_csv
+from common.metrics import read_json, sha256, write_csv, write_json
 from common.run import Run
 from experiments import draw, rows, run
 from tests import processes
@@ -129,6 +130,30 @@ def test_what_was_stopped_goes_on_and_what_is_done_is_skipped(
     assert run.progress(other) == "other arguments"
     model = args.run_dir / "bc" / "model.eqx"
     model.write_bytes(model.read_bytes()[:-5])
+    assert run.progress(command) == "not begun"
+
+
+def test_a_default_that_the_command_chooses_is_no_other_argument(tmp_path: Path):
+    """QC takes N from another flag; what it ran with stands in config.json."""
+    dataset = tiny_dataset(tmp_path / "data.npz")
+    flags = "--width 8 --depth 2 --batch-size 4 --steps 20 --chunk 10 --eval-episodes 0 --num-next-actions 2"
+    command = f"baselines.qc --env robot --dataset {dataset} --run-dir {tmp_path / 'run'} {flags}"
+    _, args = run.parse(command)
+    qc.main(args)
+    assert args.num_actions is None and run.progress(command) == "done"
+
+
+def test_a_sweep_is_done_where_its_agent_stands(tmp_path: Path):
+    command = f"evor_infer.py --env cube-single-play --run-dir {tmp_path} --num-actions 2"
+    _, args = run.parse(command)
+    assert run.progress(command) == "not begun"
+    model = tmp_path / "value" / "model.eqx"
+    model.parent.mkdir()
+    model.write_bytes(b"an agent")
+    config = dict(args=args, policy_sha256="of its base policy", critic_sha256=sha256(model))
+    write_json(tmp_path / "infer" / "config.json", config)
+    assert run.progress(command) == "done"
+    model.write_bytes(b"another agent")
     assert run.progress(command) == "not begun"
 
 

@@ -11,6 +11,7 @@ import pytest
 from scipy.special import logsumexp
 
 import evor_infer
+from common.errors import UserError
 from common.evaluation import play, read_episodes, summarise
 from common.flow import Ode
 from common.metrics import write_csv
@@ -253,6 +254,21 @@ def test_summary_counts_and_intervals():
     assert first["success"] == 0.9 and first["episodes"] == 50 and first["mean_length"] == 100
     assert first["low"] == pytest.approx(0.7864, abs=1e-3) and first["high"] == pytest.approx(0.9565, abs=1e-3)
     assert second["success"] == 0.0 and second["low"] == 0.0 and second["high"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (dict(num_actions=0), "--num-actions must be at least 1, not 0"),
+        (dict(num_returns=0), "--num-returns must be at least 1, not 0"),
+        (dict(flow_steps=0), "--flow-steps must be at least 1, not 0"),
+        (dict(action_temperature=-1.0), "--action-temperature must not be negative"),
+        (dict(return_temperature=float("nan")), "--return-temperature must not be negative"),
+    ],
+)
+def test_an_agent_refuses_what_the_command_line_refuses(settings: dict, says: str):
+    with pytest.raises(UserError, match=says):
+        make_agent().act(jnp.zeros((1, 3)), key=jax.random.key(0), **settings)
 
 
 def test_settings_are_a_fixed_set():

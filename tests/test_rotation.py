@@ -10,7 +10,7 @@ import evor_bc
 import evor_infer
 import evor_value
 from common import checkpoint, data, sources
-from common.errors import UserError
+from common.errors import UserError, parse_args
 from common.metrics import read_csv
 from common.rotation import Rotation, pad
 from tests.helpers import contents, tiny_dataset
@@ -227,6 +227,15 @@ def test_ogbenchs_rewards_are_bounded_by_its_subgoals(reward: str, lowest: float
 def test_a_missing_base_policy_gets_turns_that_fit_its_own_calls(tmp_path: Path):
     args = evor_value.Args(file_steps=1_010, chunk=10, run_dir=tmp_path)
     assert evor_bc.args_for(args).file_steps == 2_000
+
+
+@pytest.mark.parametrize("preset", ["quick", "preview"])
+def test_a_missing_base_policy_has_the_preset_of_stage_2(preset: str):
+    """And its data, where a flag overrides the preset."""
+    args = parse_args(evor_value.Args, evor_value.PRESETS, [f"--{preset}", "--episodes", "7", "--horizon", "2"])
+    wanted = evor_bc.args_for(args)
+    assert (wanted.steps, wanted.episodes, wanted.horizon) == (evor_bc.PRESETS[preset]["steps"], 7, 2)
+    assert getattr(wanted, preset) and wanted.directory == args.directory
     assert evor_bc.args_for(args).directory == tmp_path
 
 
