@@ -11,6 +11,7 @@ import pytest
 from scipy.special import logsumexp
 
 import evor_infer
+from common.episodes import Episodes
 from common.errors import UserError
 from common.evaluation import play, read_episodes, summarise
 from common.flow import Ode
@@ -190,13 +191,16 @@ def test_temperatures_are_relative_unless_they_are_absolute():
 
 
 def test_rows_say_the_temperatures_in_units_of_return():
-    class Episodes:
+    class Played(Episodes):
+        def __init__(self):
+            pass
+
         def run(self, act, *, desc):
             return [dict(replica=0, episode=0, success=1.0, length=1)]
 
     agents = jax.tree.map(lambda x: x[None], make_agent())
     settings = Extraction(return_temperature=0.2, action_temperature=0.1)
-    (row,) = play(agents, Episodes(), settings, pairs=[(2, 0)], seed=0)
+    (row,) = play(agents, Played(), settings, pairs=[(2, 0)], seed=0)
     assert (row["return_temperature_units"], row["action_temperature_units"]) == (5.0, 2.5)
 
 

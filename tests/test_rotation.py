@@ -227,15 +227,6 @@ def test_ogbenchs_rewards_are_bounded_by_its_subgoals(reward: str, lowest: float
 def test_a_missing_base_policy_gets_turns_that_fit_its_own_calls(tmp_path: Path):
     args = evor_value.Args(file_steps=1_010, chunk=10, run_dir=tmp_path)
     assert evor_bc.args_for(args).file_steps == 2_000
-
-
-@pytest.mark.parametrize("preset", ["quick", "preview"])
-def test_a_missing_base_policy_has_the_preset_of_stage_2(preset: str):
-    """And its data, where a flag overrides the preset."""
-    args = parse_args(evor_value.Args, evor_value.PRESETS, [f"--{preset}", "--episodes", "7", "--horizon", "2"])
-    wanted = evor_bc.args_for(args)
-    assert (wanted.steps, wanted.episodes, wanted.horizon) == (evor_bc.PRESETS[preset]["steps"], 7, 2)
-    assert getattr(wanted, preset) and wanted.directory == args.directory
     assert evor_bc.args_for(args).directory == tmp_path
 
 
@@ -250,3 +241,12 @@ def test_turns_have_to_fit(tmp_path: Path):
     with pytest.raises(UserError, match="--redraw-bank: each file of a folder has one bank"):
         evor_value.main(evor_value.Args(**settings, redraw_bank=20))
     assert len(sources.data_files(folder)) == 2
+
+
+@pytest.mark.parametrize("preset", ["quick", "preview"])
+def test_a_missing_base_policy_has_the_preset_of_stage_2(preset: str):
+    """And its data, where a flag overrides the preset."""
+    args = parse_args(evor_value.Args, evor_value.PRESETS, [f"--{preset}", "--episodes", "7", "--horizon", "2"])
+    wanted = evor_bc.args_for(args)
+    assert (wanted.steps, wanted.episodes, wanted.horizon) == (evor_bc.PRESETS[preset]["steps"], 7, 2)
+    assert getattr(wanted, preset) and wanted.directory == args.directory
