@@ -1,4 +1,4 @@
-"""Every command of the README and of the scripts' docstrings parses, so that none of their flags is made up."""
+"""Every command of the README, docs/ and the scripts' docstrings parses, so that none of their flags is made up."""
 
 import importlib
 import re
@@ -38,8 +38,14 @@ def with_assignments(script: str) -> str:
     return "\n".join(lines)
 
 
+def unwrapped(text: str) -> str:
+    """Markdown whose `code between backticks` stands on one line."""
+    return re.sub(r"(?<!`)`[^`]+`(?!`)", lambda code: code[0].replace("\n", " "), text)
+
+
 def all_commands() -> list[str]:
-    texts = [(ROOT / "README.md").read_text()]
+    pages = sorted(ROOT.glob("docs/*.md"))  # test_docs.py runs those of extending.md, whose flags are of its diffs
+    texts = [unwrapped(page.read_text()) for page in (ROOT / "README.md", *pages) if page.name != "extending.md"]
     texts += [with_assignments(path.read_text()) for path in sorted(ROOT.glob("results/*.sh"))]
     modules = [path.read_text() for path in sorted([*ROOT.glob("evor_*.py"), *ROOT.glob("*/*.py")])]
     texts += [re.match(r'"""(.*?)"""', text, re.S)[1] for text in modules if text.startswith('"""')]
@@ -55,11 +61,14 @@ def test_command_parses(command):
     module = words[1] if words[0] == "-m" else words[0].removesuffix(".py").replace("/", ".")
     argv = words[2:] if words[0] == "-m" else words[1:]
     script = importlib.import_module({"common.data": "common.report"}.get(module, module))
+    if not hasattr(script, "Args"):  # a script without flags
+        assert argv == []
+        return
     parse_args(script.Args, getattr(script, "PRESETS", {}), argv)
 
 
 def test_the_commands_are_found():
     """The README names each script at least once; if this pattern finds none, the test above tests nothing."""
     found = " ".join(all_commands())
-    for script in ("evor_bc.py", "evor_value.py", "evor_infer.py", "common.collect", "benchmarks.return_law"):
+    for script in ("evor_bc.py", "evor_value.py", "evor_infer.py", "common.collect", "benchmarks.return_law", "--list"):
         assert script in found
