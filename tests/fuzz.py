@@ -155,6 +155,7 @@ def main() -> None:
         if (counts.read + counts.refused) % 1_000 == 0:
             print(counts, flush=True)
 
+    once(path.read_bytes())  # compiles what takes longer than a file may
     limits = [f"-rss_limit_mb={RSS_LIMIT}", f"-timeout={TIMEOUT}", "-max_len=100000", str(corpus)]
     mutator = mutate_npz if target == "npz" else mutate_checkpoint
     atheris.Setup([sys.argv[0], *sys.argv[1:], *limits], once, custom_mutator=mutator)
