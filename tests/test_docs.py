@@ -19,11 +19,11 @@ DIFFS = {
     for section in EXTENDING.split("\n## ")[1:]
     for block in re.findall(r"```diff\n(.*?)```", section, re.DOTALL)
 }
-SMALL = "--dataset data.npz --env mine --width 16 --depth 2 --batch-size 8 --steps 20 --chunk 10 --num-next-actions 2"
+SMALL = "--dataset data.npz --env mine --width 16 --depth 2 --batch-size 8 --steps 20 --chunk 10"
 COMMANDS = {
-    "A fifth TD target": [f"evor_bc {SMALL}", f"evor_value {SMALL} --td-target half-shared"],
-    "A critic of your own": [f"evor_bc {SMALL}", f"evor_value {SMALL} --critic squashed"],
-    "Another policy network": [f"evor_bc {SMALL}", f"evor_value {SMALL}"],
+    "A fifth TD target": [f"evor_bc {SMALL}", f"evor_value {SMALL} --num-next-actions 2 --td-target half-shared"],
+    "A critic of your own": [f"evor_bc {SMALL}", f"evor_value {SMALL} --num-next-actions 2 --critic squashed"],
+    "Another policy network": [f"evor_bc {SMALL}", f"evor_value {SMALL} --num-next-actions 2"],
 }
 LOAD = """
 import jax, numpy as np
