@@ -20,9 +20,10 @@ ALIKE += ("horizon", "discount", "flow_steps", "solver", "absolute", "eval_seed"
 SETTINGS = ("num_actions", "num_returns", "return_temperature", "action_temperature", "action_noise")
 MODEL = ["td_target", "task", "seed"]
 # Whether temperatures are absolute, and whether rows say what tau_Q is in units of return. Those of revision 90dd10a
-# say neither. Later ones that do not say it have a tau_Q in standard deviations of the candidates' scores.
+# do not say the first. Later ones that do not say the second have a tau_Q in standard deviations of the scores.
 UNITS = {
     ("", False): "fractions of the return range",
+    ("", True): "fractions of the return range",
     ("True", False): "units of return",
     ("True", True): "units of return",
     ("False", False): "standard deviations",
