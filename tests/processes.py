@@ -64,5 +64,5 @@ def has_begun(worker: psutil.Process) -> bool:
 
 
 def all_end(workers: list[psutil.Process]) -> bool:
-    """Whether none of the processes is left after at most 20 seconds."""
-    return not psutil.wait_procs(workers, timeout=20)[1]
+    """Whether none of the processes is left after at most 90 seconds."""
+    return not psutil.wait_procs(workers, timeout=90)[1]
