@@ -70,6 +70,28 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+class Extraction(eqx.Module):
+    """How an action is extracted. Temperatures are traced by `jit`: sweeping them compiles nothing anew. The numbers of
+    draws and steps set array shapes and are static."""
+
+    num_actions: Count = eqx.field(static=True, default=32)
+    num_returns: Count = eqx.field(static=True, default=16)
+    return_temperature: Annotated[float, not_negative] = 0.3
+    action_temperature: Annotated[float, not_negative] = 0.003
+    flow_steps: Count = eqx.field(static=True, default=5)
+    solver: Solver = eqx.field(static=True, default="midpoint")
+    independent_noise: bool = eqx.field(static=True, default=False)
+    absolute: bool = eqx.field(static=True, default=False)
+
+    @property
+    def ode(self) -> Ode:
+        return Ode(self.flow_steps, self.solver)
+
+    def unit(self, axis: ReturnAxis) -> Float[Array, "*replicas"]:
+        """sigma, the unit of both temperatures, in the environment's units."""
+        return jnp.ones_like(axis.spread) if self.absolute else axis.spread
+
+
 @dataclasses.dataclass(frozen=True)
 class Args:
     """Stage 3: evaluate the extracted policy; lists are a sweep."""
@@ -91,21 +113,21 @@ class Args:
     """Preset: a short sweep over the number of actions."""
 
     # --- extraction ---
-    num_actions: Annotated[tuple[int, ...], each(at_least(1))] = (32,)
+    num_actions: Annotated[tuple[int, ...], each(at_least(1))] = (Extraction.num_actions,)
     """N_pi: candidates from the base policy (32: the paper's)."""
-    num_returns: Annotated[tuple[int, ...], each(at_least(1))] = (16,)
+    num_returns: Annotated[tuple[int, ...], each(at_least(1))] = (Extraction.num_returns,)
     """N: draws of the reward-to-go per candidate (ours)."""
-    return_temperature: Annotated[tuple[float, ...], each(not_negative)] = (0.3,)
+    return_temperature: Annotated[tuple[float, ...], each(not_negative)] = (Extraction.return_temperature,)
     """tau_R, in standard deviations of the data's returns (ours); inf scores by the mean, 0 by the largest draw."""
-    action_temperature: Annotated[tuple[float, ...], each(not_negative)] = (0.003,)
+    action_temperature: Annotated[tuple[float, ...], each(not_negative)] = (Extraction.action_temperature,)
     """tau_Q, in standard deviations of the data's returns (ours); 0 takes the best candidate, inf any."""
-    absolute: bool = False
+    absolute: bool = Extraction.absolute
     """Temperatures in the environment's units, as in the paper."""
-    flow_steps: Count = 5
+    flow_steps: Count = Extraction.flow_steps
     """Steps of both flows (ours)."""
-    solver: Solver = "midpoint"
+    solver: Solver = Extraction.solver
     """Their solver; midpoint takes two evaluations a step, euler one."""
-    independent_noise: bool = False
+    independent_noise: bool = Extraction.independent_noise
     """Draw the return noise at random, still shared by all candidates, instead of normal quantiles."""
 
     # --- evaluation ---
@@ -127,28 +149,6 @@ class Args:
     def directory(self) -> Path:
         """The run directory of stage 2."""
         return self.run_dir or default_run_dir(parse_env(self.env).short, quick=self.quick)
-
-
-class Extraction(eqx.Module):
-    """How an action is extracted. Temperatures are traced by `jit`: sweeping them compiles nothing anew. The numbers of
-    draws and steps set array shapes and are static."""
-
-    num_actions: Count = eqx.field(static=True, default=32)
-    num_returns: Count = eqx.field(static=True, default=16)
-    return_temperature: Annotated[float, not_negative] = 0.3
-    action_temperature: Annotated[float, not_negative] = 0.003
-    flow_steps: Count = eqx.field(static=True, default=5)
-    solver: Solver = eqx.field(static=True, default="midpoint")
-    independent_noise: bool = eqx.field(static=True, default=False)
-    absolute: bool = eqx.field(static=True, default=False)
-
-    @property
-    def ode(self) -> Ode:
-        return Ode(self.flow_steps, self.solver)
-
-    def unit(self, axis: ReturnAxis) -> Float[Array, "*replicas"]:
-        """sigma, the unit of both temperatures, in the environment's units."""
-        return jnp.ones_like(axis.spread) if self.absolute else axis.spread
 
 
 # --- Maths -------------------------------------------------------------------------------------------------------

@@ -27,11 +27,12 @@ from common.errors import UserError, run_cli
 from common.metrics import sha256, write_csv
 from common.progress import progress
 from common.provenance import provenance
-from evor_infer import Agent, load_agent
+from evor_infer import Agent, Extraction, load_agent
 
 ENVIRONMENTS = 16  # stepped side by side
 
-READOUT = dict(num_returns=8, return_temperature=0.3, action_temperature=0.003)  # the defaults; of the film too
+TEMPERATURES = dict(return_temperature=Extraction.return_temperature, action_temperature=Extraction.action_temperature)
+READOUT = dict(num_returns=8, **TEMPERATURES)  # that of `--preview`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,9 +74,8 @@ def action_chunks(
     return jax.vmap(lambda start: actions[start + jnp.arange(horizon)].reshape(-1))(starts)
 
 
-def sample_batch(dataset: Dataset, batch_size: int, horizon: int, *, key: PRNGKeyArray) -> Batch:
-    """Transitions drawn uniformly, with replacement."""
-    index = jax.random.randint(key, (batch_size,), 0, dataset.count)
+def batch_of(dataset: Dataset, index: Int[Array, " batch"], horizon: int) -> Batch:
+    """The transitions `index`."""
     starts = dataset.starts[index]
     return Batch(
         index,
@@ -84,6 +83,11 @@ def sample_batch(dataset: Dataset, batch_size: int, horizon: int, *, key: PRNGKe
         action_chunks(dataset.actions, starts, horizon),
         dataset.observations[starts + horizon],
     )
+
+
+def sample_batch(dataset: Dataset, batch_size: int, horizon: int, *, key: PRNGKeyArray) -> Batch:
+    """Transitions drawn uniformly, with replacement."""
+    return batch_of(dataset, jax.random.randint(key, (batch_size,), 0, dataset.count), horizon)
 
 
 class Problem:

@@ -1,8 +1,10 @@
 """Constraints declared beside a field."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Literal
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,6 +26,7 @@ from common.args import (
     within,
 )
 from common.errors import UserError, parse_args
+from common.replicas import chunked
 
 Width = Annotated[int, size(100)]
 
@@ -107,3 +110,15 @@ def test_learning_rate():
     assert learning_rate(3e-4, "constant", 100) == 3e-4
     schedule = learning_rate(2.0, "cosine", 100)
     assert [float(schedule(step)) for step in (0, 25, 50, 100)] == pytest.approx([2.0, 1 + np.sqrt(0.5), 1.0, 0.0])
+
+
+def test_runs_that_differ_in_a_path_share_a_program():
+    """Fails if a place or a readout compiles a step anew, or if a setting that the step reads does not."""
+    step = chunked(lambda args, state, dataset, replica: (state * args.tau, {"loss": state}))
+    args = evor_value.Args(chunk=2)
+    elsewhere = dataclasses.replace(args, run_dir=Path("b"), policy_run_dir=Path("c"), overwrite=True, num_actions=3)
+    for settings in (args, elsewhere):
+        state, _ = step(settings, jnp.ones(1), jnp.ones(1), jnp.ones(1))
+    assert step._cache_size() == 1
+    other, _ = step(dataclasses.replace(args, tau=0.5), jnp.ones(1), jnp.ones(1), jnp.ones(1))
+    assert step._cache_size() == 2 and float(other[0]) == 0.25 and float(state[0]) == pytest.approx(0.005**2)

@@ -301,3 +301,12 @@ def test_chunks_are_actions_in_a_row():
     np.testing.assert_allclose(decided.ravel(), vector, rtol=1e-4, atol=1e-5)
     flat, chunked = (agent.sample_returns(x, actions.reshape(shape), 4, key=key) for shape in ((1, 2), (1, 2, 1)))
     np.testing.assert_array_equal(flat, chunked)
+
+
+def test_a_sweep_does_not_go_where_a_model_stands(tmp_path: Path):
+    """Not even into the run directory of another run: it would put its config.json in the place of that one's."""
+    other = tmp_path / "other" / "value"
+    other.mkdir(parents=True)
+    (other / "model.eqx").write_bytes(b"a model")
+    with pytest.raises(UserError, match="is not for sweeps: name another folder"):
+        evor_infer.open_run(evor_infer.Args(env="cube-single-play", run_dir=tmp_path / "run", out=str(other)))

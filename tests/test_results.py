@@ -640,6 +640,24 @@ def test_the_readmes_tables_are_those_of_the_results():
         assert f"| {label} | {shorter(alone)} | {shorter(extracted)} |" in readme
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/td-targets.md"])
+def test_the_distances_of_the_targets_are_those_of_the_rows(page: str):
+    """Every cell of the table of W1: a mean over three seeds."""
+    measured = rows.read(ROOT / "results" / "revision-90dd10a" / "return_law.csv")
+    text, number = (ROOT / page).read_text(), 0
+    header = next(line for line in text.splitlines() if line.startswith("| probe |"))
+    columns = [cell.strip() for cell in header.split("|")[2:-1]]
+    for probe, of_probe in measured.groupby("probe"):
+        lines = [line for line in text.splitlines() if line.startswith(f"| {probe} |")]
+        for column, cell in zip(columns, lines[0].split("|")[2:-1] if lines else (), strict=bool(lines)):
+            method, name = ("paper", "w1_to_normal") if "N(Q" in column else (column.strip("`"), "w1")
+            of_method = of_probe[(of_probe["method"] == method) & (of_probe["noise_std"] == "1.0")]
+            mean = of_method[name].astype(float).mean()
+            assert len(of_method) == 3 and f"{mean:.3f}" == cell.strip(), (probe, column)
+            number += 1
+    assert number == {"README.md": 12, "docs/td-targets.md": 30}[page]
+
+
 def test_a_run_is_compared_with_its_rows(here: Path):
     """Twelve episodes of which one changed, and other data; then another discount, which is no repetition."""
     run = make_run(here / "a", evor_value.Args(), solved=8)

@@ -13,7 +13,7 @@ import evor_value
 from benchmarks import probes
 from common.flow import Ode
 from common.networks import FlowCritic, Sizes
-from common.problem import Batch, Dataset, Replica, action_chunks
+from common.problem import Dataset, Replica, batch_of
 from common.replicas import stack_replicas
 from common.returns import ReturnAxis, affine_axis
 from evor_value import Noise, td_target
@@ -191,16 +191,6 @@ def test_chosen_action_is_the_best_by_the_online_critic():
     assert len(np.unique(drawn)) == 4
 
 
-def batch_of(dataset, index, horizon=1):
-    starts = dataset.starts[index]
-    return Batch(
-        index,
-        dataset.observations[starts],
-        action_chunks(dataset.actions, starts, horizon),
-        dataset.observations[starts + horizon],
-    )
-
-
 def test_dataset_next_action_is_the_one_that_was_taken():
     args = dataclasses.replace(ARGS, next_action="dataset", horizon=2)
     actions = jnp.arange(12.0)[:, None]
@@ -216,7 +206,7 @@ def test_base_next_actions_are_spread_over_the_bank():
     bank = jnp.arange(8.0, dtype=jnp.float16).reshape(1, 2, 4, 1)
     zeros, rows = jnp.zeros((1, 2)), jnp.zeros((4, 1))
     dataset = Dataset(rows, rows, jnp.array([0, 2]), zeros, zeros, bank, jnp.array(2))
-    batch = batch_of(dataset, jnp.repeat(jnp.array([0, 1]), 400))
+    batch = batch_of(dataset, jnp.repeat(jnp.array([0, 1]), 400), horizon=1)
     chosen = evor_value.next_actions(args, CRITIC, dataset, REPLICA, batch, key=jax.random.key(0))[:, 0]
     counts = np.bincount(np.asarray(chosen, int), minlength=8)
     assert counts.min() > 60 and set(np.asarray(chosen[:400], int)) == {0, 1, 2, 3}
