@@ -37,15 +37,16 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from common import checkpoint
 from common.args import TrainArgs, learning_rate
-from common.errors import UserError, run_cli
-from common.metrics import sha256
+from common.cli import run_cli
+from common.errors import UserError
+from common.files import sha256
 from common.networks import FlowPolicy, PolicySpec, Sizes, Standardizer, make_policy
 from common.problem import BasePolicy, Dataset, Problem, Replica, sample_batch
 from common.replicas import chunked
 from common.run import STATES, Run
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": dict(steps=2_000, width=128, batch_size=128, episodes=30, chunk=500),
+    "quick": dict(steps=2_000, width=128, batch_size=128, episodes=30, steps_per_call=500),
     "preview": dict(steps=100_000, schedule="cosine", learning_rate=1e-3),
 }
 
@@ -169,7 +170,7 @@ def args_for(args: Any) -> Args:
     """The arguments with which a missing base policy is trained: the preset, data, seeds and horizon of stage 2's."""
     preset = "quick" if args.quick else "preview" if args.preview else None
     changes = dict(PRESETS[preset], **{preset: True}) if preset else {}
-    chunk = changes.get("chunk", Args.chunk)
+    unit = changes.get("steps_per_call", Args.steps_per_call)
     shared = ("env", "dataset", "episodes", "horizon", "ignore_observations", "track", "distributed")
     changes |= {name: getattr(args, name) for name in shared}
     return Args(
@@ -177,7 +178,7 @@ def args_for(args: Any) -> Args:
         seeds=len(args.policy_seeds),
         first_seed=args.policy_seeds[0],
         run_dir=args.directory,
-        file_steps=math.ceil(args.file_steps / chunk) * chunk,
+        file_steps=math.ceil(args.file_steps / unit) * unit,
     )
 
 

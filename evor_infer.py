@@ -42,12 +42,13 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key, PRNGKeyArray
 
 from common import checkpoint, figures, film
 from common.args import Count, at_least, check, each, not_negative
-from common.envs import check_env, default_run_dir, parse_env
+from common.cli import run_cli
+from common.data.names import check_env, default_run_dir, parse_env
 from common.episodes import Episodes
-from common.errors import UserError, run_cli
+from common.errors import UserError
 from common.evaluation import play, summarise
+from common.files import hold_directory, sha256, write_csv, write_json
 from common.flow import Ode, Solver
-from common.metrics import git_revision, hold_directory, package_versions, sha256, write_csv, write_json
 from common.networks import (
     Critic,
     CriticSpec,
@@ -60,7 +61,7 @@ from common.networks import (
     make_policy,
     stratified_normal,
 )
-from common.provenance import hardware
+from common.provenance import git_revision, hardware, package_versions
 from common.replicas import in_blocks, over_replicas
 from common.returns import ReturnAxis, blank_axis
 

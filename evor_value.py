@@ -44,8 +44,8 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 import evor_bc
 import evor_infer
 from common.args import Count, TrainArgs, learning_rate, multiple_of, not_negative, unread, within
-from common.envs import NUM_TASKS
-from common.errors import run_cli
+from common.cli import run_cli
+from common.data.names import NUM_TASKS
 from common.evaluation import Evaluation
 from common.flow import Ode, Solver, integrate
 from common.networks import Critic, CriticSpec, FlowCritic, Sizes, make_critic, stratified_normal
@@ -61,7 +61,7 @@ FARTHEST = 5 * WIDTH  # place on the axis that the `paper` target's paths go to:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
-        steps=2_000, width=128, batch_size=128, episodes=30, chunk=500, num_next_actions=2, eval_episodes=10,
+        steps=2_000, width=128, batch_size=128, episodes=30, steps_per_call=500, num_next_actions=2, eval_episodes=10,
         num_actions=8, num_returns=4,
     ),
     "preview": dict(
@@ -91,7 +91,7 @@ class Args(TrainArgs):
     """Whose reward-to-go: the base policy's, the data's, or the extracted policy's."""
     num_next_actions: Count = 4
     """K: banked next actions per transition."""
-    redraw_bank: Annotated[int, not_negative, multiple_of("chunk")] = 0
+    redraw_bank: Annotated[int, not_negative, multiple_of("steps_per_call")] = 0
     """Gradient steps after which the bank is drawn anew; 0 keeps the first."""
     backup_temperature: Annotated[float, not_negative] = 0.0
     """tau_Q of the softmax backup, in standard deviations of the data's returns; 0 takes the best of K."""
@@ -119,7 +119,7 @@ class Args(TrainArgs):
     """Polyak rate of the target network (ours)."""
 
     # --- evaluation ---
-    eval_every: Annotated[int, not_negative, multiple_of("chunk")] = unread(100_000)
+    eval_every: Annotated[int, not_negative, multiple_of("steps_per_call")] = unread(100_000)
     """Gradient steps between evaluations; one always ends the run, 0 leaves out the others."""
     eval_episodes: Annotated[int, not_negative] = unread(50)
     """Episodes per task and seed (OGBench: 50); 0 skips evaluation."""

@@ -37,7 +37,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 import evor_bc
 import evor_value
 from common.args import Count, at_least, positive
-from common.errors import run_cli
+from common.cli import run_cli
 from common.evaluation import Evaluation
 from common.flow import Ode
 from common.networks import DirectCritic, Sizes

@@ -44,7 +44,7 @@ import evor_bc
 import evor_value
 from baselines import critics
 from common.args import Count, at_least, not_negative, unread
-from common.errors import run_cli
+from common.cli import run_cli
 from common.evaluation import Evaluation
 from common.networks import DirectCritic, FlowPolicy, Sizes
 from common.problem import Dataset, Replica, ValueProblem, sample_batch

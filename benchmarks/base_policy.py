@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import evor_bc
-from common import data, sources
-from common.envs import default_run_dir, parse_env, validation_path
+from common.cli import run_cli
+from common.data import download, files
+from common.data.names import default_run_dir, parse_env, validation_path
 from common.episodes import Episodes, make_env, seeded_reset
-from common.errors import UserError, run_cli
+from common.errors import UserError
+from common.files import sha256, write_csv
 from common.flow import Ode
-from common.metrics import sha256, write_csv
 from common.provenance import provenance
 
 LIFTED = 0.05  # metres; a cube's centre lies at 0.02 on the table
@@ -166,14 +167,14 @@ def main(args: Args) -> list[dict[str, Any]]:
     name = parse_env(args.env)
     if not name.prefix.startswith("cube"):
         raise UserError(f"{args.env} has no cubes to lift: name a cube environment.")
-    path, source = sources.find_files(args.env, None, episodes=args.episodes)
+    path, source = download.find_files(args.env, None, episodes=args.episodes)
     if not validation_path(path).is_file():
         raise UserError(f"there is no validation file {validation_path(path)}: collect or download the data anew.")
-    validation, arrays = data.read_arrays(validation_path(path)), data.read_arrays(path)
+    validation, arrays = files.read_arrays(validation_path(path)), files.read_arrays(path)
     in_data = lifted_rows(arrays["qpos"])
     per_episode = np.array([part.any() for part in np.split(in_data, np.flatnonzero(arrays["terminals"])[:-1] + 1)])
     results = []
-    data_sha256 = sources.describe(path, source)["sha256"]
+    data_sha256 = download.describe(path, source)["sha256"]
     for run_dir in args.run_dirs or (default_run_dir(name.short, quick=False),):
         results.append(
             dict(env=name.short, data_source=source, data_sha256=data_sha256)

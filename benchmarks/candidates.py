@@ -21,10 +21,11 @@ import numpy as np
 from jaxtyping import Float
 
 from common import checkpoint
-from common.envs import parse_env
+from common.cli import run_cli
+from common.data.names import parse_env
 from common.episodes import episode_seed, make_env, seeded_reset
-from common.errors import UserError, run_cli
-from common.metrics import sha256, write_csv
+from common.errors import UserError
+from common.files import sha256, write_csv
 from common.progress import progress
 from common.provenance import provenance
 from evor_infer import Agent, Extraction, load_agent

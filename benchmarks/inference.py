@@ -23,12 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import evor_infer
-from common import data, sources
-from common.envs import default_run_dir, parse_env, validation_path
-from common.errors import UserError, run_cli
+from common.cli import run_cli
+from common.data import download, files, transitions
+from common.data.names import default_run_dir, parse_env, validation_path
+from common.errors import UserError
+from common.files import write_csv
 from common.flow import Ode
-from common.metrics import git_revision, package_versions, write_csv
 from common.networks import stratified_normal
+from common.provenance import git_revision, package_versions
 
 SOLVERS = (
     ("euler", 1), ("euler", 2), ("euler", 5), ("euler", 10), ("euler", 20), ("euler", 50), ("euler", 100),
@@ -160,11 +162,11 @@ def main(args: Args) -> list[dict[str, Any]]:
     name = parse_env(args.env)
     run_dir = args.run_dir or default_run_dir(name.short, quick=False)
     header, pairs, agents = evor_infer.load_agents(run_dir)
-    path, source = sources.find_files(args.env, None, episodes=args.episodes)
+    path, source = download.find_files(args.env, None, episodes=args.episodes)
     if not validation_path(path).is_file():
         raise UserError(f"there is no validation file {validation_path(path)}: collect or download the data anew.")
-    arrays = data.read_arrays(validation_path(path))
-    starts = data.transition_starts(arrays["terminals"], header["horizon"])
+    arrays = files.read_arrays(validation_path(path))
+    starts = transitions.transition_starts(arrays["terminals"], header["horizon"])
     rows = np.random.default_rng(0).choice(starts, args.states, replace=False)
     observations = arrays["observations"][rows]
     agent = evor_infer.first_of(agents)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from scipy import stats
 
 import evor_value
-from common import data
+from common.data import files, transitions
 from common.flow import Ode
 from common.networks import Critic, Sizes, stratified_normal
 from common.problem import Dataset, Replica
@@ -153,15 +153,15 @@ def make_data(
         return np.stack([first, second], axis=1).reshape(2 * number, *first.shape[1:]).astype(np.float32)
 
     one_hot = np.eye(probe.num_states)
-    trajectories = data.Trajectories(
+    trajectories = files.Trajectories(
         observations=interleave(one_hot[state.astype(int)], one_hot[next_state.astype(int)]),
         actions=interleave(action[:, None], np.zeros((number, 1))),
         terminals=np.tile([False, True], number),
         rewards=interleave(reward, np.zeros(number))[None],
         masks=interleave(mask, np.ones(number))[None],
     )
-    starts = data.transition_starts(trajectories.terminals, 1)
-    rewards, bootstraps = data.chunk_rewards(
+    starts = transitions.transition_starts(trajectories.terminals, 1)
+    rewards, bootstraps = transitions.chunk_rewards(
         trajectories.rewards, trajectories.masks, starts, horizon=1, discount=probe.discount
     )
     bank = np.zeros((1, number, num_next_actions, 1), np.float16)
@@ -169,8 +169,8 @@ def make_data(
         chosen = next_state == s
         bank[0, chosen, :, 0] = rng.choice(values, p=weights, size=(chosen.sum(), num_next_actions))
     arrays = (trajectories.observations, trajectories.actions, starts, rewards, bootstraps, bank, len(starts))
-    returns = data.return_sample(trajectories, discount=probe.discount)
-    bounds = data.return_bounds(rewards, probe.discount)
+    returns = transitions.return_sample(trajectories, discount=probe.discount)
+    bounds = transitions.return_bounds(rewards, probe.discount)
     return Dataset(*(jnp.asarray(a) for a in arrays)), returns, bounds
 
 
@@ -194,7 +194,7 @@ def train_state(
     zeros = jnp.zeros(len(seeds), jnp.int32)
     replicas = Replica(task=zeros, policy=zeros, axis=axis, key=keys)
     state = stack_replicas(lambda key: learner.init_state(args, sizes, key=key), keys)
-    for step in range(args.chunk, args.steps + 1, args.chunk):
+    for step in range(args.steps_per_call, args.steps + 1, args.steps_per_call):
         state, _ = learner.train_chunk(args, state, dataset, replicas)
         after_chunk(step, state, axis)
     return state, axis

@@ -32,10 +32,12 @@ from baselines import critics
 from benchmarks import probes
 from benchmarks.flops import num_parameters, step_flops
 from common import figures
-from common.errors import UserError, run_cli
+from common.cli import run_cli
+from common.errors import UserError
+from common.files import read_csv, write_csv
 from common.flow import Ode, Solver
-from common.metrics import git_revision, package_versions, read_csv, write_csv
 from common.networks import Critic, stratified_normal
+from common.provenance import git_revision, package_versions
 from common.returns import AxisKind, ReturnAxis
 
 FLOWS = ("paper", "independent-noise", "shared-noise", "velocity")
@@ -102,7 +104,7 @@ def training_args(args: Args, method: str, probe: probes.Probe) -> evor_value.Ar
         head_depth=args.head_depth,
         num_next_actions=args.num_next_actions,
         steps=args.steps,
-        chunk=args.every or args.steps,
+        steps_per_call=args.every or args.steps,
         flow_steps=args.flow_steps,
         solver=args.solver,
         return_axis=args.return_axis,

@@ -19,10 +19,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-from common import data
-from common.envs import ENVIRONMENTS, NUM_TASKS, parse_env
-from common.errors import UserError, run_cli
-from common.metrics import package_versions, sha256, write_csv
+from common.cli import run_cli
+from common.data import files
+from common.data.names import ENVIRONMENTS, NUM_TASKS, parse_env
+from common.errors import UserError
+from common.files import sha256, write_csv
+from common.provenance import package_versions
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 BINS = 400
@@ -36,7 +38,7 @@ class Args:
     reference: Path
     """File from OGBench's own generation script."""
     collected: Path
-    """File of common.collect."""
+    """File of common.data.collect."""
     env: str = "cube-double-play"
     """What both files are data of."""
     permutations: int = 2_000
@@ -119,7 +121,7 @@ def main(args: Args) -> list[dict]:
         raise UserError(f"--env {args.env} is no environment of OGBench: see python -m common.data --list.")
     tasks = tuple(range(1, NUM_TASKS + 1))
     paths = args.reference, args.collected
-    loaded = [data.load_trajectories(path, env=args.env, tasks=tasks) for path in paths]
+    loaded = [files.load_trajectories(path, env=args.env, tasks=tasks) for path in paths]
     episodes = tuple(episodes_of(t.terminals) for t in loaded)
     counts = [e[-1] + 1 for e in episodes]
     number = sum(t.shape[1] for t in (loaded[0].observations, loaded[0].actions)) + 2 * NUM_TASKS + 2

@@ -23,10 +23,12 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from common import checkpoint, data, sources
-from common.envs import validation_path
-from common.errors import UserError, run_cli
-from common.metrics import sha256, write_csv
+from common import checkpoint
+from common.cli import run_cli
+from common.data import download, files, transitions
+from common.data.names import validation_path
+from common.errors import UserError
+from common.files import sha256, write_csv
 from common.provenance import provenance
 from common.run import PLACES
 from evor_infer import load_agent
@@ -128,11 +130,11 @@ def measure(args: Args) -> list[dict[str, Any]]:
         load_agent(run, task=args.task, seed=seed) for run, seed in zip((args.run_dir, args.other), seeds, strict=True)
     ]
     header = headers[0]
-    path, source = sources.find_files(header["env"], None, episodes=None)
-    if sources.describe(path, source)["sha256"] != header["data"]["sha256"]:
+    path, source = download.find_files(header["env"], None, episodes=None)
+    if download.describe(path, source)["sha256"] != header["data"]["sha256"]:
         raise UserError(f"{path} is not what the runs were trained on: states of other data do not compare.")
-    held_out = data.load_trajectories(validation_path(sources.data_files(path)[0]), env=header["env"])
-    starts = data.transition_starts(held_out.terminals, header["horizon"], where="validation data")
+    held_out = files.load_trajectories(validation_path(download.data_files(path)[0]), env=header["env"])
+    starts = transitions.transition_starts(held_out.terminals, header["horizon"], where="validation data")
     if not 1 <= args.states <= len(starts):
         raise UserError(f"--states must be between 1 and {len(starts):,}, not {args.states}.")
     rows_used = np.random.default_rng(0).choice(starts, args.states, replace=False)

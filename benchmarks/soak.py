@@ -22,8 +22,9 @@ import psutil
 import tyro
 
 from common import figures
-from common.errors import UserError, run_cli
-from common.metrics import write_csv
+from common.cli import run_cli
+from common.errors import UserError
+from common.files import write_csv
 
 
 @dataclasses.dataclass(frozen=True)

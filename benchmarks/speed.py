@@ -34,14 +34,17 @@ import evor_infer
 import evor_value
 from baselines import critics, qc
 from benchmarks.flops import critic_macs, policy_macs, step_flops
-from common import collect, figures
-from common.envs import num_cores
+from common import figures
+from common.cli import run_cli
+from common.data import collect
 from common.episodes import Episodes, make_env, seeded_reset
-from common.errors import UserError, run_cli
+from common.errors import UserError
 from common.evaluation import play
-from common.metrics import git_revision, package_versions, write_csv
+from common.files import write_csv
+from common.machine import num_cores
 from common.networks import FlowCritic, FlowPolicy, Sizes, Standardizer
 from common.problem import Dataset, Replica
+from common.provenance import git_revision, package_versions
 from common.replicas import stack_replicas
 from common.returns import affine_axis, make_axis
 
@@ -163,7 +166,7 @@ def product_case(args: Args) -> Case:
 def bc_case(name: str, args: Args, *, replicas: int = 1, rows: int | None = None) -> Case:
     """`evor_bc.train_chunk`; FLOPs: forward, and backward but for the inputs of the first layer."""
     rows, steps = rows or args.rows, args.steps
-    settings = evor_bc.Args(width=args.width, chunk=steps)
+    settings = evor_bc.Args(width=args.width, steps_per_call=steps)
     keys = jax.random.split(jax.random.key(0), replicas)
     state = stack_replicas(lambda key: evor_bc.init_state(settings, Sizes(OBSERVATION, ACTION, 1), key=key), keys)
     dataset, replica_of = bc_data(rows), bc_replicas(keys)
@@ -188,7 +191,7 @@ def value_case(
     are not the learner's own."""
     replicas, rows = tasks * seeds, rows or args.rows
     steps = args.steps
-    settings = (settings_of or learner).Args(width=args.width, chunk=steps, **changes)
+    settings = (settings_of or learner).Args(width=args.width, steps_per_call=steps, **changes)
     sizes = Sizes(OBSERVATION, ACTION, settings.horizon)
     keys = jax.random.split(jax.random.key(0), replicas)
     state = stack_replicas(lambda key: learner.init_state(settings, sizes, key=key), keys)
@@ -330,7 +333,7 @@ def baselines(args: Args) -> list[dict[str, Any]]:
 def profile(args: Args) -> list[dict[str, Any]]:
     """Where the time of a BC step goes: its products alone, its gradient, the activations, the optimiser; and replicas
     as one batched product instead of one after the other."""
-    settings = evor_bc.Args(width=args.width, chunk=args.steps)
+    settings = evor_bc.Args(width=args.width, steps_per_call=args.steps)
     state = evor_bc.init_state(settings, Sizes(OBSERVATION, ACTION, 1), key=jax.random.key(0))
     observations, actions, _ = (array[: settings.batch_size] for array in random_rows(args.rows))
     macs, first = policy_macs(state.policy)
@@ -453,7 +456,7 @@ def run(args: Args) -> list[dict[str, Any]]:
             rewards=-np.ones(count, np.float32),
         )
         settings = dict(dataset=path, env="tiny", run_dir=Path(folder) / "run", seeds=2, width=32, depth=2)
-        settings |= dict(batch_size=32, steps=200, chunk=50, save_every=100)
+        settings |= dict(batch_size=32, steps=200, steps_per_call=50, save_every=100)
         evor_bc.main(evor_bc.Args(**settings))
         evor_value.main(evor_value.Args(**settings))
     return [

@@ -1,6 +1,6 @@
 """Arguments of the two trainings, and constraints that are declared beside a field.
 
-    steps: Annotated[int, at_least(1), multiple_of("chunk")] = 1_000_000
+    steps: Annotated[int, at_least(1), multiple_of("steps_per_call")] = 1_000_000
 
 `check` holds an object's fields against them. It serves the command line and Python alike.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import optax
 
-from common.envs import default_run_dir, run_name
+from common.data.names import default_run_dir, run_name
 from common.errors import UserError
 
 
@@ -157,7 +157,7 @@ class TrainArgs:
     """Units per hidden layer."""
     depth: Count = 4
     """Hidden layers."""
-    steps: Annotated[Count, multiple_of("chunk")] = 1_000_000
+    steps: Annotated[Count, multiple_of("steps_per_call")] = 1_000_000
     """Gradient steps."""
     batch_size: Count = 256
     """Transitions per gradient step (ours)."""
@@ -165,9 +165,9 @@ class TrainArgs:
     """Adam's step size, or its peak with a schedule."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Constant as in the paper, or cosine decay to zero over all steps."""
-    chunk: Count = 1_000
+    steps_per_call: Count = 1_000
     """Gradient steps per compiled call; metrics are averages over it."""
-    save_every: Annotated[Count, multiple_of("chunk")] = 10_000
+    save_every: Annotated[Count, multiple_of("steps_per_call")] = 10_000
     """Gradient steps between checkpoints, at most: more are made where they cost little time."""
 
     @property
@@ -186,6 +186,6 @@ class TrainArgs:
 
     def conflicts(self) -> Iterator[str]:
         """Sentences about settings that cannot work together."""
-        turns = multiple_of("chunk")
+        turns = multiple_of("steps_per_call")
         if self.dataset is not None and self.dataset.is_dir() and not turns.holds(self.file_steps, self):
             yield turns.complaint("--file-steps", self.file_steps, self)

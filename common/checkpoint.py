@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.args import check
-from common.envs import NUM_TASKS
+from common.data.names import NUM_TASKS
 from common.errors import UserError
-from common.metrics import atomic, plain
+from common.files import atomic, plain
 
 MOST_HEADER = 1 << 20  # bytes
 KINDS = dict(env=str, step=int, args=dict, data=dict, model=dict)

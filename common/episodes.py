@@ -22,8 +22,9 @@ import gymnasium
 import numpy as np
 from gymnasium.vector.async_vector_env import AsyncState
 
-from common.envs import free_memory, import_ogbench, num_cores, trim_memory
+from common.data.names import import_ogbench
 from common.errors import UserError
+from common.machine import free_memory, num_cores, trim_memory
 from common.progress import progress
 
 # Environments in all, if every process has one of each replica then. One of a manipulation task takes about 130 MB (its

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from common import data, figures
-from common.envs import parse_env
+from common import figures
+from common.data import transitions
+from common.data.names import parse_env
 from common.episodes import Episodes
-from common.metrics import CALIBRATED, read_csv, write_csv
+from common.files import read_csv, write_csv
+from common.metrics import CALIBRATED
 from common.problem import ValueProblem, action_chunks
 from common.run import Run
 from common.statistics import calibration, success_interval
@@ -105,7 +107,7 @@ def calibrate(args: Any, agents: Any, problem: ValueProblem, pairs: Sequence[tup
     `softmax` the predictions should be higher.
     """
     validation = problem.validation
-    rows = data.rows_with_complete_returns(validation.terminals, discount=args.discount, horizon=args.horizon)
+    rows = transitions.rows_with_complete_returns(validation.terminals, discount=args.discount, horizon=args.horizon)
     if len(rows) == 0:
         return []
     observations = jnp.asarray(validation.observations[rows])
@@ -116,7 +118,7 @@ def calibrate(args: Any, agents: Any, problem: ValueProblem, pairs: Sequence[tup
         ode = dict(flow_steps=args.flow_steps, solver=args.solver)
         draws = np.asarray(agent.sample_returns(observations, actions, 64, **ode, key=jax.random.key(0)))
         rewards, masks = (labels[problem.tasks.index(task)] for labels in (validation.rewards, validation.masks))
-        returns, _ = data.monte_carlo_returns(rewards, masks, validation.terminals, discount=args.discount)
+        returns, _ = transitions.monte_carlo_returns(rewards, masks, validation.terminals, discount=args.discount)
         numbers = calibration(draws, returns[rows], LEVELS)
         calibrations.append(Calibration((task, seed), draws, returns[rows], numbers))
     return calibrations

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.metrics import read_csv
+from common.files import read_csv
 
 
 def subplots(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, np.ndarray]:

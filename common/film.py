@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from matplotlib import animation
 from matplotlib.figure import Figure
 
-from common.envs import import_ogbench
+from common.data.names import import_ogbench
 from common.episodes import ActionNoise, episode_seed, seeded_reset
 from common.errors import UserError
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float16, Int, Key, PRNGKeyArray
 
-from common import data, sources
 from common.bank import make_bank
-from common.data import Trajectories
-from common.envs import parse_env, validation_path
+from common.data import describe, download, files, transitions
+from common.data.files import Trajectories
+from common.data.names import parse_env, validation_path
 from common.errors import UserError
 from common.networks import FlowPolicy, Sizes, Standardizer
 from common.replicas import copy_to_devices, first_host_first, spread
@@ -94,7 +94,7 @@ class Problem:
     """Data for behaviour cloning, and one replica per seed.
 
     Attributes:
-        info, files: what `sources` says of the data, and the files that take turns.
+        info, files: what `common.data.download` says of the data, and the files that take turns.
         sizes, standardizer, pairs, replicas, init_keys: the networks' sizes and inputs; the (task, seed) of each
             replica; what distinguishes the replicas, spread over the devices; the keys that initialise them.
     """
@@ -108,11 +108,11 @@ class Problem:
             UserError: the data cannot be found, are malformed, or too short for the horizon.
         """
         self.args = args
-        path, source = first_host_first(lambda: sources.find_files(args.env, args.dataset, episodes=args.episodes))
-        self.info = sources.describe(path, source)
-        self.files = sources.data_files(path)
+        path, source = first_host_first(lambda: download.find_files(args.env, args.dataset, episodes=args.episodes))
+        self.info = download.describe(path, source)
+        self.files = download.data_files(path)
         self._first = self._read_first()
-        self.longest = max(data.check_headers(file, like=self._first) for file in self.files)
+        self.longest = max(files.check_headers(file, like=self._first) for file in self.files)
         observation, action = self._first.observations.shape[1], self._first.actions.shape[1]
         self.sizes = Sizes(observation, action, args.horizon)
         self._transitions(self._first, self.files[0])  # an error comes before an old run is deleted
@@ -120,8 +120,8 @@ class Problem:
         self._prepare()
 
     def _read_first(self) -> Trajectories:
-        trajectories = data.load_trajectories(self.files[0], env=self.args.env)
-        data.print_summary(trajectories, self.info, tasks=(), discount=0.0, files=len(self.files))
+        trajectories = files.load_trajectories(self.files[0], env=self.args.env)
+        describe.print_summary(trajectories, self.info, tasks=(), discount=0.0, num_files=len(self.files))
         return trajectories
 
     def _prepare(self) -> None:
@@ -148,11 +148,11 @@ class Problem:
         self, trajectories: Trajectories, file: Path
     ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "tasks n"], Float[np.ndarray, "tasks n"]]:
         """Starts, rewards and bootstrap factors."""
-        starts = data.transition_starts(trajectories.terminals, self.args.horizon, where=file.name)
+        starts = transitions.transition_starts(trajectories.terminals, self.args.horizon, where=file.name)
         return starts, np.zeros((0, len(starts)), np.float32), np.zeros((0, len(starts)), np.float32)
 
     def _read(self, file: Path) -> Trajectories:
-        return self._first if file == self.files[0] else data.load_trajectories(file, env=self.args.env)
+        return self._first if file == self.files[0] else files.load_trajectories(file, env=self.args.env)
 
     def _bank(
         self, observations: Float[np.ndarray, "rows d"], starts: Int[np.ndarray, " n"], file: Path, draw: int = 0
@@ -198,18 +198,20 @@ class ValueProblem(Problem):
 
     def _read_first(self) -> Trajectories:
         args, first = self.args, self.files[0]
-        self.own_rewards = args.dataset is not None and data.has_rewards(first)
+        self.own_rewards = args.dataset is not None and files.has_rewards(first)
         self.tasks = choose_tasks(args, first, self.own_rewards)
         trajectories = self._parse(first)
         held_out = validation_path(first)
         self.validation = self._parse(held_out) if held_out.is_file() else None
-        data.print_summary(trajectories, self.info, tasks=self.tasks, discount=args.discount, files=len(self.files))
+        describe.print_summary(
+            trajectories, self.info, tasks=self.tasks, discount=args.discount, num_files=len(self.files)
+        )
         if len(self.files) > 1 and args.redraw_bank:
             raise UserError("--redraw-bank: each file of a folder has one bank: leave it out.")
         return trajectories
 
     def _parse(self, file: Path) -> Trajectories:
-        return data.load_trajectories(file, env=self.args.env, tasks=self.tasks, reward=self.args.reward)
+        return files.load_trajectories(file, env=self.args.env, tasks=self.tasks, reward=self.args.reward)
 
     def _read(self, file: Path) -> Trajectories:
         return self._first if file == self.files[0] else self._parse(file)
@@ -217,8 +219,8 @@ class ValueProblem(Problem):
     def _transitions(self, trajectories, file):
         args = self.args
         extra = args.horizon - 1 if args.next_action == "dataset" else 0  # the next chunk has to be in the data too
-        starts = data.transition_starts(trajectories.terminals, args.horizon, extra=extra, where=file.name)
-        rewards, bootstraps = data.chunk_rewards(
+        starts = transitions.transition_starts(trajectories.terminals, args.horizon, extra=extra, where=file.name)
+        rewards, bootstraps = transitions.chunk_rewards(
             trajectories.rewards, trajectories.masks, starts, horizon=args.horizon, discount=args.discount
         )
         return starts, rewards, bootstraps
@@ -226,15 +228,17 @@ class ValueProblem(Problem):
     def _prepare(self) -> None:
         args, first = self.args, self._first
         in_transitions = first.rewards[:, ~first.terminals]
-        span = data.reward_range(self.files, in_transitions, env=args.env, own=self.own_rewards, reward=args.reward)
+        span = transitions.reward_range(
+            self.files, in_transitions, env=args.env, own=self.own_rewards, reward=args.reward
+        )
         if self._load_policy is None:
             self.base = None
             self.standardizer = Standardizer.of(first.observations, ignore=args.ignore_observations)
         else:
             self.base = self._load_policy(args, sizes=self.sizes, data_sha256=self.info["sha256"])
             self.standardizer = self.base.standardizer
-        bounds = data.return_bounds(span, args.discount)
-        returns = data.return_sample(first, discount=args.discount)
+        bounds = transitions.return_bounds(span, args.discount)
+        returns = transitions.return_sample(first, discount=args.discount)
         axes = [make_axis(*of_task, kind=args.axis_kind) for of_task in zip(returns, bounds, strict=True)]
         self.pairs = [(task, seed) for task in self.tasks for seed in args.all_seeds]
         task = np.repeat(np.arange(len(self.tasks)), args.seeds)
@@ -275,7 +279,7 @@ class ValueProblem(Problem):
         many = len(self.files) > 1
         seeds = "-".join(map(str, args.policy_seeds))
         name = f"bank-{args.num_next_actions}-seeds-{seeds}" + f"-{file.stem}" * many
-        data_sha256 = sources.fingerprint(file) if many else self.info["sha256"]
+        data_sha256 = download.fingerprint(file) if many else self.info["sha256"]
         return make_bank(
             self.base.policies,
             jnp.asarray(observations),

@@ -5,19 +5,41 @@ import contextlib
 import functools
 import platform
 import re
+import subprocess
+from importlib import metadata
 from pathlib import Path
 
-import jax
+from common.machine import num_cores
 
-from common.envs import num_cores
-from common.metrics import git_revision, package_versions
-
+PACKAGES = ("jax", "jaxlib", "equinox", "optax", "diffrax", "ogbench", "gymnasium", "mujoco", "numpy", "scipy")
 VERSIONS = ("python", "jax", "mujoco")  # that stand in a row of results; a run's config.json holds all
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on; those not installed are left out."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_revision() -> str:
+    """The commit of this code, with `-dirty` where files differ from it; `unknown` outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 @functools.cache
 def hardware() -> str:
     """What this host computes on, such as `2 cores of Intel Xeon Processor @ 2.60GHz, 1 NVIDIA H100`."""
+    import jax  # which processes that only collect do without
+
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

@@ -35,7 +35,7 @@ def over_replicas(function: Callable, *trees: Any) -> Any:
 
 
 def chunked(train_step: Callable) -> Callable:
-    """`train_chunk(args, state, dataset, replicas)`: `args.chunk` steps of all replicas in one compiled call.
+    """`train_chunk(args, state, dataset, replicas)`: `args.steps_per_call` steps of all replicas in one compiled call.
 
     Args:
         train_step: `(args, state, dataset, replica) -> (state, metrics)`, one gradient step of one replica.
@@ -46,7 +46,7 @@ def chunked(train_step: Callable) -> Callable:
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def train_chunk(args: Any, state: Any, dataset: Any, replicas: Any) -> tuple[Any, dict[str, Array]]:
         def steps_of_one(state, replica):
-            return jax.lax.scan(lambda s, _: train_step(args, s, dataset, replica), state, length=args.chunk)
+            return jax.lax.scan(lambda s, _: train_step(args, s, dataset, replica), state, length=args.steps_per_call)
 
         state, metrics = over_replicas(steps_of_one, state, replicas)
         return state, jax.tree.map(lambda m: jnp.mean(m, axis=1), metrics)

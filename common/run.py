@@ -28,17 +28,10 @@ from tqdm import tqdm
 from common import checkpoint
 from common.args import check
 from common.errors import UserError
-from common.metrics import (
-    Metrics,
-    git_revision,
-    hold_directory,
-    package_versions,
-    read_json,
-    start_tracking,
-    write_json,
-)
+from common.files import hold_directory, read_json, write_json
+from common.metrics import Metrics, start_tracking
 from common.progress import progress
-from common.provenance import hardware
+from common.provenance import git_revision, hardware, package_versions
 from common.replicas import fetch, join_hosts, leave_hosts, noted_anywhere, spread, stack_replicas
 
 SAVING_SHARE = 0.05  # of the time: a run saves more often than it has to where that costs less
@@ -255,7 +248,7 @@ class Run:
         name = f"{self.stage} {self.header['env']}"
         bar = progress(total=args.steps, initial=first, desc=name, unit="step", disable=jax.process_index() > 0)
         with Signals() as self._signals, bar as self._bar:
-            for step in range(first, args.steps, args.chunk):
+            for step in range(first, args.steps, args.steps_per_call):
                 self._chunk_began = time.monotonic()
                 yield step
         if first == args.steps:
@@ -269,13 +262,13 @@ class Run:
         """Takes the state after a chunk and its mean metrics: logs, gives up what is not finite, saves where due."""
         args = self.args
         values = self.own(metrics)
-        milliseconds = 1e3 * (time.monotonic() - self._chunk_began) / args.chunk
-        self._state, self.step = state, self.step + args.chunk
+        milliseconds = 1e3 * (time.monotonic() - self._chunk_began) / args.steps_per_call
+        self._state, self.step = state, self.step + args.steps_per_call
         self._give_up_diverged(values)
         good = self.good()
         self.last_metrics = {metric: numbers[good] for metric, numbers in values.items()}
         self.metrics.log(self.step, [self.pairs[i] for i in good], self.last_metrics)
-        self._bar.update(args.chunk)
+        self._bar.update(args.steps_per_call)
         self._bar.set_postfix(loss=f"{np.mean(self.last_metrics['loss']):.4g}", ms=f"{milliseconds:.2f}")
         self._save_where_due()
 

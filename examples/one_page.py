@@ -28,10 +28,10 @@ from evor_infer import Agent
 
 DISCOUNT, EPISODES, K = 0.9, 4_000, 4
 SIZES = Sizes(observation=2, action=1, horizon=1)
-BC = evor_bc.Args(width=64, depth=2, steps=1_000, chunk=1_000, learning_rate=3e-3, schedule="cosine")
+BC = evor_bc.Args(width=64, depth=2, steps=1_000, steps_per_call=1_000, learning_rate=3e-3, schedule="cosine")
 VALUE = evor_value.Args(
-    critic="trunk", width=64, depth=3, steps=4_000, chunk=1_000, learning_rate=3e-3, schedule="cosine", tau=0.02,
-    num_next_actions=K, discount=DISCOUNT,
+    critic="trunk", width=64, depth=3, steps=4_000, steps_per_call=1_000, learning_rate=3e-3, schedule="cosine",
+    tau=0.02, num_next_actions=K, discount=DISCOUNT,
 )  # fmt: skip
 LAWS = {"Z(1, 0.5)": (1, 0.5, [-1.0, 2.0]), "Z(1, -0.5)": (1, -0.5, [0.0]), "Z(0, 0)": (0, 0.0, [-0.9, 0, 0, 1.8])}
 
@@ -61,7 +61,7 @@ def train(script, args, dataset: Dataset, replica: Replica):
     """The loop of a script's `main` without its directory: `args.steps` steps of one replica."""
     replicas = jax.tree.map(lambda x: x[None], replica)
     state = stack_replicas(lambda key: script.init_state(args, SIZES, key=key), replicas.key)
-    for _ in range(0, args.steps, args.chunk):
+    for _ in range(0, args.steps, args.steps_per_call):
         state, metrics = script.train_chunk(args, state, dataset, replicas)
     print(f"{script.__name__}: loss {float(metrics['loss'][0]):.3f}")
     return jax.tree.map(lambda x: x[0], state)

@@ -12,7 +12,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.evaluation import read_episodes, summarise
-from common.metrics import read_json
+from common.files import read_json
 from experiments.rows import Frame, Place, cell, complete, frame, numbers, read, table
 
 FILES = ("calibration.csv", "success.csv")

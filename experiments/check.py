@@ -11,7 +11,8 @@ shows both, and what of data, versions and hardware is not as it was.
 import dataclasses
 from pathlib import Path
 
-from common.errors import UserError, run_cli
+from common.cli import run_cli
+from common.errors import UserError
 from common.statistics import success_interval
 from experiments import rows
 from experiments.gather import gather_all

@@ -21,7 +21,8 @@ import pandas as pd
 import tyro
 
 from benchmarks import return_law
-from common.errors import UserError, run_cli
+from common.cli import run_cli
+from common.errors import UserError
 from experiments import axes, base_policy, baselines, candidates, rows, saturation, sweeps, targets, tasks, training
 from experiments.rows import Place
 

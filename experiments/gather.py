@@ -8,7 +8,7 @@ from typing import Any
 from common import checkpoint
 from common.errors import UserError
 from common.evaluation import read_episodes, summarise
-from common.metrics import read_csv, sha256
+from common.files import read_csv, sha256
 from common.run import PLACES
 from experiments.rows import Frame, complete, frame
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from common.metrics import write_csv
+from common.files import write_csv
 from common.statistics import mean_interval
 
 ROOT = Path(__file__).parent.parent

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from common import checkpoint
-from common.envs import default_run_dir, run_name
-from common.errors import UserError, parse_args, run_cli
-from common.metrics import plain, read_csv, read_json, sha256
+from common.cli import parse_args, run_cli
+from common.data.names import default_run_dir, run_name
+from common.errors import UserError
+from common.files import plain, read_csv, read_json, sha256
 from common.run import PLACES
 from experiments.gather import of_readout
 from experiments.table import ENVIRONMENTS, EXPERIMENTS, MINUTES, NAMED_ONLY

@@ -24,11 +24,12 @@ import numpy as np
 import tyro
 
 from common import checkpoint
-from common.errors import UserError, run_cli
+from common.cli import run_cli
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
-    "--env pointmaze-medium-navigate --episodes 4 --width 32 --depth 2 --batch-size 16 --steps 60 --chunk 20 "
+    "--env pointmaze-medium-navigate --episodes 4 --width 32 --depth 2 --batch-size 16 --steps 60 --steps-per-call 20 "
     "--overwrite --run-dir {out}/{name}"
 )
 VALUE = f"evor_value {SMALL} --policy-run-dir {{out}}/{{policy}} --num-next-actions 2 --eval-episodes 1 --tasks 1 2"

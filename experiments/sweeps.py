@@ -10,7 +10,7 @@ from typing import Any
 
 from common import checkpoint, figures
 from common.errors import UserError
-from common.metrics import read_csv, read_json, sha256
+from common.files import read_csv, read_json, sha256
 from common.provenance import VERSIONS
 from experiments.rows import Frame, Place, complete, frame, numbers, percent, rate, table
 

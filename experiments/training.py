@@ -13,14 +13,15 @@ import numpy as np
 
 from common import figures
 from common.errors import UserError
-from common.metrics import CALIBRATED, read_csv
+from common.files import read_csv
+from common.metrics import CALIBRATED
 from common.provenance import VERSIONS
 from common.run import PLACES
 from experiments.gather import READOUT, finished, of_readout
 from experiments.rows import Frame, Place, frame, numbers, percent, rate, table
 
 FILES = ("episodes.csv", "metrics.csv")
-NOT_SETTINGS = (*PLACES, "eval_every", "save_every", "chunk")
+NOT_SETTINGS = (*PLACES, "eval_every", "save_every", "steps_per_call")
 OF_AN_EPISODE = ("task", "seed", "step", "num_actions", "num_returns", "episode", "success", "length")
 HEADER = "run | steps | success | mean of the last three evaluations | bias | CRPS"
 

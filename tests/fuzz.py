@@ -30,7 +30,8 @@ with atheris.instrument_imports(include=["common", "evor_infer", "zipfile", "num
     import numpy as np
 
     import evor_infer
-    from common import checkpoint, data
+    from common import checkpoint
+    from common.data import files
     from common.errors import UserError
 
 import jax
@@ -40,7 +41,7 @@ import evor_value
 from tests.helpers import tiny_dataset
 
 RSS_LIMIT, TIMEOUT = 4_000, 60  # MB, seconds
-SMALL = dict(env="robot", steps=2, chunk=2, width=4, depth=2, batch_size=2)
+SMALL = dict(env="robot", steps=2, steps_per_call=2, width=4, depth=2, batch_size=2)
 VALUES = (
     0, 1, 2, 3, -1, 10**6, 10**18, 2**63, 1.5, float("inf"), float("nan"), None, True, "", "x", "../..", "mlp", "trunk",
     "scalar", "c51", "bc", "value", [], [0], [[0, 0]], [[0, 0], [0, 0]], [["", 0]], [[]], {}, {"name": 1},
@@ -142,7 +143,7 @@ def main() -> None:
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 if target == "npz":
-                    data.load_trajectories(path, env="robot", tasks=(0,))
+                    files.load_trajectories(path, env="robot", tasks=(0,))
                 elif target == "policy":
                     evor_bc.load(path)
                 else:

@@ -21,11 +21,12 @@ import evor_bc
 import evor_value
 from baselines import qc
 from common import checkpoint
-from common.errors import UserError, run_cli
+from common.cli import run_cli
+from common.errors import UserError
 from common.run import state_to_resume
 
 SMALL = dict(
-    env="toy", dataset=Path("data.npz"), width=4, depth=2, batch_size=2, chunk=2, steps=1_000, save_every=20
+    env="toy", dataset=Path("data.npz"), width=4, depth=2, batch_size=2, steps_per_call=2, steps=1_000, save_every=20
 )  # fmt: skip
 STAGES = {
     "bc": (evor_bc, evor_bc.Args(**SMALL), "bc"),
@@ -104,7 +105,7 @@ def main(stage: str, kills: int, seed: int) -> None:
             if rng.random() < 0.25:
                 time.sleep(rng.uniform(0.0, 0.5 * whole))
             else:
-                rows = first + rng.randrange(1, STAGES[stage][1].steps // STAGES[stage][1].chunk // 2)
+                rows = first + rng.randrange(1, STAGES[stage][1].steps // STAGES[stage][1].steps_per_call // 2)
                 while logged_rows(stage, directory) < rows and not has_ended(process):
                     time.sleep(0.001)
                 time.sleep(rng.uniform(0.0, 0.02 * whole))

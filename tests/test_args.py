@@ -25,7 +25,8 @@ from common.args import (
     size,
     within,
 )
-from common.errors import UserError, parse_args
+from common.cli import parse_args
+from common.errors import UserError
 from common.replicas import chunked
 
 Width = Annotated[int, size(100)]
@@ -115,7 +116,7 @@ def test_learning_rate():
 def test_runs_that_differ_in_a_path_share_a_program():
     """Fails if a place or a readout compiles a step anew, or if a setting that the step reads does not."""
     step = chunked(lambda args, state, dataset, replica: (state * args.tau, {"loss": state}))
-    args = evor_value.Args(chunk=2)
+    args = evor_value.Args(steps_per_call=2)
     elsewhere = dataclasses.replace(args, run_dir=Path("b"), policy_run_dir=Path("c"), overwrite=True, num_actions=3)
     for settings in (args, elsewhere):
         state, _ = step(settings, jnp.ones(1), jnp.ones(1), jnp.ones(1))

@@ -7,8 +7,9 @@ import pytest
 
 import evor_bc
 from benchmarks import base_policy
-from common.errors import UserError, parse_args
-from common.metrics import read_csv, sha256
+from common.cli import parse_args
+from common.errors import UserError
+from common.files import read_csv, sha256
 
 
 def test_approach_rows_are_those_with_a_lift_soon_but_not_at_once():
@@ -54,7 +55,7 @@ def test_policies_are_measured_beside_each_other(tmp_path: Path, monkeypatch: py
     """Two untrained policies lift nothing; each row names its training. One of other data is refused."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    flags = "--env cube-single-play --episodes 2 --width 8 --depth 2 --batch-size 4 --steps 2 --chunk 1"
+    flags = "--env cube-single-play --episodes 2 --width 8 --depth 2 --batch-size 4 --steps 2 --steps-per-call 1"
     for name, more in (("a", ""), ("b", "--schedule cosine --learning-rate 1e-3"), ("c", "--episodes 3")):
         args = parse_args(evor_bc.Args, evor_bc.PRESETS, f"{flags} --run-dir {name} {more}".split())
         evor_bc.main(args)

@@ -13,7 +13,8 @@ import evor_bc
 import evor_infer
 from baselines import critics
 from benchmarks import probes
-from common.errors import UserError, parse_args
+from common.cli import parse_args
+from common.errors import UserError
 from common.flow import Ode
 from common.networks import DirectCritic
 from common.returns import affine_axis
@@ -139,7 +140,8 @@ def test_no_gradient_reaches_the_target_or_the_atoms(kind: str):
 # --- What they learn ---------------------------------------------------------------------------------------------
 
 TRAINING = critics.Args(
-    width=64, depth=2, steps=1_500, chunk=1_500, batch_size=128, learning_rate=1e-3, schedule="cosine", tau=0.02,
+    width=64, depth=2, steps=1_500, steps_per_call=1_500, batch_size=128, learning_rate=1e-3, schedule="cosine",
+    tau=0.02,
 )  # fmt: skip
 
 
@@ -185,7 +187,7 @@ def test_training_ends_in_an_agent_of_evor_infer(tmp_path: Path, kind: str, next
     """Also that the log-mean-exp is exact: no number of draws changes it."""
     common = dict(
         env="my-robot", dataset=tiny_dataset(tmp_path / "data.npz"), run_dir=tmp_path / "run", width=16, depth=2,
-        batch_size=16, steps=20, chunk=10, save_every=10,
+        batch_size=16, steps=20, steps_per_call=10, save_every=10,
     )  # fmt: skip
     evor_bc.main(evor_bc.Args(**common))
     critics.main(critics.Args(**common, critic=kind, next_action=next_action, num_next_actions=2, atoms=11))

@@ -12,7 +12,9 @@ from common.networks import FlowPolicy, Sizes
 from common.problem import Dataset, Replica, action_chunks, sample_batch
 from common.replicas import stack_replicas
 
-ARGS = evor_bc.Args(steps=1500, chunk=1500, width=32, depth=2, batch_size=128, learning_rate=3e-3, schedule="cosine")
+ARGS = evor_bc.Args(
+    steps=1500, steps_per_call=1500, width=32, depth=2, batch_size=128, learning_rate=3e-3, schedule="cosine"
+)
 
 
 def toy_data(actions):
@@ -46,7 +48,7 @@ def train(dataset, args=ARGS, seeds=(0,)):
     keys = jax.vmap(jax.random.key)(np.asarray(seeds))
     state = stack_replicas(lambda key: evor_bc.init_state(args, sizes, key=key), keys)
     zeros = jnp.zeros(len(seeds), jnp.int32)
-    for _ in range(args.steps // args.chunk):
+    for _ in range(args.steps // args.steps_per_call):
         state, metrics = evor_bc.train_chunk(args, state, dataset, Replica(zeros, zeros, None, keys))
     return state, metrics
 
@@ -96,7 +98,7 @@ def test_a_batch_is_of_whole_transitions_that_count():
 def test_replicas_are_independent_and_equal_to_single_runs():
     """Two seeds trained together are the two trained alone, up to float order; and they differ from each other."""
     dataset = toy_data(jnp.linspace(-1, 1, 50)[:, None])
-    args = evor_bc.Args(steps=20, chunk=20, width=32, depth=2, batch_size=16)
+    args = evor_bc.Args(steps=20, steps_per_call=20, width=32, depth=2, batch_size=16)
     both, _ = train(dataset, args, seeds=(3, 7))
     alone, _ = train(dataset, args, seeds=(7,))
     for a, b in zip(jax.tree.leaves(both.policy), jax.tree.leaves(alone.policy), strict=True):
@@ -107,15 +109,15 @@ def test_replicas_are_independent_and_equal_to_single_runs():
 def test_chunk_length_changes_no_number():
     """Batches depend on the step alone: one call of 20 steps, or four of 5."""
     dataset = toy_data(jnp.linspace(-1, 1, 50)[:, None])
-    whole, _ = train(dataset, evor_bc.Args(steps=20, chunk=20, width=32, depth=2, batch_size=16))
-    parts, _ = train(dataset, evor_bc.Args(steps=20, chunk=5, width=32, depth=2, batch_size=16))
+    whole, _ = train(dataset, evor_bc.Args(steps=20, steps_per_call=20, width=32, depth=2, batch_size=16))
+    parts, _ = train(dataset, evor_bc.Args(steps=20, steps_per_call=5, width=32, depth=2, batch_size=16))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_one_compile_per_run():
     dataset = toy_data(jnp.linspace(-1, 1, 50)[:, None])
-    args = evor_bc.Args(steps=30, chunk=10, width=32, depth=2, batch_size=8)
+    args = evor_bc.Args(steps=30, steps_per_call=10, width=32, depth=2, batch_size=8)
     before = evor_bc.train_chunk._cache_size()
     train(dataset, args)
     assert evor_bc.train_chunk._cache_size() == before + 1

@@ -25,7 +25,8 @@ import pytest
 import evor_bc
 import evor_infer
 import evor_value
-from common.errors import UserError, parse_args, run_cli
+from common.cli import parse_args, run_cli
+from common.errors import UserError
 from tests.helpers import contents, tiny_dataset
 
 SCRIPTS = (evor_bc, evor_value, evor_infer)
@@ -226,7 +227,8 @@ def test_a_mistake_on_the_real_command_line(tmp_path: Path):
 
 PRINTS = """
 import dataclasses
-from common.errors import UserError, run_cli
+from common.cli import run_cli
+from common.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Args:
@@ -312,7 +314,7 @@ def test_importing_the_scripts_does_nothing(tmp_path: Path):
 
 # --- Mistakes ----------------------------------------------------------------------------------------------------
 
-SMALL = dict(steps=4, chunk=2, width=8, depth=1, batch_size=4)
+SMALL = dict(steps=4, steps_per_call=2, width=8, depth=1, batch_size=4)
 SMALL_VALUE = SMALL | dict(eval_episodes=0, eval_every=0, num_next_actions=2, flow_steps=2)
 
 
@@ -392,11 +394,11 @@ MISTAKES_OF_TRAINING = {
     "no such file": (dict(dataset=Path("missing.npz")), "missing.npz|check the path given to --dataset"),
     "a folder as dataset": (dict(dataset=Path("run")), "no training files|--dataset"),
     "a name for no run": (dict(env="../escape"), "--env '../escape'|use letters"),
-    "steps and chunk": (dict(steps=5), "--steps 5|--chunk 2|change one of them"),
+    "steps and steps per call": (dict(steps=5), "--steps 5|--steps-per-call 2|change one of them"),
     "no steps": (dict(steps=0), "--steps must be at least 1, not 0"),
-    "save_every and chunk": (dict(save_every=3), "--save-every 3|--chunk 2"),
-    "no chunk": (dict(chunk=0), "--chunk"),
-    "a negative chunk": (dict(chunk=-2), "--chunk"),
+    "save_every and steps per call": (dict(save_every=3), "--save-every 3|--steps-per-call 2"),
+    "no steps per call": (dict(steps_per_call=0), "--steps-per-call"),
+    "negative steps per call": (dict(steps_per_call=-2), "--steps-per-call"),
     "a negative seed": (dict(first_seed=-1), "--first-seed|negative"),
     "no seeds": (dict(seeds=0), "--seeds|at least 1"),
     "a coordinate that does not exist": (dict(ignore_observations=(0, 99)), "--ignore-observations [0, 99]"),
@@ -420,7 +422,7 @@ MISTAKES_OF_VALUE = {
     "a negative shared seed": (dict(policy_seed=-1), "--policy-seed must not be negative: -1"),
     "tasks twice": (dict(tasks=(1, 1)), "--tasks needs each task once"),
     "tasks with own rewards": (dict(tasks=(2,)), "brings its own rewards|leave out --tasks"),
-    "eval_every and chunk": (dict(eval_every=3), "--eval-every 3|--chunk 2"),
+    "eval_every and steps per call": (dict(eval_every=3), "--eval-every 3|--steps-per-call 2"),
     "no discounting": (dict(discount=1.0), "--discount must be in [0, 1), not 1.0"),
     "an axis that the target cannot have": (
         dict(td_target="velocity", return_axis="quantiles"),
@@ -433,7 +435,7 @@ MISTAKES_OF_VALUE = {
     "a negative action temperature": (dict(action_temperature=-0.1), "--action-temperature"),
     "a negative backup temperature": (dict(backup_temperature=-0.1), "--backup-temperature"),
     "a tau of 2": (dict(tau=2.0), "--tau"),
-    "a redrawn bank and chunk": (dict(redraw_bank=3), "--redraw-bank 3|--chunk 2"),
+    "a redrawn bank and steps per call": (dict(redraw_bank=3), "--redraw-bank 3|--steps-per-call 2"),
     "a trunk of no layers": (dict(critic="trunk", depth=1), "--critic trunk needs --depth 2"),
     "coordinates the policy looks at": (dict(ignore_observations=(1,)), "--ignore-observations [1]|ignores []"),
 }

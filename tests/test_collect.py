@@ -17,8 +17,9 @@ import gymnasium
 import numpy as np
 import pytest
 
-from common import collect, envs
-from common.errors import UserError, parse_args
+from common.cli import parse_args
+from common.data import collect, names
+from common.errors import UserError
 from tests import processes
 from tests.helpers import contents
 
@@ -42,7 +43,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
 def test_keys_types_and_shapes_are_ogbenchs(collected: Path):
     """cube-double has 37 observed numbers and 5 actions; 14 joints and 2 cubes of 7 (6) make 28 qpos (26 qvel)."""
     columns = dict(observations=(37,), actions=(5,), terminals=(), qpos=(28,), qvel=(26,))
-    for path, episodes in ((collected, 2), (envs.validation_path(collected), 1)):
+    for path, episodes in ((collected, 2), (names.validation_path(collected), 1)):
         arrays = load(path)
         assert {key: array.shape for key, array in arrays.items()} == {
             key: (episodes * ROWS, *shape) for key, shape in columns.items()
@@ -68,7 +69,7 @@ def test_rows_follow_one_another(collected: Path):
 
 
 def assert_same_datasets(one: Path, two: Path) -> None:
-    for first, second in ((one, two), (envs.validation_path(one), envs.validation_path(two))):
+    for first, second in ((one, two), (names.validation_path(one), names.validation_path(two))):
         arrays, others = load(first), load(second)
         assert arrays.keys() == others.keys()
         assert all(arrays[key].tobytes() == others[key].tobytes() for key in arrays)
@@ -109,7 +110,7 @@ def test_an_episode_does_not_depend_on_those_before_it(dataset: str, number: int
 def test_episodes_differ_by_seed_and_number(collected: Path):
     """Validation continues the count of episodes, so that none of its episodes is a training episode."""
     first, second = np.split(load(collected)["observations"], 2)
-    third = load(envs.validation_path(collected))["observations"]
+    third = load(names.validation_path(collected))["observations"]
     recipe = collect.recipe_of("cube-double-play-v0")._replace(rows=ROWS)
     other = collect.collect_episode(recipe, 1, 0)["observations"]
     same = collect.collect_episode(recipe, 0, 0)["observations"]
@@ -442,7 +443,7 @@ def test_a_killed_collection_goes_on(tmp_path: Path):
         process.wait()
         process.stdout.close()
         seen.append(len(list(folder.glob("[0-9]*-*.npz"))))
-        assert not path.is_file() and not envs.validation_path(path).is_file()
+        assert not path.is_file() and not names.validation_path(path).is_file()
     assert seen == sorted(seen) and 6 <= seen[-1] < 11, seen
     damaged = next(folder.glob("[0-9]*-*.npz"))  # as after a power failure: its end is there, its middle is not
     damaged.write_bytes(damaged.read_bytes()[:500] + b"\0" * 500 + damaged.read_bytes()[1000:])
@@ -470,8 +471,8 @@ def test_a_killed_collection_goes_on(tmp_path: Path):
 
 SCRIPT = """
 from pathlib import Path
-from common import collect
-from common.errors import run_cli
+from common.data import collect, names
+from common.cli import run_cli
 
 if __name__ == "__main__":
     run_cli(lambda _: collect.collect("pointmaze-medium-navigate-v0", Path("maze.npz"), workers=2), collect.Args)
@@ -501,7 +502,7 @@ def test_a_worker_that_dies_is_reported(tmp_path: Path):
         assert processes.all_end(workers)
         assert processes.said(tmp_path).splitlines()[-1] == (
             "error: a collecting process died: if memory ran out, free some, or pass fewer --workers to "
-            "common.collect; then run it again: the blocks that are done are kept."
+            "common.data.collect; then run it again: the blocks that are done are kept."
         )
 
 

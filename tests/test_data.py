@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common import data, envs, report, sources
-from common.collect import collect
+from common.data import describe, download, files, names, transitions
+from common.data.collect import collect
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
     ],
 )
 def test_parse_env(env: str, short: str, prefix: str, task: int):
-    name = envs.parse_env(env)
+    name = names.parse_env(env)
     assert (name.short, name.dataset, name.prefix, name.default_task) == (short, f"{short}-v0", prefix, task)
     assert name.gym_id(3) == f"{prefix}-singletask-task3-v0"
 
@@ -47,13 +47,13 @@ def test_parse_env(env: str, short: str, prefix: str, task: int):
 )
 def test_parse_env_refuses_names_without_a_kind_of_data(env: str):
     with pytest.raises(UserError, match=r"unknown environment .*such as cube-double-play"):
-        envs.parse_env(env)
+        names.parse_env(env)
 
 
 @pytest.mark.parametrize("task", [0, 6, 17])
 def test_parse_env_refuses_tasks_that_do_not_exist(task: int):
     with pytest.raises(UserError, match=f"task {task} .* tasks 1 to 5"):
-        envs.parse_env(f"cube-double-play-singletask-task{task}-v0")
+        names.parse_env(f"cube-double-play-singletask-task{task}-v0")
 
 
 @pytest.mark.parametrize(
@@ -62,25 +62,25 @@ def test_parse_env_refuses_tasks_that_do_not_exist(task: int):
 )
 def test_default_task_is_ogbenchs(prefix: str):
     """OGBench resolves the single-task environment without a number to its default task."""
-    envs.import_ogbench()
+    names.import_ogbench()
     env = gymnasium.make(f"{prefix}-singletask-v0")
     env.reset()
-    assert envs.parse_env(f"{prefix}-play").default_task == env.unwrapped._reward_task_id
+    assert names.parse_env(f"{prefix}-play").default_task == env.unwrapped._reward_task_id
     env.close()
 
 
 def test_check_env_lists_what_is_installed():
-    envs.check_env(envs.parse_env("cube-triple-play"))
+    names.check_env(names.parse_env("cube-triple-play"))
     with pytest.raises(UserError, match=r"unknown environment 'cube-septuple-play'.*cube-double.*puzzle-3x3"):
-        envs.check_env(envs.parse_env("cube-septuple-play"))
+        names.check_env(names.parse_env("cube-septuple-play"))
 
 
 def test_run_name():
-    assert envs.run_name("cube-double-play-singletask-task2-v0", None) == "cube-double-play"
-    assert envs.run_name("my_robot.v2", Path("data.npz")) == "my_robot.v2"
+    assert names.run_name("cube-double-play-singletask-task2-v0", None) == "cube-double-play"
+    assert names.run_name("my_robot.v2", Path("data.npz")) == "my_robot.v2"
     for bad in ("../escape", "", ".hidden", "two words"):
         with pytest.raises(UserError, match="use letters"):
-            envs.run_name(bad, Path("data.npz"))
+            names.run_name(bad, Path("data.npz"))
 
 
 # --- Reading -----------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def with_value(shape: tuple[int, ...], index: int, value: float) -> np.ndarray:
 )
 def test_read_arrays_names_the_array_and_the_remedy(tmp_path: Path, changes: dict, words: list[str]):
     with pytest.raises(UserError) as error:
-        data.read_arrays(write(tmp_path / "data.npz", **changes))
+        files.read_arrays(write(tmp_path / "data.npz", **changes))
     assert all(word in str(error.value) for word in ["data.npz", *words]), str(error.value)
 
 
@@ -152,7 +152,7 @@ def test_objects_are_never_unpickled(tmp_path: Path):
 
     path = write(tmp_path / "data.npz", actions=np.array([[Trap()]] * 6, object))
     with pytest.raises(UserError, match=r"actions in .* is an array of objects, which is never unpickled"):
-        data.read_arrays(path)
+        files.read_arrays(path)
     assert not trace.exists()
 
 
@@ -161,13 +161,13 @@ def test_read_arrays_skips_what_is_not_needed(tmp_path: Path, key: str):
     """A broken array that nobody asked for is no reason to refuse a file; one that is asked for is."""
     path = write(tmp_path / "data.npz", **{key: np.full((6, 1, 1), np.nan)})
     with pytest.raises(UserError, match=key):
-        data.read_arrays(path)
-    assert key not in data.read_arrays(path, skip=(key,))
+        files.read_arrays(path)
+    assert key not in files.read_arrays(path, skip=(key,))
 
 
 def test_read_arrays_ignores_arrays_it_does_not_know(tmp_path: Path):
     path = write(tmp_path / "data.npz", next_observations=np.array([None]), qvel=np.full(3, np.nan))
-    assert data.read_arrays(path).keys() == {"observations", "actions", "terminals", "rewards", "masks"}
+    assert files.read_arrays(path).keys() == {"observations", "actions", "terminals", "rewards", "masks"}
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -175,10 +175,10 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch
     path = tmp_path / "bomb.npz"
     np.savez_compressed(path, observations=np.zeros((2**21, 4)), actions=np.zeros((6, 1)), terminals=np.ones(6))
     assert path.stat().st_size < 2**17
-    monkeypatch.setattr(data, "free_memory", lambda: 2**26)
-    monkeypatch.setattr(data.np, "load", None)
+    monkeypatch.setattr(files, "free_memory", lambda: 2**26)
+    monkeypatch.setattr(files.np, "load", None)
     with pytest.raises(UserError, match=r"takes 0\.0625 GiB once unpacked, and 0\.0625 GiB of memory are free: split"):
-        data.read_arrays(path)
+        files.read_arrays(path)
 
 
 def test_a_header_that_promises_too_much_is_refused(tmp_path: Path):
@@ -190,7 +190,7 @@ def test_a_header_that_promises_too_much_is_refused(tmp_path: Path):
         for name in good.namelist():
             archive.writestr(name, header.getvalue() + b"0" * 64 if name == "observations.npy" else good.read(name))
     with pytest.raises(UserError, match=r"observations in .*its header promises 148,000,000,000,000 bytes"):
-        data.read_arrays(path)
+        files.read_arrays(path)
 
 
 def test_read_arrays_refuses_what_is_no_npz_file(tmp_path: Path):
@@ -201,7 +201,7 @@ def test_read_arrays_refuses_what_is_no_npz_file(tmp_path: Path):
     np.save(single, np.zeros((6, 2)))
     for path in (text, empty, single):
         with pytest.raises(UserError, match=rf"{path.name} cannot be read.*numpy\.savez"):
-            data.read_arrays(path)
+            files.read_arrays(path)
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # NumPy's, where the archive itself is damaged
@@ -215,13 +215,13 @@ def test_read_arrays_refuses_a_damaged_file(tmp_path: Path, save):
     for i in range(0, len(good), 3):
         path.write_bytes(good[:i] + bytes([good[i] ^ 0x55]) + good[i + 1 :])
         try:
-            data.read_arrays(path)
+            files.read_arrays(path)
         except UserError:
             refused += 1
     assert refused > len(good) // 12
     path.write_bytes(good[: len(good) // 2])
     with pytest.raises(UserError, match="cannot be read"):
-        data.read_arrays(path)
+        files.read_arrays(path)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -278,9 +278,9 @@ def test_no_file_brings_a_traceback(tmp_path: Path, changes: dict, compressed: b
         content[int(place * (len(content) - 1))] ^= value
     path.write_bytes(content if tail is None else content[: max(0, len(content) - tail)])
     try:
-        found = data.load_trajectories(path, env="my-robot", tasks=(0,))
-        report.measure(found, (0,), (0.9,))
-        data.print_summary(found, sources.describe(path, "file"), tasks=(0,), discount=0.9)
+        found = files.load_trajectories(path, env="my-robot", tasks=(0,))
+        describe.measure(found, (0,), (0.9,))
+        describe.print_summary(found, download.describe(path, "file"), tasks=(0,), discount=0.9)
     except UserError as error:
         assert str(path) in str(error) and "\n" not in str(error).replace(str(path), "")
         return
@@ -294,7 +294,7 @@ MEMORY = """
 import contextlib
 import sys
 from pathlib import Path
-from common import data
+from common.data import files
 
 def memory(what):
     return int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) * 1024
@@ -302,12 +302,12 @@ def memory(what):
 path, tasks = Path(sys.argv[1]), tuple(map(int, sys.argv[2:]))
 with contextlib.ExitStack() as stack:
     if tasks:  # the environment is there before: it takes 200 MB whatever the data
-        simulator = stack.enter_context(data._simulator(path, "cube-double-play"))
+        simulator = stack.enter_context(files._simulator(path, "cube-double-play"))
         simulator.reset()
-        data._simulator = lambda path, env: contextlib.nullcontext(simulator)
+        files._simulator = lambda path, env: contextlib.nullcontext(simulator)
     before = memory("VmRSS:")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
-    found = data.load_trajectories(path, env="cube-double-play", tasks=tasks)
+    found = files.load_trajectories(path, env="cube-double-play", tasks=tasks)
     print(memory("VmHWM:") - before)
 """
 
@@ -332,23 +332,23 @@ def test_load_trajectories_takes_own_rewards_and_masks_as_they_are(tmp_path: Pat
     rewards = np.array([0.5, -2.0, 7.0, 0.0, 1.0, 3.0])
     masks = np.array([1, 0, 1, 1, 0, 1])
     path = write(tmp_path / "data.npz", rewards=rewards, masks=masks)
-    found = data.load_trajectories(path, env="my-robot", tasks=(0,))
+    found = files.load_trajectories(path, env="my-robot", tasks=(0,))
     np.testing.assert_array_equal(found.rewards, rewards[None])
     np.testing.assert_array_equal(found.masks, masks[None])
     assert found.rewards.dtype == found.masks.dtype == np.float32
-    assert data.has_rewards(path)
-    assert not data.has_rewards(write(path, rewards=None))
+    assert files.has_rewards(path)
+    assert not files.has_rewards(write(path, rewards=None))
 
 
 def test_terminals_never_become_a_mask(tmp_path: Path):
     path = write(tmp_path / "data.npz", masks=None)
-    found = data.load_trajectories(path, env="my-robot", tasks=(0,))
+    found = files.load_trajectories(path, env="my-robot", tasks=(0,))
     assert found.terminals.tolist() == [False, False, True, False, False, True]
     np.testing.assert_array_equal(found.masks, np.ones((1, 6)))
 
 
 def test_load_trajectories_without_tasks_reads_no_rewards(tmp_path: Path):
-    found = data.load_trajectories(write(tmp_path / "data.npz", rewards=None, masks=None), env="my-robot")
+    found = files.load_trajectories(write(tmp_path / "data.npz", rewards=None, masks=None), env="my-robot")
     assert found.rewards is None and found.masks is None
 
 
@@ -360,7 +360,7 @@ def test_load_trajectories_converts_and_clips(tmp_path: Path):
         actions=np.full((6, 1), 1.0005),
         terminals=np.array([0, 0, 1, 0, 0, 1], np.float32),
     )
-    found = data.load_trajectories(path, env="my-robot")
+    found = files.load_trajectories(path, env="my-robot")
     assert found.observations.dtype == found.actions.dtype == np.float32 and found.terminals.dtype == bool
     np.testing.assert_array_equal(found.observations, np.arange(12).reshape(6, 2))
     assert found.actions.max() == 1.0
@@ -370,14 +370,14 @@ def test_sparse_rewards_of_ones_own_follow_the_masks(tmp_path: Path):
     """`sparse` is -1 until the task is solved, whatever the rewards are: +1 at success must not turn into -1."""
     rewards, masks = np.array([0.0, 1.0, 0.0, 0.0, 0.0, 0.0]), np.array([1, 0, 1, 1, 1, 1])
     path = write(tmp_path / "data.npz", rewards=rewards, masks=masks)
-    found = data.load_trajectories(path, env="my-robot", tasks=(0,), reward="sparse")
+    found = files.load_trajectories(path, env="my-robot", tasks=(0,), reward="sparse")
     np.testing.assert_array_equal(found.rewards, [[-1, 0, -1, -1, -1, -1]])
 
 
 def test_own_rewards_that_are_missing_are_a_users_mistake(tmp_path: Path):
     """A validation file beside a file with rewards may lack them."""
     with pytest.raises(UserError, match="rewards"):
-        data.load_trajectories(write(tmp_path / "data.npz", rewards=None), env="my-robot", tasks=(0,))
+        files.load_trajectories(write(tmp_path / "data.npz", rewards=None), env="my-robot", tasks=(0,))
 
 
 # --- All environments --------------------------------------------------------------------------------------------
@@ -385,21 +385,21 @@ def test_own_rewards_that_are_missing_are_a_users_mistake(tmp_path: Path):
 
 def test_the_table_has_the_environments_that_are_installed():
     """But for one that OGBench registers and that cannot be built: no maze of the humanoid has teleports."""
-    envs.import_ogbench()
+    names.import_ogbench()
     ids = [i for i in gymnasium.registry if "-singletask-task1-" in i and not i.startswith("visual-")]
-    assert {i.removesuffix("-singletask-task1-v0") for i in ids} - {"humanoidmaze-teleport"} == set(envs.ENVIRONMENTS)
+    assert {i.removesuffix("-singletask-task1-v0") for i in ids} - {"humanoidmaze-teleport"} == set(names.ENVIRONMENTS)
 
 
-@pytest.mark.parametrize("prefix", envs.ENVIRONMENTS)
+@pytest.mark.parametrize("prefix", names.ENVIRONMENTS)
 def test_every_environment_relabels_data_for_its_five_tasks(tmp_path: Path, prefix: str):
     """Three rows of the environment's own initial states; fails where an environment, its numbers in the table or its
     reward differ from OGBench's, computed here from one state at a time."""
-    about = envs.ENVIRONMENTS[prefix]
+    about = names.ENVIRONMENTS[prefix]
     path = tmp_path / "data.npz"
     env_name = f"{prefix}-{about.kinds[0]}"
     rows = []
     for task in range(1, 6):
-        env = gymnasium.make(envs.parse_env(env_name).gym_id(task))
+        env = gymnasium.make(names.parse_env(env_name).gym_id(task))
         observation, _ = env.reset(seed=0)
         inner = env.unwrapped
         assert observation.shape == env.observation_space.shape == (about.observations,)
@@ -414,7 +414,7 @@ def test_every_environment_relabels_data_for_its_five_tasks(tmp_path: Path, pref
     columns = {key: np.stack([row[key] for row in rows]) for key in rows[0] if key != "reward"}
     actions, terminals = np.zeros((5, about.actions), np.float32), np.arange(5) == 4
     np.savez(path, actions=actions, terminals=terminals, **columns)
-    found = data.load_trajectories(path, env=env_name, tasks=(1, 2, 3, 4, 5))
+    found = files.load_trajectories(path, env=env_name, tasks=(1, 2, 3, 4, 5))
     assert found.rewards.shape == found.masks.shape == (5, 5)
     assert set(np.unique(found.rewards)) <= set(range(about.lowest_reward, 1))
     np.testing.assert_array_equal(found.masks == 0, found.rewards == 0)
@@ -427,10 +427,10 @@ def test_states_of_another_environment_are_refused(tmp_path: Path):
     """A maze's reward looks at two columns, which every robot has."""
     path = write(tmp_path / "data.npz", rewards=None, masks=None, qpos=np.zeros((6, 28), np.float32))
     with pytest.raises(UserError, match=r"does not hold states of antmaze-.*qpos has 28 columns instead of 15"):
-        data.load_trajectories(path, env="antmaze-large-navigate", tasks=(1,))
+        files.load_trajectories(path, env="antmaze-large-navigate", tasks=(1,))
     write(path, rewards=None, masks=None, qpos=np.zeros((6, 23), np.float32))
     with pytest.raises(UserError, match=r"does not hold states of puzzle-3x3.*button_states"):
-        data.load_trajectories(path, env="puzzle-3x3-play", tasks=(4,))
+        files.load_trajectories(path, env="puzzle-3x3-play", tasks=(4,))
 
 
 # --- OGBench's rewards -------------------------------------------------------------------------------------------
@@ -442,7 +442,7 @@ def collected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     path = tmp_path_factory.mktemp(request.param) / "data.npz"
     collect(f"{request.param}-play-v0", path, episodes=1, rows=40, workers=1)
     arrays = dict(np.load(path))
-    envs.import_ogbench()
+    names.import_ogbench()
     env = gymnasium.make(f"{request.param}-singletask-task2-v0")
     goals = env.unwrapped.task_infos[1]["goal_xyzs"]
     env.close()
@@ -460,7 +460,7 @@ def test_rewards_equal_ogbenchs(collected: tuple[str, Path]):
     from ogbench import make_env_and_datasets
 
     name, path = collected
-    found = data.load_trajectories(path, env=f"{name}-play", tasks=(1, 2))
+    found = files.load_trajectories(path, env=f"{name}-play", tasks=(1, 2))
     for i, task in enumerate((1, 2)):
         env, theirs, _ = make_env_and_datasets(
             f"{name}-play-singletask-task{task}-v0", dataset_path=str(path), compact_dataset=True
@@ -475,19 +475,19 @@ def test_rewards_equal_ogbenchs(collected: tuple[str, Path]):
 def test_rewards_count_unsolved_cubes_and_masks_stop_at_the_solution(collected: tuple[str, Path]):
     name, path = collected
     cubes = {"cube-single": 1, "cube-double": 2}[name]
-    found = data.load_trajectories(path, env=f"{name}-play", tasks=(2,))
+    found = files.load_trajectories(path, env=f"{name}-play", tasks=(2,))
     assert found.rewards[0, [5, 7, 9]].tolist() == [0, -1, -cubes]
     assert found.masks[0, [5, 7, 9]].tolist() == [0, 1, 1]
     assert set(np.unique(found.rewards)) <= set(range(-cubes, 1))
     np.testing.assert_array_equal(found.masks == 0, found.rewards == 0)
 
     # Rows are relabelled in blocks; where the blocks end changes nothing.
-    with np.load(path) as file, data._simulator(path, f"{name}-play") as simulator:
-        rewards, masks = data.relabel(simulator, 2, {"qpos": file["qpos"]}, path, block=7)
+    with np.load(path) as file, files._simulator(path, f"{name}-play") as simulator:
+        rewards, masks = files.relabel(simulator, 2, {"qpos": file["qpos"]}, path, block=7)
     np.testing.assert_array_equal(rewards, found.rewards[0])
     np.testing.assert_array_equal(masks, found.masks[0])
 
-    sparse = data.load_trajectories(path, env=f"{name}-play", tasks=(2,), reward="sparse")
+    sparse = files.load_trajectories(path, env=f"{name}-play", tasks=(2,), reward="sparse")
     np.testing.assert_array_equal(sparse.rewards, np.where(found.rewards == 0, 0, -1))
     np.testing.assert_array_equal(sparse.masks, found.masks)
 
@@ -495,12 +495,12 @@ def test_rewards_count_unsolved_cubes_and_masks_stop_at_the_solution(collected: 
 def test_relabel_says_what_is_missing(tmp_path: Path):
     path = write(tmp_path / "data.npz", rewards=None, masks=None)
     with pytest.raises(UserError, match=r"neither rewards nor qpos .*add an array rewards"):
-        data.load_trajectories(path, env="cube-single-play", tasks=(2,))
+        files.load_trajectories(path, env="cube-single-play", tasks=(2,))
     with pytest.raises(UserError, match="'cube-septuple-play' is no OGBench environment"):
-        data.load_trajectories(path, env="cube-septuple-play", tasks=(2,))
+        files.load_trajectories(path, env="cube-septuple-play", tasks=(2,))
     write(path, rewards=None, masks=None, qpos=np.zeros((6, 9), np.float32))
     with pytest.raises(UserError, match="does not hold states of cube-single "):
-        data.load_trajectories(path, env="cube-single-play", tasks=(2,))
+        files.load_trajectories(path, env="cube-single-play", tasks=(2,))
 
 
 # --- Transitions and returns -------------------------------------------------------------------------------------
@@ -523,7 +523,7 @@ def ends_at(lengths: list[int]) -> np.ndarray:
 )
 def test_transition_starts(horizon: int, extra: int, expected: list[int]):
     """Trajectories of 7, 3 and 8 rows: rows 0-6, 7-9 and 10-17."""
-    starts = data.transition_starts(ends_at([7, 3, 8]), horizon, extra=extra)
+    starts = transitions.transition_starts(ends_at([7, 3, 8]), horizon, extra=extra)
     assert starts.tolist() == expected and starts.dtype == np.int32
 
 
@@ -536,14 +536,14 @@ def test_transitions_never_cross_the_end_of_a_trajectory(lengths: list[int], hor
     rows = range(len(terminals))
     expected = [i for i in rows if i + horizon + extra in rows and trajectory[i + horizon + extra] == trajectory[i]]
     if expected:
-        assert data.transition_starts(terminals, horizon, extra=extra).tolist() == expected
+        assert transitions.transition_starts(terminals, horizon, extra=extra).tolist() == expected
     else:
         with pytest.raises(UserError, match=f"longer than {horizon + extra} rows: use a shorter --horizon"):
-            data.transition_starts(terminals, horizon, extra=extra)
+            transitions.transition_starts(terminals, horizon, extra=extra)
 
 
 def test_last_rows():
-    assert data.last_rows(ends_at([2, 1, 3])).tolist() == [1, 1, 2, 5, 5, 5]
+    assert transitions.last_rows(ends_at([2, 1, 3])).tolist() == [1, 1, 2, 5, 5, 5]
 
 
 @pytest.mark.parametrize("horizon", [1, 3, 5])
@@ -553,8 +553,8 @@ def test_chunk_rewards_equal_a_loop(horizon: int):
     terminals = ends_at([20, 7, 13])
     rewards = rng.normal(size=(2, 40)).astype(np.float32)
     masks = rng.integers(0, 3, (2, 40)).clip(max=1).astype(np.float32)
-    starts = data.transition_starts(terminals, horizon)
-    reward, bootstrap = data.chunk_rewards(rewards, masks, starts, horizon=horizon, discount=0.9)
+    starts = transitions.transition_starts(terminals, horizon)
+    reward, bootstrap = transitions.chunk_rewards(rewards, masks, starts, horizon=horizon, discount=0.9)
     assert reward.shape == bootstrap.shape == (2, len(starts)) and reward.dtype == bootstrap.dtype == np.float32
     stopped = 0
     for task, (n, i) in itertools.product(range(2), enumerate(starts)):
@@ -573,9 +573,9 @@ def test_chunk_rewards_of_one_chunk_by_hand():
     """Solved at the second of three rows: 1 + 2/2 counts, 4/4 does not, and nothing is bootstrapped."""
     rewards, masks = np.array([[1, 2, 4, 8]], np.float32), np.array([[1, 0, 1, 1]], np.float32)
     starts = np.array([0, 1], np.int32)
-    reward, bootstrap = data.chunk_rewards(rewards, masks, starts, horizon=3, discount=0.5)
+    reward, bootstrap = transitions.chunk_rewards(rewards, masks, starts, horizon=3, discount=0.5)
     assert reward.tolist() == [[2.0, 2.0]] and bootstrap.tolist() == [[0.0, 0.0]]
-    reward, bootstrap = data.chunk_rewards(rewards, np.ones_like(masks), starts, horizon=3, discount=0.5)
+    reward, bootstrap = transitions.chunk_rewards(rewards, np.ones_like(masks), starts, horizon=3, discount=0.5)
     assert reward.tolist() == [[3.0, 6.0]] and bootstrap.tolist() == [[0.125, 0.125]]
 
 
@@ -586,7 +586,7 @@ def test_monte_carlo_returns_equal_a_loop():
     terminals = ends_at(lengths)
     rewards = rng.normal(size=40).astype(np.float32)
     masks = rng.integers(0, 6, 40).clip(max=1).astype(np.float32)
-    returns, tails = data.monte_carlo_returns(rewards, masks, terminals, discount=0.9)
+    returns, tails = transitions.monte_carlo_returns(rewards, masks, terminals, discount=0.9)
     ends = np.repeat(np.cumsum(lengths) - 1, lengths)
     for i in range(40):
         total, weight = 0.0, 1.0
@@ -601,7 +601,7 @@ def test_monte_carlo_returns_by_hand():
     """Three rows, cut by the time limit, then three that reach the goal at their second row."""
     rewards, masks = np.full(6, -1.0), np.array([1.0, 1, 1, 1, 0, 1])
     rewards[4] = 0.0
-    returns, tails = data.monte_carlo_returns(rewards, masks, ends_at([3, 3]), discount=0.5)
+    returns, tails = transitions.monte_carlo_returns(rewards, masks, ends_at([3, 3]), discount=0.5)
     assert returns.tolist() == [-1.5, -1.0, 0.0, -1.0, 0.0, 0.0]
     assert tails.tolist() == [0.25, 0.5, 1.0, 0.0, 0.0, 1.0]
 
@@ -612,7 +612,7 @@ def test_return_bounds_are_the_extremes_of_all_returns(rewards: tuple[float, flo
     """Every sequence of up to ten of the two rewards, enumerated."""
     sequences = [s for n in range(1, 11) for s in itertools.product(rewards, repeat=n)]
     returns = [sum(discount**k * r for k, r in enumerate(s)) for s in sequences]
-    low, high = data.return_bounds(np.array([rewards, rewards[::-1]]), discount)[1]
+    low, high = transitions.return_bounds(np.array([rewards, rewards[::-1]]), discount)[1]
     rest = discount**10 / (1 - discount) * max(map(abs, rewards))  # what longer sequences may add
     assert low - 1e-9 <= min(returns) <= low + rest + 1e-9
     assert high + 1e-9 >= max(returns) >= high - rest - 1e-9
@@ -622,11 +622,11 @@ def test_print_summary_counts_success_and_warns(capsys: pytest.CaptureFixture):
     terminals = ends_at([4, 4, 2])
     masks = np.ones((2, 10), np.float32)
     masks[0, [1, 2, 5]] = 0
-    trajectories = data.Trajectories(
+    trajectories = files.Trajectories(
         np.zeros((10, 3), np.float32), np.zeros((10, 2), np.float32), terminals, masks - 1.0 - (masks == 1), masks
     )
     info = {"name": "data.npz", "source": "collected", "sha256": "0123456789abcdef"}
-    data.print_summary(trajectories, info, tasks=(1, 4), discount=0.9)
+    describe.print_summary(trajectories, info, tasks=(1, 4), discount=0.9)
     printed = capsys.readouterr().out
     assert "data.npz (source: collected, sha256 0123456789ab)" in printed
     assert "7 transitions in 3 episodes, observations 3-D, actions 2-D" in printed
@@ -639,10 +639,10 @@ def test_success_in_last_rows_alone_is_no_success(capsys: pytest.CaptureFixture)
     """A last row is no transition: its reward and mask are never trained on, and that has to be said."""
     terminals = ends_at([4, 4])
     masks = np.where(terminals, 0.0, 1.0).astype(np.float32)[None]
-    trajectories = data.Trajectories(
+    trajectories = files.Trajectories(
         np.zeros((8, 3), np.float32), np.zeros((8, 2), np.float32), terminals, 1.0 - masks, masks
     )
-    data.print_summary(trajectories, {"name": "a", "source": "file", "sha256": "0" * 64}, tasks=(0,), discount=0.9)
+    describe.print_summary(trajectories, {"name": "a", "source": "file", "sha256": "0" * 64}, tasks=(0,), discount=0.9)
     printed = capsys.readouterr().out
     assert "solved in 0.00% of the transitions, in 0 of 2 episodes" in printed
     assert "returns within [0, 0]" in printed
@@ -652,32 +652,32 @@ def test_success_in_last_rows_alone_is_no_success(capsys: pytest.CaptureFixture)
 def test_rows_with_complete_returns_are_chosen_by_their_place_alone():
     """0.5^7 < 0.01: seven steps after a row are enough; the last seven rows of each trajectory are out."""
     terminals = ends_at([20, 5, 12])
-    rows = data.rows_with_complete_returns(terminals, discount=0.5, horizon=1)
+    rows = transitions.rows_with_complete_returns(terminals, discount=0.5, horizon=1)
     assert rows.tolist() == [*range(13), *range(25, 30)]
-    assert len(data.rows_with_complete_returns(terminals, discount=0.5, horizon=1, most=4)) == 4
-    assert data.rows_with_complete_returns(terminals, discount=0.99, horizon=1).tolist() == []
+    assert len(transitions.rows_with_complete_returns(terminals, discount=0.5, horizon=1, most=4)) == 4
+    assert transitions.rows_with_complete_returns(terminals, discount=0.99, horizon=1).tolist() == []
 
 
 # --- Report ------------------------------------------------------------------------------------------------------
 
 
 def test_listing_has_every_dataset():
-    lines = report.listing().splitlines()
-    assert len(lines) == 1 + sum(len(about.kinds) for about in envs.ENVIRONMENTS.values())
+    lines = describe.listing().splitlines()
+    assert len(lines) == 1 + sum(len(about.kinds) for about in names.ENVIRONMENTS.values())
     table = {line.split()[0]: line.split() for line in lines[1:]}
     assert table["cube-double-play"][1:] == ["37", "5", "5", "500", "[-200,", "0]", "yes"]
     assert table["humanoidmaze-giant-stitch"][1:] == ["69", "21", "5", "4000", "[-100,", "0]", "no"]
     for name in table:
-        envs.check_env(envs.parse_env(name))
+        names.check_env(names.parse_env(name))
 
 
 def test_report_of_ones_own_data(tmp_path: Path, capsys: pytest.CaptureFixture):
     """Two trajectories of three rows: G = -1 - 0.5 = -1.5 and -1, and 0.5 of the next one, solved at once, is none."""
     rewards, masks = np.array([-1.0, -1, 9, -1, 0, 9]), np.array([1, 1, 1, 1, 0, 1])
     path = write(tmp_path / "data.npz", rewards=rewards, masks=masks)
-    rows = report.main(report.Args(env="my-robot", dataset=path, discounts=(0.5, 0.0), out=tmp_path / "out"))
+    rows = describe.main(describe.Args(env="my-robot", dataset=path, discounts=(0.5, 0.0), out=tmp_path / "out"))
     assert [row["subject"] for row in rows] == ["transitions per episode", "returns (0.5)", "returns (0)"]
-    quantiles = [[row[f"q{q:g}"] for q in report.QUANTILES] for row in rows]
+    quantiles = [[row[f"q{q:g}"] for q in describe.QUANTILES] for row in rows]
     assert quantiles == [[2, 2, 2, 2, 2], [-1.5, -1.125, -1, -0.75, 0], [-1, -1, -1, -0.75, 0]]
     assert rows[1]["solved_transitions"] == 0.25 and rows[1]["solved_episodes"] == 0.5
     assert (tmp_path / "out" / "report.png").stat().st_size > 10_000
@@ -688,11 +688,11 @@ def test_report_of_ones_own_data(tmp_path: Path, capsys: pytest.CaptureFixture):
 def test_report_of_a_maze_draws_its_map(tmp_path: Path):
     path = tmp_path / "maze.npz"
     collect("pointmaze-medium-navigate-v0", path, episodes=2, rows=300, workers=1)
-    rows = report.main(report.Args(env="pointmaze-medium-navigate", dataset=path, out=tmp_path / "out"))
+    rows = describe.main(describe.Args(env="pointmaze-medium-navigate", dataset=path, out=tmp_path / "out"))
     assert [row["task"] for row in rows[1:]] == [1, 2, 3, 4, 5]
-    walls, unit, goals = report.maze_of("pointmaze-medium-navigate")
+    walls, unit, goals = describe.maze_of("pointmaze-medium-navigate")
     assert walls.shape == (8, 8) and unit == 4.0 and goals[1] == (20.0, 20.0)  # cell (6, 6)
-    assert report.maze_of("cube-double-play") is None and report.maze_of("my-robot") is None
+    assert describe.maze_of("cube-double-play") is None and describe.maze_of("my-robot") is None
     # Where the point went there is no wall.
     with np.load(path) as file:
         cells = np.floor(file["observations"][:, ::-1] / unit + 1.5).astype(int)
@@ -702,8 +702,8 @@ def test_report_of_a_maze_draws_its_map(tmp_path: Path):
 
 def test_report_refuses_an_impossible_discount(tmp_path: Path):
     with pytest.raises(UserError, match=r"--discounts must be in \[0, 1\), not 1"):
-        report.main(report.Args(env="my-robot", dataset=write(tmp_path / "data.npz"), discounts=(1.0,)))
+        describe.main(describe.Args(env="my-robot", dataset=write(tmp_path / "data.npz"), discounts=(1.0,)))
     with pytest.raises(UserError, match="--discounts needs at least one number"):
-        report.main(report.Args(env="my-robot", dataset=tmp_path / "data.npz", discounts=()))
+        describe.main(describe.Args(env="my-robot", dataset=tmp_path / "data.npz", discounts=()))
     with pytest.raises(UserError, match=r"--tasks must be in \[1, 5\], not 0"):
-        report.main(report.Args(env="my-robot", dataset=tmp_path / "data.npz", tasks=(0,)))
+        describe.main(describe.Args(env="my-robot", dataset=tmp_path / "data.npz", tasks=(0,)))

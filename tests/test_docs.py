@@ -19,7 +19,7 @@ DIFFS = {
     for section in EXTENDING.split("\n## ")[1:]
     for block in re.findall(r"```diff\n(.*?)```", section, re.DOTALL)
 }
-SMALL = "--dataset data.npz --env mine --width 16 --depth 2 --batch-size 8 --steps 20 --chunk 10"
+SMALL = "--dataset data.npz --env mine --width 16 --depth 2 --batch-size 8 --steps 20 --steps-per-call 10"
 COMMANDS = {
     "A fifth TD target": [f"evor_bc {SMALL}", f"evor_value {SMALL} --num-next-actions 2 --td-target half-shared"],
     "A critic of your own": [f"evor_bc {SMALL}", f"evor_value {SMALL} --num-next-actions 2 --critic squashed"],
@@ -78,7 +78,7 @@ def test_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     Fails if the law of state 0 is that of one bet, or if the choice is that of the base policy.
     """
     for name, steps in (("BC", 500), ("VALUE", 1_500)):
-        settings = dataclasses.replace(getattr(one_page, name), steps=steps, chunk=500)
+        settings = dataclasses.replace(getattr(one_page, name), steps=steps, steps_per_call=500)
         monkeypatch.setattr(one_page, name, settings)
     numbers = one_page.draw(one_page.learn(), tmp_path / "one_page.png")
     assert (tmp_path / "one_page.png").stat().st_size > 10_000

@@ -7,7 +7,7 @@ import types
 import pytest
 from loky.backend import context
 
-from common import envs
+from common import machine
 
 
 @pytest.mark.parametrize(
@@ -22,15 +22,15 @@ def test_a_containers_quota_bounds_the_cores(quota: str, cores: int, monkeypatch
     monkeypatch.setattr(os.path, "exists", lambda path: str(path) == "/sys/fs/cgroup/cpu.max" or exists(path))
     monkeypatch.setattr(context, "open", lambda path: io.StringIO(quota), raising=False)
     monkeypatch.delenv("LOKY_MAX_CPU_COUNT", raising=False)
-    assert envs.num_cores() == cores
+    assert machine.num_cores() == cores
 
 
 def test_affinity_bounds_the_cores(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 5}, raising=False)
-    assert envs.num_cores() <= 2
+    assert machine.num_cores() <= 2
 
 
 def test_free_memory_is_what_the_system_has_left(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(envs.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1_000))
-    assert envs.free_memory() == 1_000
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1_000))
+    assert machine.free_memory() == 1_000

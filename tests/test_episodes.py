@@ -252,7 +252,7 @@ def test_environments_are_few_and_slots_cover_all_episodes(
 
 SCRIPT = """
 import numpy as np
-from common.errors import run_cli
+from common.cli import run_cli
 from common.episodes import Episodes
 from evor_infer import Args
 

@@ -13,9 +13,9 @@ import evor_bc
 import evor_value
 from baselines import qc
 from common import checkpoint
-from common.envs import default_run_dir
+from common.data.names import default_run_dir
 from common.errors import UserError
-from common.metrics import read_json, sha256, write_csv, write_json
+from common.files import read_json, sha256, write_csv, write_json
 from common.run import Run
 from experiments import draw, rows, run
 from tests import processes
@@ -99,7 +99,7 @@ def test_a_benchmark_is_done_where_its_rows_stand_and_a_table_never(tmp_path: Pa
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     dataset = tiny_dataset(tmp_path / "data.npz")
-    flags = "--width 8 --depth 2 --batch-size 4 --steps 40 --chunk 10"
+    flags = "--width 8 --depth 2 --batch-size 4 --steps 40 --steps-per-call 10"
     command = f"evor_bc.py --env robot --dataset {dataset} --run-dir {tmp_path / 'run'} {flags}"
     monkeypatch.setattr(run, "EXPERIMENTS", {"toy": [command]})
     return command
@@ -136,7 +136,7 @@ def test_what_was_stopped_goes_on_and_what_is_done_is_skipped(
 def test_a_default_that_the_command_chooses_is_no_other_argument(tmp_path: Path):
     """QC takes N from another flag; what it ran with stands in config.json."""
     dataset = tiny_dataset(tmp_path / "data.npz")
-    flags = "--width 8 --depth 2 --batch-size 4 --steps 20 --chunk 10 --eval-episodes 0 --num-next-actions 2"
+    flags = "--width 8 --depth 2 --batch-size 4 --steps 20 --steps-per-call 10 --eval-episodes 0 --num-next-actions 2"
     command = f"baselines.qc --env robot --dataset {dataset} --run-dir {tmp_path / 'run'} {flags}"
     _, args = run.parse(command)
     qc.main(args)
@@ -160,7 +160,7 @@ def test_a_sweep_is_done_where_its_agent_stands(tmp_path: Path):
 def test_an_evaluation_of_other_settings_is_not_the_one_that_was_asked_for(tmp_path: Path):
     """Rows of another temperature stand where an evaluation anew was stopped before its end."""
     dataset = tiny_dataset(tmp_path / "data.npz")
-    flags = "--width 8 --depth 2 --batch-size 4 --steps 20 --chunk 10"
+    flags = "--width 8 --depth 2 --batch-size 4 --steps 20 --steps-per-call 10"
     flags = f"--env robot --dataset {dataset} --run-dir {tmp_path / 'run'} {flags}"
     evor_bc.main(run.parse(f"evor_bc.py {flags}")[1])
     command = f"evor_value.py {flags} --return-temperature 0.1"
@@ -210,7 +210,7 @@ def test_a_slot_that_is_over_and_a_command_that_fails(
 SCRIPT = """
 from experiments import draw, rows, run
 
-flags = "--width 8 --depth 2 --batch-size 4 --chunk 100 --steps 2000000"
+flags = "--width 8 --depth 2 --batch-size 4 --steps-per-call 100 --steps 2000000"
 run.ROOT = run.Path(".").resolve()
 run.EXPERIMENTS = {"toy": [f"evor_bc.py --env robot --dataset data.npz --run-dir run {flags}"]}
 run.main(run.Args(only=("toy",)))

@@ -14,8 +14,8 @@ import evor_infer
 from common.episodes import Episodes
 from common.errors import UserError
 from common.evaluation import play, read_episodes, summarise
+from common.files import write_csv
 from common.flow import Ode
-from common.metrics import write_csv
 from common.networks import FlowCritic, FlowPolicy, Standardizer
 from common.returns import affine_axis
 from evor_infer import Agent, Extraction, log_mean_exp, select

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import metrics
+from common import files, metrics, provenance
 from common.errors import UserError
-from common.metrics import Metrics, plain, start_tracking, write_csv, write_json
+from common.files import plain, write_csv, write_json
+from common.metrics import Metrics, start_tracking
 from tests.helpers import contents
 
 ROOT = Path(__file__).parent.parent
@@ -177,8 +178,8 @@ def test_a_lock_is_held_as_long_as_something_refers_to_it(tmp_path: Path):
         said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         return {"True": True, "False": False}[said.strip()]
 
-    first = metrics.hold(path)
-    second = metrics.hold(path)
+    first = files.hold(path)
+    second = files.hold(path)
     assert first is not None and second is first
     del first
     assert another_process_is_refused()
@@ -214,14 +215,14 @@ def test_files_hold_standard_json(tmp_path: Path, value: float):
 
 
 def test_provenance(tmp_path: Path):
-    versions = metrics.package_versions()
+    versions = provenance.package_versions()
     assert versions["numpy"] == np.__version__ and versions["python"].startswith("3.")
     (tmp_path / "abc").write_bytes(b"abc")
-    assert metrics.sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert files.sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 def test_git_revision_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "common" / "metrics.py"))
-    assert metrics.git_revision() == "unknown"
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "common" / "provenance.py"))
+    assert provenance.git_revision() == "unknown"
     monkeypatch.setenv("PATH", str(tmp_path))  # no git at all
-    assert metrics.git_revision() == "unknown"
+    assert provenance.git_revision() == "unknown"

@@ -13,8 +13,10 @@ import evor_bc
 import evor_infer
 from baselines import critics, qc
 from benchmarks import probes
-from common import data
-from common.errors import UserError, parse_args
+from common.cli import parse_args
+from common.data import transitions
+from common.data.files import Trajectories
+from common.errors import UserError
 from common.flow import Ode
 from common.networks import DirectCritic, Sizes
 from common.problem import Dataset, Replica, action_chunks
@@ -23,8 +25,8 @@ from tests.helpers import arrays, tiny_dataset
 from tests.test_training import Interrupted, files, interrupt_at
 
 ARGS = qc.Args(
-    horizon=3, width=16, depth=2, batch_size=32, num_next_actions=5, chunk=1, steps=1, flow_steps=4, solver="euler",
-    discount=0.9,
+    horizon=3, width=16, depth=2, batch_size=32, num_next_actions=5, steps_per_call=1, steps=1, flow_steps=4,
+    solver="euler", discount=0.9,
     learning_rate=1e-2, tau=0.1,
 )  # fmt: skip
 SIZES = Sizes(observation=3, action=2, horizon=3)
@@ -35,16 +37,16 @@ VELOCITY = jax.jit(lambda policy, x, a, t: policy.velocity(policy.features(x), a
 REPLICA = Replica(jnp.array(0), jnp.array(0), SCALE, jax.random.key(3))
 
 
-def small_data(tmp_path: Path) -> tuple[data.Trajectories, Dataset]:
+def small_data(tmp_path: Path) -> tuple[Trajectories, Dataset]:
     """Four episodes of 30 rows; every tenth row solves the task, so that many chunks have a mask of 0 inside."""
     path = tiny_dataset(tmp_path / "data.npz")
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
-    trajectories = data.Trajectories(
+    trajectories = Trajectories(
         arrays["observations"], arrays["actions"], arrays["terminals"], arrays["rewards"][None], arrays["masks"][None]
     )
-    starts = data.transition_starts(trajectories.terminals, 3)
-    rewards, bootstraps = data.chunk_rewards(
+    starts = transitions.transition_starts(trajectories.terminals, 3)
+    rewards, bootstraps = transitions.chunk_rewards(
         trajectories.rewards, trajectories.masks, starts, horizon=3, discount=ARGS.discount
     )
     bank = np.zeros((1, len(starts), 0, 6), np.float16)
@@ -154,8 +156,8 @@ def test_joint_training_learns_the_greedy_value():
     that does not learn: N(0, 1) has its best of 8 near 1 too, so its draws are looked at (42% of it is beyond 0.8)."""
     probe = probes.STOCHASTIC_POLICY
     args = qc.Args(
-        width=64, depth=2, steps=1_500, chunk=1_500, batch_size=128, learning_rate=1e-3, schedule="cosine", tau=0.02,
-        num_next_actions=8,
+        width=64, depth=2, steps=1_500, steps_per_call=1_500, batch_size=128, learning_rate=1e-3, schedule="cosine",
+        tau=0.02, num_next_actions=8,
     )  # fmt: skip
     state, scale = probes.train_state(probe, args, learner=qc)
     for query, expected in (((0, 0.0), 0.9), ((1, 1.0), 1.0), ((1, -1.0), -1.0)):
@@ -172,7 +174,7 @@ def test_joint_training_learns_the_greedy_value():
 def settings(tmp_path: Path) -> dict:
     return dict(
         env="my-robot", dataset=tiny_dataset(tmp_path / "data.npz"), width=16, depth=2, batch_size=16, steps=20,
-        chunk=10, save_every=10, seeds=2, horizon=2,
+        steps_per_call=10, save_every=10, seeds=2, horizon=2,
     )  # fmt: skip
 
 

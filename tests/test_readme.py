@@ -12,7 +12,7 @@ import pytest
 
 import evor_bc
 import evor_value
-from common.errors import parse_args
+from common.cli import parse_args
 from experiments.run import shell
 from experiments.table import EXPERIMENTS
 from tests.helpers import tiny_dataset
@@ -42,7 +42,7 @@ def parse(command: str) -> Any:
     words = shlex.split(command)
     module = words[1] if words[0] == "-m" else words[0].removesuffix(".py").replace("/", ".")
     argv = words[2:] if words[0] == "-m" else words[1:]
-    script = importlib.import_module({"common.data": "common.report"}.get(module, module))
+    script = importlib.import_module({"common.data": "common.data.describe"}.get(module, module))
     if module.startswith("examples."):
         assert not argv  # it takes none
         return None
@@ -88,7 +88,7 @@ def test_what_changes_a_stored_row(command: str, changes: bool):
 def test_the_commands_are_found():
     """The README names each script at least once; if this pattern finds none, the test above tests nothing."""
     found = " ".join(all_commands())
-    for script in ("evor_bc.py", "evor_value.py", "evor_infer.py", "common.collect", "benchmarks.return_law"):
+    for script in ("evor_bc.py", "evor_value.py", "evor_infer.py", "common.data.collect", "benchmarks.return_law"):
         assert script in found
 
 
@@ -109,7 +109,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     data = tiny_dataset(tmp_path / "data.npz", observation_dim=28, action_dim=5, rewards=False)
     with np.load(data) as arrays:
         np.savez(data, **arrays, qpos=np.zeros((len(arrays["actions"]), 21)))  # all states of the arm the same
-    common = dict(env="cube-single-play", dataset=data, width=16, depth=2, batch_size=8, chunk=2, steps=2)
+    common = dict(env="cube-single-play", dataset=data, width=16, depth=2, batch_size=8, steps_per_call=2, steps=2)
     evor_bc.main(evor_bc.Args(**common))
     evor_value.main(evor_value.Args(**common, tasks=(2,), num_next_actions=1, eval_episodes=0))
     names = dict(observations=np.zeros((3, 28), np.float32))

@@ -16,7 +16,7 @@ from benchmarks import candidates, speed
 from benchmarks import saturation as benchmark
 from common import checkpoint
 from common.errors import UserError
-from common.metrics import read_csv, sha256, write_csv
+from common.files import read_csv, sha256, write_csv
 from common.networks import CriticSpec, PolicySpec
 from common.statistics import mean_interval, success_interval
 from evor_infer import AgentSpec

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import probes
-from common import data
+from common.data import files, transitions
 from common.returns import AxisKind, ReturnAxis, affine_axis, make_axis
 from tests.test_value import TRAIN
 
@@ -88,9 +88,9 @@ def test_single_precision_tells_the_knots_apart():
     assert np.all(np.diff(axis.returns) > 0) and np.all(np.isfinite(axis.to_model(axis.returns)))
 
 
-def trajectories(rewards: list, masks: list, terminals: list) -> data.Trajectories:
+def trajectories(rewards: list, masks: list, terminals: list) -> files.Trajectories:
     rows = len(rewards)
-    return data.Trajectories(
+    return files.Trajectories(
         np.zeros((rows, 1), np.float32), np.zeros((rows, 1), np.float32), np.array(terminals, bool),
         np.array([rewards], np.float32), np.array([masks], np.float32),
     )  # fmt: skip
@@ -99,7 +99,7 @@ def trajectories(rewards: list, masks: list, terminals: list) -> data.Trajectori
 def test_returns_of_episodes_that_ended_are_those_of_the_data():
     """Two episodes of two transitions, solved at the second one."""
     episodes = trajectories([-1, 5, 9, -2, 7, 9], [1, 0, 1, 1, 0, 1], [0, 0, 1, 0, 0, 1])
-    np.testing.assert_allclose(data.return_sample(episodes, discount=0.5), [[1.5, 5.0, 1.5, 7.0]])
+    np.testing.assert_allclose(transitions.return_sample(episodes, discount=0.5), [[1.5, 5.0, 1.5, 7.0]])
 
 
 @pytest.mark.parametrize("discount", [0.9, 0.99, 0.9999])
@@ -108,14 +108,16 @@ def test_what_a_cut_episode_lacks_is_filled_with_other_returns(discount: float):
     as they are, they would be -1 or 1; filled with their mean, they would have variance 1 too."""
     tosses = 20_000
     rewards = np.stack([np.tile([-1.0, 1.0], tosses // 2), np.zeros(tosses)], axis=1).ravel()
-    sample = data.return_sample(trajectories(list(rewards), [1] * (2 * tosses), [0, 1] * tosses), discount=discount)[0]
+    sample = transitions.return_sample(
+        trajectories(list(rewards), [1] * (2 * tosses), [0, 1] * tosses), discount=discount
+    )[0]
     assert sample.mean() == pytest.approx(0.0, abs=0.05 * (1 - discount**2) ** -0.5)
     assert sample.std() == pytest.approx((1 - discount**2) ** -0.5, rel=0.05)
 
 
 def test_rewards_in_another_unit_give_the_same_law_in_that_unit():
     """Times 1,024, which rounds nothing: the same numbers bit for bit. An absolute number in stage 2 would show."""
-    args = TRAIN.__class__(steps=40, chunk=40, width=16, depth=2, batch_size=32, flow_steps=2)
+    args = TRAIN.__class__(steps=40, steps_per_call=40, width=16, depth=2, batch_size=32, flow_steps=2)
     found = []
     for unit in (1.0, 1024.0):
         probe = probes.lottery((0.0, -1.0, -4.0), discount=0.9, unit=unit)

@@ -9,9 +9,11 @@ import pytest
 import evor_bc
 import evor_infer
 import evor_value
-from common import checkpoint, data, sources
-from common.errors import UserError, parse_args
-from common.metrics import read_csv
+from common import checkpoint
+from common.cli import parse_args
+from common.data import download, transitions
+from common.errors import UserError
+from common.files import read_csv
 from common.rotation import Rotation, pad
 from tests.helpers import contents, tiny_dataset
 
@@ -79,7 +81,7 @@ def test_pad():
 def arguments(tmp_path: Path, dataset: Path, name: str, **changes) -> dict:
     settings = dict(
         dataset=dataset, env="my-robot", run_dir=tmp_path / name, width=16, depth=2, batch_size=16, steps=60,
-        chunk=10, save_every=10, file_steps=20,
+        steps_per_call=10, save_every=10, file_steps=20,
     )  # fmt: skip
     return settings | changes
 
@@ -216,16 +218,18 @@ def test_returns_are_bounded_by_the_rewards_of_all_files(tmp_path: Path):
 @pytest.mark.parametrize(("reward", "lowest"), [("default", -2.0), ("sparse", -1.0)])
 def test_ogbenchs_rewards_are_bounded_by_its_subgoals(reward: str, lowest: float):
     """Also where the first file has not all of them."""
-    found = data.reward_range(
+    found = transitions.reward_range(
         [Path("a"), Path("b")], np.array([[-1.0, -1.0]]), env="cube-double-play", own=False, reward=reward
     )
     assert found.tolist() == [[lowest, 0.0]]
-    alone = data.reward_range([Path("a")], np.array([[-1.0, -1.0]]), env="cube-double-play", own=False, reward=reward)
+    alone = transitions.reward_range(
+        [Path("a")], np.array([[-1.0, -1.0]]), env="cube-double-play", own=False, reward=reward
+    )
     assert alone.tolist() == [[-1.0, -1.0]]
 
 
 def test_a_missing_base_policy_gets_turns_that_fit_its_own_calls(tmp_path: Path):
-    args = evor_value.Args(file_steps=1_010, chunk=10, run_dir=tmp_path)
+    args = evor_value.Args(file_steps=1_010, steps_per_call=10, run_dir=tmp_path)
     assert evor_bc.args_for(args).file_steps == 2_000
     assert evor_bc.args_for(args).directory == tmp_path
 
@@ -234,13 +238,13 @@ def test_turns_have_to_fit(tmp_path: Path):
     folder = tmp_path / "folder"
     tiny_dataset(folder / "a.npz")
     tiny_dataset(folder / "b.npz")
-    with pytest.raises(UserError, match="--file-steps 25 is no multiple of --chunk 10"):
+    with pytest.raises(UserError, match="--file-steps 25 is no multiple of --steps-per-call 10"):
         evor_bc.main(evor_bc.Args(**arguments(tmp_path, folder, "run", file_steps=25)))
     settings = arguments(tmp_path, folder, "run")
     evor_bc.main(evor_bc.Args(**settings))
     with pytest.raises(UserError, match="--redraw-bank: each file of a folder has one bank"):
         evor_value.main(evor_value.Args(**settings, redraw_bank=20))
-    assert len(sources.data_files(folder)) == 2
+    assert len(download.data_files(folder)) == 2
 
 
 @pytest.mark.parametrize("preset", ["quick", "preview"])

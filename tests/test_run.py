@@ -124,7 +124,7 @@ print(len(jax.devices()), counts)
 @dataclasses.dataclass(frozen=True)
 class Args:
     steps: int = 12
-    chunk: int = 2
+    steps_per_call: int = 2
     save_every: int = 4
     rate: float = 0.1
     resume: bool = False
@@ -146,7 +146,7 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ChunkedArgs(Args):
-    save_every: Annotated[int, multiple_of("chunk")] = 4
+    save_every: Annotated[int, multiple_of("steps_per_call")] = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +214,9 @@ def train(
                 raise KeyboardInterrupt
             if signal_at and step == signal_at[0]:
                 signal.raise_signal(signal_at[1])
-            state = State(state.weight * 0.9 + jnp.sin(state.step.astype(jnp.float32)), state.step + args.chunk)
+            state = State(
+                state.weight * 0.9 + jnp.sin(state.step.astype(jnp.float32)), state.step + args.steps_per_call
+            )
             state = state._replace(weight=jnp.where(state.step == np.array(bad_steps), jnp.nan, state.weight))
             run.record(state, {"loss": state.weight})
         return run, run.own(state)
@@ -593,9 +595,9 @@ def test_the_progress_bar_does_not_count_evaluations_as_training(
 
 def test_a_run_that_is_shorter_than_its_checkpoints_are_apart(tmp_path: Path):
     """`save_every` is then the number of steps, of which it need not be a multiple of `chunk`."""
-    args = ChunkedArgs(steps=9, chunk=3, save_every=10, run_dir=tmp_path)
+    args = ChunkedArgs(steps=9, steps_per_call=3, save_every=10, run_dir=tmp_path)
     assert Run(args, stage="toy").save_every == 9
-    with pytest.raises(UserError, match="--save-every 10 is no multiple of --chunk 3"):
+    with pytest.raises(UserError, match="--save-every 10 is no multiple of --steps-per-call 3"):
         Run(dataclasses.replace(args, steps=12), stage="toy")
 
 
@@ -635,7 +637,7 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path: Path):
     code = f"""
         import resource, sys
         from tests import test_run
-        from common.errors import run_cli
+        from common.cli import run_cli
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         sys.argv = ["script", "--resume"]
         test_run.model = lambda state: test_run.Model(test_run.np.zeros(10_000))

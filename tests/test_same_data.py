@@ -7,9 +7,9 @@ import pytest
 from scipy import stats
 
 from benchmarks import same_data
-from common.collect import collect
+from common.data.collect import collect
 from common.errors import UserError
-from common.metrics import read_csv
+from common.files import read_csv
 
 
 def test_distance_is_kolmogorov_and_smirnovs():

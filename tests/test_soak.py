@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import soak
 from common.errors import UserError
-from common.metrics import read_csv
+from common.files import read_csv
 
 SCRIPT = """
 import os, subprocess, sys, time

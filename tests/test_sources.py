@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import sources
+from common.data import download
 from common.errors import UserError
-from common.metrics import sha256
+from common.files import sha256
 from tests.helpers import contents, tiny_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -145,7 +145,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home directory without data, no host to download from, and no patience."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("EVOR_DATA_HOSTS", "")
-    monkeypatch.setattr(sources, "PAUSE", 0.01)
+    monkeypatch.setattr(download, "PAUSE", 0.01)
     return tmp_path
 
 
@@ -187,39 +187,39 @@ COMPLETE = {"scene-play-v0.npz": FILE, "scene-play-v0-val.npz": VALIDATION}
 def test_the_users_file_the_published_one_the_collected_one(home: Path):
     folder = cache(home)
     collected = tiny_dataset(folder / "collected" / "cube-single-play-v0-ep7-seed0.npz")
-    assert sources.find_files("cube-single-play", None, episodes=7) == (collected, "collected")
+    assert download.find_files("cube-single-play", None, episodes=7) == (collected, "collected")
     tiny_dataset(folder / "cube-single-play-v0-val.npz")  # half of a download
-    assert sources.find_files("cube-single-play", None, episodes=7) == (collected, "collected")
+    assert download.find_files("cube-single-play", None, episodes=7) == (collected, "collected")
     official = tiny_dataset(folder / "cube-single-play-v0.npz")
-    assert sources.find_files("cube-single-play", None, episodes=7) == (official, "ogbench")
+    assert download.find_files("cube-single-play", None, episodes=7) == (official, "ogbench")
     own = tiny_dataset(home / "own.npz")
-    assert sources.find_files("any name", own, episodes=7) == (own, "file")
+    assert download.find_files("any name", own, episodes=7) == (own, "file")
     with pytest.raises(UserError, match=r"no dataset file at .*missing\.npz: check the path given to --dataset"):
-        sources.find_files("cube-single-play", home / "missing.npz", episodes=7)
+        download.find_files("cube-single-play", home / "missing.npz", episodes=7)
 
 
 def test_a_folder_has_the_environments_file_or_one_file_or_many(home: Path):
     folder = home / "folder"
     one = tiny_dataset(folder / "b.npz")
     tiny_dataset(folder / "b-val.npz")
-    assert sources.find_files("cube-single-play", folder, episodes=None) == (one, "file")
+    assert download.find_files("cube-single-play", folder, episodes=None) == (one, "file")
     two = tiny_dataset(folder / "a.npz")
-    assert sources.find_files("cube-single-play", folder, episodes=None) == (folder, "file")
-    assert sources.data_files(folder) == [two, one]
+    assert download.find_files("cube-single-play", folder, episodes=None) == (folder, "file")
+    assert download.data_files(folder) == [two, one]
     named = tiny_dataset(folder / "cube-single-play-v0.npz")
-    assert sources.find_files("cube-single-play", folder, episodes=None) == (named, "file")
+    assert download.find_files("cube-single-play", folder, episodes=None) == (named, "file")
     (home / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty has no training files .*check --dataset"):
-        sources.find_files("my-robot", home / "empty", episodes=None)
+        download.find_files("my-robot", home / "empty", episodes=None)
 
 
 def test_what_cannot_be_downloaded_is_collected_and_said_so(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     calls = []
-    monkeypatch.setattr(sources, "collect", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(download, "collect", lambda *args, **kwargs: calls.append((args, kwargs)))
     for episodes, number in ((7, 7), (None, 1000)):
-        path, source = sources.find_files("cube-double-play", None, episodes=episodes)
+        path, source = download.find_files("cube-double-play", None, episodes=episodes)
         assert source == "collected"
         assert path == cache(home) / "collected" / f"cube-double-play-v0-ep{number}-seed0.npz"
         assert calls.pop() == (("cube-double-play-v0", path), {"episodes": number})
@@ -230,12 +230,12 @@ def test_what_cannot_be_downloaded_is_collected_and_said_so(
 @pytest.mark.parametrize("env", ["antmaze-large-navigate", "humanoidmaze-medium-stitch", "antsoccer-arena-navigate"])
 def test_experts_cannot_be_collected_and_one_sentence_says_what_to_do(home: Path, env: str):
     with pytest.raises(UserError, match=rf"driven by trained experts.*put {env}-v0\.npz and .* there.*--dataset"):
-        sources.find_files(env, None, episodes=7)
+        download.find_files(env, None, episodes=7)
 
 
 def test_data_that_ogbench_does_not_have_is_a_users_mistake(home: Path):
     with pytest.raises(UserError, match="no data called 'cube-double-navigate': choose among cube-double-play, "):
-        sources.find_files("cube-double-navigate", None, episodes=7)
+        download.find_files("cube-double-navigate", None, episodes=7)
 
 
 # --- Downloads ---------------------------------------------------------------------------------------------------
@@ -244,14 +244,14 @@ def test_data_that_ogbench_does_not_have_is_a_users_mistake(home: Path):
 def test_a_download_brings_both_files_and_records_what_they_are(home: Path, host: Host, monkeypatch):
     fill(host)
     use(monkeypatch, host)
-    path, source = sources.find_files("scene-play", None, episodes=7)
+    path, source = download.find_files("scene-play", None, episodes=7)
     assert (path, source) == (cache(home) / "scene-play-v0.npz", "ogbench")
     assert visible(cache(home)) == COMPLETE
     for name, content in COMPLETE.items():
         record = (cache(home) / f"{name}.sha256").read_text()
         assert record == f"{hashlib.sha256(content).hexdigest()}  {name}\n"
     assert [name for name, _ in host.requests] == ["scene-play-v0-val.npz", "scene-play-v0.npz"]
-    sources.find_files("scene-play", None, episodes=7)
+    download.find_files("scene-play", None, episodes=7)
     assert len(host.requests) == 2  # nothing is downloaded twice
     leftovers = {name for name in contents(cache(home)) if name.startswith(".")}
     assert leftovers == {f".{name}.lock" for name in COMPLETE}
@@ -264,7 +264,7 @@ def test_a_cut_connection_goes_on_where_it_was_cut(home: Path, host: Host, monke
     for after in (10_000, 25_000, 1):
         host.cut(after)
     host.files["scene-play-v0-val.npz"] = FILE
-    assert sources.download("scene-play-v0", timeout=5.0)
+    assert download.download("scene-play-v0", timeout=5.0)
     assert visible(cache(home)) == dict.fromkeys(COMPLETE, FILE)
     assert [asked for _, asked in host.requests][:4] == ["", "bytes=10000-", "bytes=35000-", "bytes=35001-"]
 
@@ -274,9 +274,9 @@ def test_an_interrupted_download_is_continued_by_the_next_run(home: Path, host: 
     use(monkeypatch, host)
     host.cut(5_000)
     host.status(404)  # ends the first run
-    assert not sources.download("scene-play-v0", timeout=5.0)
+    assert not download.download("scene-play-v0", timeout=5.0)
     assert visible(cache(home)) == {}
-    assert sources.download("scene-play-v0", timeout=5.0)
+    assert download.download("scene-play-v0", timeout=5.0)
     assert visible(cache(home)) == COMPLETE
     assert host.requests[2] == ("scene-play-v0-val.npz", "bytes=5000-")
 
@@ -286,7 +286,7 @@ def test_a_host_that_does_not_resume_starts_again(home: Path, host: Host, monkey
     use(monkeypatch, host)
     host.cut(5_000)
     host.plain(VALIDATION)
-    assert sources.download("scene-play-v0", timeout=5.0)
+    assert download.download("scene-play-v0", timeout=5.0)
     assert visible(cache(home)) == COMPLETE
 
 
@@ -301,7 +301,7 @@ def test_a_file_that_changed_meanwhile_is_not_glued_together(home: Path, host: H
 
     host.faults.append(changed)
     host.files["scene-play-v0-val.npz"] = VALIDATION
-    assert sources.download("scene-play-v0", timeout=5.0)
+    assert download.download("scene-play-v0", timeout=5.0)
     assert visible(cache(home)) == COMPLETE
 
 
@@ -320,7 +320,7 @@ def test_a_host_that_sends_less_than_was_asked_for_is_asked_for_the_rest(home: P
         request.wfile.write(content[start : start + 100])
 
     host.faults.append(part)
-    assert sources.download("scene-play-v0", timeout=5.0)
+    assert download.download("scene-play-v0", timeout=5.0)
     assert visible(cache(home)) == COMPLETE
     assert [asked for _, asked in host.requests][:3] == ["", "bytes=5000-", "bytes=5100-"]
 
@@ -341,7 +341,7 @@ def test_a_changed_file_in_the_middle_of_a_download_starts_it_again(home: Path, 
         request.wfile.write(npz(5, 300)[5000:])
 
     host.faults.append(ignores)
-    assert sources.download("scene-play-v0", timeout=5.0)
+    assert download.download("scene-play-v0", timeout=5.0)
     assert visible(cache(home)) == COMPLETE
 
 
@@ -359,7 +359,7 @@ def test_network_errors_while_reading_are_no_disk_errors(home: Path, host: Host,
         return read1(response, *args)
 
     monkeypatch.setattr(http.client.HTTPResponse, "read1", failing)
-    assert sources.download("scene-play-v0", timeout=5.0)
+    assert download.download("scene-play-v0", timeout=5.0)
     assert visible(cache(home)) == COMPLETE and len(host.requests) >= 3 and len(second.requests) == 1
 
 
@@ -378,7 +378,7 @@ def test_strange_headers_and_leftovers_are_survived(home: Path, host: Host, monk
         request.wfile.write(content)
 
     host.faults.append(twice)
-    assert sources.download("scene-play-v0", timeout=5.0)
+    assert download.download("scene-play-v0", timeout=5.0)
     assert visible(cache(home)) == COMPLETE
 
 
@@ -393,7 +393,7 @@ def test_a_file_system_without_locks_is_no_obstacle(home: Path, host: Host, monk
     fill(host)
     use(monkeypatch, host)
     monkeypatch.setattr(fcntl, "flock", refuse)
-    assert sources.download("scene-play-v0", timeout=5.0)
+    assert download.download("scene-play-v0", timeout=5.0)
     assert visible(cache(home)) == COMPLETE
 
 
@@ -405,7 +405,7 @@ def test_a_wrong_beginning_is_thrown_away(home: Path, host: Host, monkeypatch):
     name = "scene-play-v0-val.npz"
     (cache(home) / f".{name}.part").write_bytes(b"x" * 5_000)
     (cache(home) / f".{name}.origin").write_text(f"{host.url}/{name}\n{host.etag}")
-    assert sources.download("scene-play-v0", timeout=5.0)
+    assert download.download("scene-play-v0", timeout=5.0)
     assert visible(cache(home)) == COMPLETE
     assert [asked for _, asked in host.requests] == ["bytes=5000-", "", ""]
 
@@ -417,7 +417,7 @@ def test_a_part_that_is_the_whole_file_is_verified_and_kept(home: Path, host: Ho
     name = "scene-play-v0-val.npz"
     (cache(home) / f".{name}.part").write_bytes(VALIDATION)
     (cache(home) / f".{name}.origin").write_text(f"{host.url}/{name}\n{host.etag}")
-    assert sources.download("scene-play-v0", timeout=5.0)
+    assert download.download("scene-play-v0", timeout=5.0)
     assert visible(cache(home)) == COMPLETE
     assert host.requests[0] == (name, f"bytes={len(VALIDATION)}-") and host.requests[1][0] == "scene-play-v0.npz"
 
@@ -428,7 +428,7 @@ def test_a_part_from_another_host_is_not_continued(home: Path, host: Host, secon
     host.files = dict(COMPLETE)
     host.cut(5_000)
     host.status(404)
-    assert sources.download("scene-play-v0", timeout=5.0)
+    assert download.download("scene-play-v0", timeout=5.0)
     assert visible(cache(home)) == COMPLETE
     assert second.requests == [("scene-play-v0-val.npz", "")]
 
@@ -438,7 +438,7 @@ def test_the_mirror_has_what_the_host_has_not(home: Path, host: Host, second: Ho
     host.status(code, times=2)
     fill(second)
     use(monkeypatch, host, second)
-    assert sources.download("scene-play-v0", timeout=5.0)
+    assert download.download("scene-play-v0", timeout=5.0)
     assert visible(cache(home)) == COMPLETE
     assert len(host.requests) == 2 and f"HTTP {code}" in capsys.readouterr().out
 
@@ -448,7 +448,7 @@ def test_a_host_in_trouble_is_asked_again_but_not_for_ever(home: Path, host: Hos
     fill(second)
     use(monkeypatch, host, second)
     host.status(503, times=2)
-    assert sources.download("scene-play-v0", timeout=5.0)
+    assert download.download("scene-play-v0", timeout=5.0)
     assert not second.requests
     assert [name for name, _ in host.requests] == ["scene-play-v0-val.npz"] * 3 + ["scene-play-v0.npz"]
 
@@ -456,18 +456,18 @@ def test_a_host_in_trouble_is_asked_again_but_not_for_ever(home: Path, host: Hos
         (cache(home) / name).unlink()
     host.requests.clear()
     host.status(500, times=99)
-    assert sources.download("scene-play-v0", timeout=5.0)
+    assert download.download("scene-play-v0", timeout=5.0)
     assert len(host.requests) == 6 and len(second.requests) == 2
 
 
 def test_wrong_bytes_are_refused_and_the_mirror_is_asked(home: Path, host: Host, second: Host, monkeypatch, capsys):
     """The checksum is known: another intact archive is not this dataset."""
     checksums = {name: hashlib.sha256(content).hexdigest() for name, content in COMPLETE.items()}
-    monkeypatch.setattr(sources, "CHECKSUMS", checksums)
+    monkeypatch.setattr(download, "CHECKSUMS", checksums)
     fill(second)
     host.files = dict.fromkeys(COMPLETE, npz(7))
     use(monkeypatch, host, second)
-    assert sources.download("scene-play-v0", timeout=5.0)
+    assert download.download("scene-play-v0", timeout=5.0)
     assert visible(cache(home)) == COMPLETE
     assert "SHA-256" in capsys.readouterr().out
     assert len(host.requests) == 2  # asking again would bring the same
@@ -483,7 +483,7 @@ def test_what_is_no_intact_archive_never_gets_the_name(home: Path, host: Host, m
     """Where no checksum is known. Without a length even a truncated file looks complete to HTTP."""
     use(monkeypatch, host)
     host.plain(body, length=length)
-    assert not sources.download("scene-play-v0", timeout=5.0)
+    assert not download.download("scene-play-v0", timeout=5.0)
     assert visible(cache(home)) == {} and not list(cache(home).glob("*.sha256"))
 
 
@@ -492,7 +492,7 @@ def test_an_archive_without_the_arrays_is_refused(home: Path, host: Host, monkey
     np.savez(buffer, observations=np.zeros((3, 2)), actions=np.zeros((3, 2)))
     use(monkeypatch, host)
     host.files = dict.fromkeys(COMPLETE, buffer.getvalue())
-    assert not sources.download("scene-play-v0", timeout=5.0)
+    assert not download.download("scene-play-v0", timeout=5.0)
     assert "terminals" in capsys.readouterr().out and visible(cache(home)) == {}
 
 
@@ -500,7 +500,7 @@ def test_a_silent_host_is_left_after_its_timeouts(home: Path, host: Host, second
     fill(second)
     use(monkeypatch, host, second)
     host.hang(1.0, times=99)
-    assert sources.download("scene-play-v0", timeout=0.1)
+    assert download.download("scene-play-v0", timeout=0.1)
     assert visible(cache(home)) == COMPLETE
     assert len(host.requests) == 6  # three attempts for each file
 
@@ -519,7 +519,7 @@ def test_a_trickling_host_is_as_good_as_silent(home: Path, host: Host, second: H
     fill(second)
     use(monkeypatch, host, second)
     host.faults.extend([trickle] * 99)
-    assert sources.download("scene-play-v0", timeout=0.1)
+    assert download.download("scene-play-v0", timeout=0.1)
     assert visible(cache(home)) == COMPLETE
 
 
@@ -534,11 +534,11 @@ def test_a_host_that_resumes_at_a_trickle_is_left(
     use(monkeypatch, host, second)
     passed = itertools.count(0.0, seconds)
     clock = types.SimpleNamespace(monotonic=lambda: next(passed), sleep=lambda seconds: None)
-    monkeypatch.setattr(sources, "time", clock)
-    monkeypatch.setattr(sources, "PAUSE", 1.0)
+    monkeypatch.setattr(download, "time", clock)
+    monkeypatch.setattr(download, "PAUSE", 1.0)
     for _ in range(2_000):
         host.cut(after=piece)
-    assert sources.download("scene-play-v0", timeout=15.0)
+    assert download.download("scene-play-v0", timeout=15.0)
     assert visible(cache(home)) == COMPLETE
     assert len(host.requests) == 6  # three attempts for each file
 
@@ -548,30 +548,30 @@ def test_a_host_that_cuts_often_and_is_fast_is_kept(home: Path, host: Host, seco
     fill(host)
     use(monkeypatch, host, second)
     clock = types.SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda seconds: None)
-    monkeypatch.setattr(sources, "time", clock)
-    monkeypatch.setattr(sources, "PAUSE", 1.0)
+    monkeypatch.setattr(download, "time", clock)
+    monkeypatch.setattr(download, "PAUSE", 1.0)
     for _ in range(5):
         host.cut(after=20_000)
-    assert sources.download("scene-play-v0", timeout=15.0)
+    assert download.download("scene-play-v0", timeout=15.0)
     assert visible(cache(home)) == COMPLETE and not second.requests
 
 
 def test_no_network_is_found_out_at_once(home: Path, host: Host, monkeypatch, capsys):
     """A refused connection is not tried again: fails if it is, by the length of the pauses."""
-    monkeypatch.setattr(sources, "PAUSE", 1e6)
+    monkeypatch.setattr(download, "PAUSE", 1e6)
     use(monkeypatch, host)
     host.close()
     monkeypatch.setattr(host, "close", lambda: None)
-    assert not sources.download("scene-play-v0", timeout=5.0)
+    assert not download.download("scene-play-v0", timeout=5.0)
     assert "refused" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_said_before_it_is_full(home: Path, host: Host, monkeypatch, capsys):
     fill(host)
     use(monkeypatch, host)
-    usage = sources.shutil.disk_usage(home)
-    monkeypatch.setattr(sources.shutil, "disk_usage", lambda path: usage._replace(free=10))
-    assert not sources.download("scene-play-v0", timeout=5.0)
+    usage = download.shutil.disk_usage(home)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    assert not download.download("scene-play-v0", timeout=5.0)
     assert f"it takes {len(VALIDATION):,} bytes, and 10 are free" in capsys.readouterr().out
     assert visible(cache(home)) == {}
 
@@ -581,7 +581,7 @@ def test_two_at_once_download_once(home: Path, host: Host, monkeypatch):
     use(monkeypatch, host)
     host.rate = 1e6
     found = []
-    threads = [threading.Thread(target=lambda: found.append(sources.download("scene-play-v0"))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: found.append(download.download("scene-play-v0"))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -592,7 +592,7 @@ def test_two_at_once_download_once(home: Path, host: Host, monkeypatch):
 
 KILLED = """
 import os, time
-from common import sources
+from common.data import download
 
 def slowly(function):
     def call(*arguments):
@@ -602,10 +602,10 @@ def slowly(function):
         return result
     return call
 
-sources.damage, sources.record_sha256 = slowly(sources.damage), slowly(sources.record_sha256)
-sources.os.replace = slowly(os.replace)
+download.damage, download.record_sha256 = slowly(download.damage), slowly(download.record_sha256)
+download.os.replace = slowly(os.replace)
 print("ready", flush=True)
-sources.download("scene-play-v0")
+download.download("scene-play-v0")
 """
 
 
@@ -642,7 +642,7 @@ def test_kill_9_at_random_moments_leaves_nothing_half(home: Path, host: Host, mo
     # Killed with one file in place and the other on its way, and with one whole but not yet verified or renamed.
     assert {(1, True), (0, True)} <= {state[:2] for state in states} and any(state[2] for state in states), states
     host.rate = None
-    assert sources.download("scene-play-v0")
+    assert download.download("scene-play-v0")
     assert visible(cache(home)) == COMPLETE
 
 
@@ -650,7 +650,7 @@ def test_an_unwritable_cache_is_said(home: Path, host: Host, monkeypatch, capsys
     fill(host)
     use(monkeypatch, host)
     (home / ".ogbench").write_text("a file where the folder should be")
-    assert not sources.download("scene-play-v0", timeout=5.0)
+    assert not download.download("scene-play-v0", timeout=5.0)
     assert "no download of scene-play-v0-val.npz into" in capsys.readouterr().out
 
 
@@ -659,7 +659,7 @@ def test_an_unwritable_cache_is_said(home: Path, host: Host, monkeypatch, capsys
 
 def test_describe_holds_the_hash_of_the_file(tmp_path: Path):
     (tmp_path / "abc.npz").write_bytes(b"abc")
-    assert sources.describe(tmp_path / "abc.npz", "file") == {
+    assert download.describe(tmp_path / "abc.npz", "file") == {
         "name": "abc.npz",
         "source": "file",
         "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
@@ -670,33 +670,33 @@ def test_describe_holds_the_hash_of_the_file(tmp_path: Path):
 def test_describe_tells_folders_apart(tmp_path: Path):
     tiny_dataset(tmp_path / "one" / "a.npz")
     tiny_dataset(tmp_path / "one" / "b.npz", trajectories=5)
-    found = sources.describe(tmp_path / "one", "file")
+    found = download.describe(tmp_path / "one", "file")
     assert (found["name"], found["source"], len(found["sha256"])) == ("one", "file", 64)
     tiny_dataset(tmp_path / "one" / "b.npz", trajectories=5, seed=1)  # of the same size
-    assert sources.describe(tmp_path / "one", "file")["sha256"] != found["sha256"]
+    assert download.describe(tmp_path / "one", "file")["sha256"] != found["sha256"]
 
 
 def test_a_damaged_file_in_a_folder_is_a_users_mistake(tmp_path: Path):
     tiny_dataset(tmp_path / "a.npz")
     (tmp_path / "b.npz").write_text("no archive")
     with pytest.raises(UserError, match=r"b\.npz cannot be read .*remove it from the folder"):
-        sources.describe(tmp_path, "file")
+        download.describe(tmp_path, "file")
 
 
 @pytest.mark.parametrize("source", ["ogbench", "collected"])
 def test_a_file_that_changed_since_its_first_use_is_refused(tmp_path: Path, source: str):
     path = tiny_dataset(tmp_path / "data.npz")
-    first = sources.describe(path, source)
+    first = download.describe(path, source)
     assert (tmp_path / "data.npz.sha256").read_text() == f"{first['sha256']}  data.npz\n"
-    assert sources.describe(path, source) == first
+    assert download.describe(path, source) == first
     tiny_dataset(tmp_path / "data-val.npz", seed=2)
-    assert sources.describe(path, source) == first
+    assert download.describe(path, source) == first
     tiny_dataset(tmp_path / "data-val.npz", seed=3)
     with pytest.raises(UserError, match=r"data-val\.npz has the SHA-256 .*was expected.*delete it"):
-        sources.describe(path, source)
+        download.describe(path, source)
     tiny_dataset(path, seed=1)
     with pytest.raises(UserError, match=r"data\.npz has the SHA-256 .*was expected.*delete it and data\.npz\.sha256"):
-        sources.describe(path, source)
+        download.describe(path, source)
 
 
 def test_half_a_file_is_not_recorded_as_what_it_should_be(tmp_path: Path):
@@ -705,18 +705,18 @@ def test_half_a_file_is_not_recorded_as_what_it_should_be(tmp_path: Path):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"data\.npz is damaged, it is no intact \.npz file"):
-        sources.describe(path, "ogbench")
+        download.describe(path, "ogbench")
     assert not (tmp_path / "data.npz.sha256").exists()
     path.write_bytes(whole)
-    assert sources.describe(path, "ogbench")["sha256"] == sha256(path)
+    assert download.describe(path, "ogbench")["sha256"] == sha256(path)
 
 
 def test_a_published_file_is_compared_with_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tiny_dataset(tmp_path / "data.npz")
-    monkeypatch.setattr(sources, "CHECKSUMS", {"data.npz": "0" * 64})
+    monkeypatch.setattr(download, "CHECKSUMS", {"data.npz": "0" * 64})
     with pytest.raises(UserError, match=r"000000000000\.\.\. was expected"):
-        sources.describe(path, "ogbench")
-    assert sources.describe(path, "file")["sha256"] == sha256(path)
+        download.describe(path, "ogbench")
+    assert download.describe(path, "file")["sha256"] == sha256(path)
 
 
 def test_a_read_only_cache_is_used_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -725,24 +725,24 @@ def test_a_read_only_cache_is_used_all_the_same(tmp_path: Path, monkeypatch: pyt
     def refuse(content, path):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(sources, "record_sha256", refuse)
-    assert sources.describe(path, "collected")["sha256"] == sha256(path)
+    monkeypatch.setattr(download, "record_sha256", refuse)
+    assert download.describe(path, "collected")["sha256"] == sha256(path)
 
 
 def test_checksums_are_of_pairs_of_files():
     """Both files of a dataset, each with 64 hexadecimal digits, none twice."""
-    names = set(sources.CHECKSUMS)
+    names = set(download.CHECKSUMS)
     assert names == {n.replace("-val", "") for n in names} | {n for n in names if n.endswith("-val.npz")}
     assert {n.replace("-v0.npz", "-v0-val.npz") for n in names if "-val" not in n} < names
-    assert all(len(value) == 64 and int(value, 16) for value in sources.CHECKSUMS.values())
-    assert len(set(sources.CHECKSUMS.values())) == len(names)
+    assert all(len(value) == 64 and int(value, 16) for value in download.CHECKSUMS.values())
+    assert len(set(download.CHECKSUMS.values())) == len(names)
 
 
 def test_hosts_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("EVOR_DATA_HOSTS", raising=False)
-    assert sources.hosts() == sources.HOSTS and all(host.startswith("https://") for host in sources.HOSTS)
+    assert download.hosts() == download.HOSTS and all(host.startswith("https://") for host in download.HOSTS)
     monkeypatch.setenv("EVOR_DATA_HOSTS", "http://a/b http://c")
-    assert sources.hosts() == ["http://a/b", "http://c"]
+    assert download.hosts() == ["http://a/b", "http://c"]
     monkeypatch.setenv("EVOR_DATA_HOSTS", "mirror.local/data")
     with pytest.raises(UserError, match=r"'mirror\.local/data': write http:// or https:// before it"):
-        sources.hosts()
+        download.hosts()

@@ -21,16 +21,17 @@ import evor_bc
 import evor_infer
 import evor_value
 from common import checkpoint, problem
-from common.envs import validation_path
+from common.data.names import validation_path
 from common.episodes import Episodes
 from common.errors import UserError
 from common.evaluation import Evaluation, read_episodes
-from common.metrics import Metrics, read_csv
+from common.files import read_csv
+from common.metrics import Metrics
 from common.run import Run
 from tests.helpers import arrays, contents, rewrite, tiny_dataset
 
 ROOT = Path(__file__).parent.parent
-SMALL = dict(width=16, depth=2, batch_size=16, chunk=10, steps=60, save_every=20)
+SMALL = dict(width=16, depth=2, batch_size=16, steps_per_call=10, steps=60, save_every=20)
 
 
 class Interrupted(Exception):
@@ -262,7 +263,7 @@ def test_a_finished_run_is_not_overwritten_by_accident(tmp_path, dataset):
 
 def test_the_main_job_trains_finishes_or_refuses_the_base_policy(tmp_path, dataset, monkeypatch):
     """None: train it. Interrupted: continue it. Of other data: refuse it."""
-    tiny = {field: SMALL[field] for field in ("width", "depth", "batch_size", "chunk", "steps", "save_every")}
+    tiny = {field: SMALL[field] for field in ("width", "depth", "batch_size", "steps_per_call", "steps", "save_every")}
     monkeypatch.setitem(evor_bc.PRESETS, "quick", tiny)
     settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "r", quick=True, num_next_actions=2, **SMALL)
     with monkeypatch.context() as patch:
@@ -410,7 +411,7 @@ def test_sigterm_to_one_of_two_processes_stops_and_saves_both(tmp_path, dataset)
     settings = dict(env="robot", dataset=dataset, seeds=2, **SMALL | dict(save_every=60))
     code = f"""
 import os, signal, sys, evor_bc
-from common.errors import run_cli
+from common.cli import run_cli
 from common.metrics import Metrics
 from common.run import Run
 from pathlib import Path, PosixPath
@@ -581,7 +582,7 @@ def test_a_replica_that_diverges_is_not_evaluated(tmp_path, maze, monkeypatch, c
 )
 def test_evaluations_lie_between_the_first_and_the_last_step(tmp_path, changes, own_rewards, held_out, due):
     """The one after the last step also reports. None is made where there is nothing to evaluate."""
-    args = evor_value.Args(**dict(chunk=10, steps=60, eval_every=20) | changes)
+    args = evor_value.Args(**dict(steps_per_call=10, steps=60, eval_every=20) | changes)
     run = mock.Mock(spec=Run, directory=tmp_path, resume_path=None)
     data = mock.Mock(spec=problem.ValueProblem, own_rewards=own_rewards, validation="some" if held_out else None)
     evaluation = Evaluation(args, data, run)

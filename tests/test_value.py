@@ -116,7 +116,7 @@ def test_the_noise_of_a_batch_has_the_right_laws_and_is_spread_evenly():
 # --- One step: who gets gradients, who is the target -------------------------------------------------------------
 
 ARGS = evor_value.Args(
-    width=16, depth=2, batch_size=32, chunk=1, steps=1, learning_rate=1e-2, discount=0.9, flow_steps=2, tau=0.1
+    width=16, depth=2, batch_size=32, steps_per_call=1, steps=1, learning_rate=1e-2, discount=0.9, flow_steps=2, tau=0.1
 )
 
 
@@ -222,7 +222,7 @@ def test_replicas_use_their_own_task_and_bank():
         bank=jnp.concatenate([dataset.bank] * 2),
     )
     args = evor_value.Args(
-        steps=300, chunk=300, width=16, depth=2, batch_size=64, learning_rate=1e-2, discount=0.9, flow_steps=1
+        steps=300, steps_per_call=300, width=16, depth=2, batch_size=64, learning_rate=1e-2, discount=0.9, flow_steps=1
     )
     sizes = Sizes(observation=1, action=1, horizon=1)
     keys = jax.vmap(jax.random.key)(np.array([0, 1]))
@@ -237,7 +237,7 @@ def test_replicas_use_their_own_task_and_bank():
 # --- Return laws -------------------------------------------------------------------------------------------------
 
 TRAIN = evor_value.Args(
-    steps=1500, chunk=1500, width=48, depth=2, batch_size=128, learning_rate=3e-3, schedule="cosine", tau=0.02,
+    steps=1500, steps_per_call=1500, width=48, depth=2, batch_size=128, learning_rate=3e-3, schedule="cosine", tau=0.02,
     num_next_actions=4,
 )  # fmt: skip
 
@@ -281,7 +281,7 @@ def test_laws_are_as_exact_as_promised():
     the possible returns and ten Euler steps two such lotteries were off by 26% and 28%."""
     probe = probes.lottery((0.0, -1.0, -4.0), discount=0.99, unit=1e3)
     preview = {name: evor_value.PRESETS["preview"][name] for name in ("schedule", "learning_rate", "tau", "critic")}
-    args = evor_value.Args(**preview, steps=10_000, chunk=10_000, width=256)
+    args = evor_value.Args(**preview, steps=10_000, steps_per_call=10_000, width=256)
     off = distance(*probes.train(probe, args), probe)
     assert off < 0.015, off
 
@@ -333,7 +333,7 @@ def test_an_iterated_backup_goes_far_beyond_the_datas_returns():
         {(0, 1.0): probes.point(1 + 0.9 * (1 - 0.8**16) / (1 - 0.9))},
         policy={0: (list(chances), list(chances.values()))},
     )
-    settings = dict(num_next_actions=16, backup_returns=1, steps=2000, chunk=2000)
+    settings = dict(num_next_actions=16, backup_returns=1, steps=2000, steps_per_call=2000)
     args = dataclasses.replace(TRAIN, next_action="softmax", **settings)
     critic, axis = probes.train(probe, args, copies=400)
     draws = probes.sample_returns(critic, axis, probe, (0, 1.0))[0]

@@ -1,6 +1,11 @@
-"""What a dataset contains: success, returns, lengths and, in mazes, where it went. See `python -m common.data`."""
+"""What a dataset contains: success, returns, lengths and, in mazes, where it went.
+
+python -m common.data --list                   # all environments of OGBench
+python -m common.data --env cube-double-play   # what a dataset contains, as numbers and as a figure
+"""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,12 +13,13 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 
-from common import data, figures, sources
+from common import figures
 from common.args import check, each, within
-from common.collect import is_collectable
-from common.envs import ENVIRONMENTS, NUM_TASKS, import_ogbench, parse_env, run_name
+from common.data import download, files, transitions
+from common.data.collect import is_collectable
+from common.data.names import ENVIRONMENTS, NUM_TASKS, import_ogbench, parse_env, run_name
 from common.errors import UserError
-from common.metrics import write_csv
+from common.files import write_csv
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -45,20 +51,20 @@ def main(args: Args) -> list[dict[str, Any]]:
         return []
     check(args)
     name = run_name(args.env, args.dataset)
-    path, source = sources.find_files(args.env, args.dataset, episodes=args.episodes)
-    files = sources.data_files(path)
-    own = args.dataset is not None and data.has_rewards(files[0])
+    path, source = download.find_files(args.env, args.dataset, episodes=args.episodes)
+    paths = download.data_files(path)
+    own = args.dataset is not None and files.has_rewards(paths[0])
     tasks = (0,) if own else args.tasks
-    trajectories = data.load_trajectories(files[0], env=args.env, tasks=tasks)
-    data.print_summary(trajectories, sources.describe(path, source), tasks=tasks, discount=args.discounts[0])
-    if len(files) > 1:
-        print(f"  the first of {len(files)} files is described here: {files[0].name}")
+    trajectories = files.load_trajectories(paths[0], env=args.env, tasks=tasks)
+    print_summary(trajectories, download.describe(path, source), tasks=tasks, discount=args.discounts[0])
+    if len(paths) > 1:
+        print(f"  the first of {len(paths)} files is described here: {paths[0].name}")
     rows = measure(trajectories, tasks, args.discounts)
     for row in rows:
         print(f"  {row['subject']:<28} " + "  ".join(f"{q:>4.0%} {row[f'q{q:g}']:10.4g}" for q in QUANTILES))
     out = args.out or Path("runs") / name / "data"
     write_csv(out / "report.csv", list(rows[0]), rows)
-    draw(trajectories, tasks, args.discounts, out / "report.png", title=f"{files[0].name} ({source})", env=args.env)
+    draw(trajectories, tasks, args.discounts, out / "report.png", title=f"{paths[0].name} ({source})", env=args.env)
     print(f"rows: {out / 'report.csv'}\nfigure: {out / 'report.png'}")
     return rows
 
@@ -80,6 +86,41 @@ def listing() -> str:
     return "\n".join(lines)
 
 
+def print_summary(
+    trajectories: files.Trajectories, info: dict[str, Any], *, tasks: Sequence[int], discount: float, num_files: int = 1
+) -> None:
+    """Prints transitions, episodes, and per task return bounds and success; warns where a task is never solved."""
+    terminals = trajectories.terminals
+    episodes, steps = int(terminals.sum()), int((~terminals).sum())
+    print(f"data: {info['name']} (source: {info['source']}, sha256 {info['sha256'][:12]})")
+    if num_files > 1:
+        print(f"  {num_files} files that take turns; the numbers below, and all scales, are those of the first")
+    print(
+        f"  {steps:,} transitions in {episodes:,} episodes, "
+        f"observations {trajectories.observations.shape[1]}-D, actions {trajectories.actions.shape[1]}-D"
+    )
+    if trajectories.rewards is None:
+        return
+    episode_of = np.searchsorted(np.flatnonzero(terminals), np.arange(len(terminals)))
+    bounds = transitions.return_bounds(trajectories.rewards[:, ~terminals], discount)
+    for i, task in enumerate(tasks):
+        solved = (trajectories.masks[i] == 0) & ~terminals
+        ever = len(np.unique(episode_of[solved]))
+        label = f"task {task}" if task else "own rewards"
+        print(
+            f"  {label}: returns within [{bounds[i, 0]:.4g}, {bounds[i, 1]:.4g}] at discount {discount}; "
+            f"solved in {solved[~terminals].mean():.2%} of the transitions, in {ever:,} of {episodes:,} episodes"
+        )
+        last = (trajectories.masks[i] == 0) & terminals
+        if ever == 0 and last.any():
+            print(
+                f"  WARNING: {label} is solved in last rows alone ({last.sum():,}). A last row is no transition: its "
+                f"reward and mask are not used. Append the final observation as one more row."
+            )
+        elif ever == 0 and (task or np.ptp(trajectories.rewards[i, ~terminals]) == 0):
+            print(f"  WARNING: {label} is never solved in this data: its rewards cannot tell actions apart.")
+
+
 def episode_lengths(terminals: np.ndarray) -> Int[np.ndarray, " episodes"]:
     """Transitions of each trajectory."""
     ends = np.flatnonzero(terminals)
@@ -87,7 +128,7 @@ def episode_lengths(terminals: np.ndarray) -> Int[np.ndarray, " episodes"]:
 
 
 def measure(
-    trajectories: data.Trajectories, tasks: tuple[int, ...], discounts: tuple[float, ...]
+    trajectories: files.Trajectories, tasks: tuple[int, ...], discounts: tuple[float, ...]
 ) -> list[dict[str, Any]]:
     """Quantiles of the episode lengths and of the returns-to-go, and the success shares, one row per subject."""
     terminals = trajectories.terminals
@@ -115,16 +156,16 @@ def measure(
     return rows
 
 
-def returns(trajectories: data.Trajectories, task: int, discount: float) -> Float[np.ndarray, " rows"]:
+def returns(trajectories: files.Trajectories, task: int, discount: float) -> Float[np.ndarray, " rows"]:
     """Returns-to-go as far as the trajectory goes; what comes after its end counts nothing."""
-    found, _ = data.monte_carlo_returns(
+    found, _ = transitions.monte_carlo_returns(
         trajectories.rewards[task], trajectories.masks[task], trajectories.terminals, discount=discount
     )
     return found
 
 
 def draw(
-    trajectories: data.Trajectories,
+    trajectories: files.Trajectories,
     tasks: tuple[int, ...],
     discounts: tuple[float, ...],
     path: Path,
@@ -181,7 +222,7 @@ def maze_of(env: str) -> tuple[np.ndarray, float, dict[int, tuple[float, float]]
 
 def _draw_maze(
     axis: Axes,
-    trajectories: data.Trajectories,
+    trajectories: files.Trajectories,
     walls: np.ndarray,
     unit: float,
     goals: dict[int, tuple[float, float]],

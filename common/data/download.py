@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.collect import collect, recipe_of, why_not_collectable
-from common.envs import check_env, collected_path, data_dir, parse_env, validation_path
+from common.data.collect import collect, recipe_of, why_not_collectable
+from common.data.names import check_env, collected_path, data_dir, parse_env, validation_path
 from common.errors import UserError
-from common.metrics import locked, record_sha256, sha256, sha256_path
+from common.files import locked, record_sha256, sha256, sha256_path
 from common.progress import progress
 
 HOSTS = (

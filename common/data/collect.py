@@ -1,6 +1,6 @@
 """Collects OGBench's data with OGBench's own scripted behaviours, on all cores.
 
-    python -m common.collect --env cube-double-play
+    python -m common.data.collect --env cube-double-play
 
 | data | environments | behaviour |
 |---|---|---|
@@ -42,10 +42,13 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from common.args import at_least, check, not_negative, within
-from common.envs import collected_path, import_ogbench, num_cores, parse_env, validation_path
-from common.errors import UserError, run_cli
-from common.metrics import atomic, locked, package_versions, plain, read_json, record_sha256, write_json
+from common.cli import run_cli
+from common.data.names import collected_path, import_ogbench, parse_env, validation_path
+from common.errors import UserError
+from common.files import atomic, locked, plain, read_json, record_sha256, write_json
+from common.machine import num_cores
 from common.progress import progress
+from common.provenance import package_versions
 
 Episode = dict[str, np.ndarray]
 """Arrays of one row per step, under OGBench's names."""
@@ -450,7 +453,7 @@ def _collect(dataset_name: str, recipe: Recipe, train_path: Path, seed: int, wor
                 except BrokenProcessPool:  # which has ended the other processes
                     raise UserError(
                         "a collecting process died: if memory ran out, free some, or pass fewer --workers to "
-                        "common.collect; then run it again: the blocks that are done are kept."
+                        "common.data.collect; then run it again: the blocks that are done are kept."
                     ) from None
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)

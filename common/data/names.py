@@ -1,16 +1,12 @@
 """Names: what `--env` means, which Gymnasium environment and which files belong to it."""
 
-import ctypes
 import dataclasses
-import gc
 import importlib.util
 import os
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
-
-import psutil
 
 from common.errors import UserError
 
@@ -110,35 +106,6 @@ def run_name(env: str, dataset: Path | None) -> str:
 def default_run_dir(name: str, *, quick: bool) -> Path:
     """`runs/NAME`; smoke runs go to `runs/NAME-quick`, where no real run takes their base policy for its own."""
     return Path("runs") / (f"{name}-quick" if quick else name)
-
-
-def num_cores() -> int:
-    """Cores this process may use, as the system, its affinity and the quota of its container allow."""
-    from loky import cpu_count  # which takes a tenth of a second to import
-
-    return cpu_count()
-
-
-def free_memory() -> int:
-    """Bytes of memory that this process may still take, also in a container."""
-    free = [psutil.virtual_memory().available]
-    try:
-        cgroup = Path("/sys/fs/cgroup")
-        limit, used = ((cgroup / name).read_text() for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        cached = int(stat["active_file"]) + int(stat["inactive_file"])  # is given back when it is needed
-        free.append(int(limit) - int(used) + cached)
-    except (OSError, KeyError, ValueError):  # another system, or no limit ("max")
-        pass
-    return min(free)
-
-
-def trim_memory() -> None:
-    """Gives unused memory back to the system (glibc only): compiling a MuJoCo model leaves a lot."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _name_window_library() -> None:

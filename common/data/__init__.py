@@ -1,0 +1,1 @@
+"""Data: OGBench's names, files and where they come from, collection, transitions, descriptions."""
