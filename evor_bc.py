@@ -43,7 +43,7 @@ from common.files import sha256
 from common.networks import FlowPolicy, PolicySpec, Sizes, Standardizer, make_policy
 from common.problem import BasePolicy, Dataset, Problem, Replica, sample_batch
 from common.replicas import chunked
-from common.run import STATES, Run
+from common.run import STATE_FILES, Run, differences
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(steps=2_000, width=128, batch_size=128, episodes=30, steps_per_call=500),
@@ -191,11 +191,17 @@ def load_or_train(args: Any, *, sizes: Sizes, data_sha256: str) -> BasePolicy:
         UserError: what stands there was trained for something else, or not for these seeds.
     """
     path = (args.policy_run_dir or args.directory) / "bc" / "model.eqx"
-    done = path.is_file() and _trained_to_its_end(path)
+    header = checkpoint.read_header(path, stage="bc", remedy="train it anew.") if path.is_file() else None
+    done = header is not None and header["step"] >= header["args"]["steps"]
     if not done and args.policy_run_dir is None:
-        resume = any((path.parent / name).is_file() for name in STATES)
+        resume, wanted = any((path.parent / name).is_file() for name in STATE_FILES), args_for(args)
+        for difference in differences(header, wanted) if header else ():
+            raise UserError(
+                f"the base policy at {path} is not trained to its end, and has {difference}: "
+                f"finish it with evor_bc.py --resume, or pass another --run-dir."
+            )
         print(f"{'unfinished' if resume else 'no'} base policy at {path}: training it first.", flush=True)
-        main(dataclasses.replace(args_for(args), resume=resume))
+        main(dataclasses.replace(wanted, resume=resume))
         gc.collect()  # stage 1's data, before stage 2's are loaded
     elif not path.is_file():
         raise UserError(f"there is no base policy at {path}: train it with evor_bc.py, or leave out --policy-run-dir.")
@@ -209,11 +215,6 @@ def load_or_train(args: Any, *, sizes: Sizes, data_sha256: str) -> BasePolicy:
     )
     index = np.array([header["seeds"].index(seed) for seed in args.policy_seeds])
     return BasePolicy(jax.tree.map(lambda x: jnp.asarray(x)[index], policies), standardizer, path, sha256(path))
-
-
-def _trained_to_its_end(path: Path) -> bool:
-    header = checkpoint.read_header(path, stage="bc", remedy="")
-    return header["step"] >= header["args"]["steps"]
 
 
 def _check_fits(args: Any, header: dict[str, Any], path: Path, sizes: Sizes, data_sha256: str) -> None:

@@ -41,7 +41,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PRNGKeyArray
 
 from common import checkpoint, figures, film
-from common.args import Count, at_least, check, each, not_negative
+from common.args import Count, Seed, at_least, check, each, not_negative
 from common.cli import run_cli
 from common.data.names import check_env, default_run_dir, parse_env
 from common.episodes import Episodes
@@ -104,7 +104,7 @@ class Args:
     """Tasks to evaluate; all that stage 2 trained by default."""
     seeds: Annotated[int | None, at_least(1)] = None
     """Number of seeds to evaluate; all that stage 2 trained by default."""
-    first_seed: Annotated[int, not_negative] = 0
+    first_seed: Seed = 0
     """The first of them, with --seeds."""
     run_dir: Path | None = None
     """The run directory of stage 2; runs/ENV (runs/ENV-quick) by default."""
@@ -134,7 +134,7 @@ class Args:
     # --- evaluation ---
     eval_episodes: Count = 50
     """Episodes per task and seed (OGBench: 50)."""
-    eval_seed: Annotated[int, not_negative] = 0
+    eval_seed: Seed = 0
     """Seed of the initial states."""
     action_noise: Annotated[tuple[float, ...], each(not_negative)] = (0.0,)
     """Standard deviation of Gaussian noise in the executed actions, which are in [-1, 1]: stochastic transitions."""

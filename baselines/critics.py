@@ -208,10 +208,10 @@ def main(args: Args) -> list[dict[str, Any]]:
         evaluation = Evaluation(args, problem, run)
         for step in run.steps():
             if evaluation.is_due(step):
-                evaluation(agents(run.own(state)))
+                evaluation(agents(run.fetch(state)))
             state, metrics = train_chunk(args, state, problem.data(step), problem.replicas)
             run.record(state, metrics)
-        return evaluation.final(agents(run.own(state)))
+        return evaluation.final(agents(run.fetch(state)))
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ from common.data.names import validation_path
 from common.errors import UserError
 from common.files import sha256, write_csv
 from common.provenance import provenance
-from common.run import PLACES
+from common.run import NOT_RESULTS
 from evor_infer import load_agent
 
 NUMBERS = (1, 2, 4, 8, 16, 32, 64)
-MAY_DIFFER = (*PLACES, "seeds", "first_seed", "policy_seed", "tasks", "eval_every", "eval_episodes", "save_every")
+MAY_DIFFER = (*NOT_RESULTS, "seeds", "first_seed", "policy_seed", "tasks", "eval_every", "eval_episodes", "save_every")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,6 +76,7 @@ not_negative = Constraint(lambda x, _: x >= 0, lambda flag, x, _: f"{flag} must 
 positive = Constraint(lambda x, _: x > 0, lambda flag, x, _: f"{flag} must be positive, not {x}.")
 
 Count = Annotated[int, at_least(1)]
+Seed = Annotated[int, within(0, 2**31, brackets="[)")]  # what JAX's keys tell apart
 
 
 def unread(default: Any) -> Any:
@@ -120,7 +121,7 @@ class TrainArgs:
     """OGBench dataset: a short name or a full id. With --dataset, only a name for the run."""
     seeds: Count = 1
     """Number of seeds, all trained in one program: base policies, or a reward model per task and seed."""
-    first_seed: Annotated[int, not_negative] = 0
+    first_seed: Seed = 0
     """The first seed; the others follow it."""
     run_dir: Path | None = unread(None)
     """Where the run goes; runs/ENV (runs/ENV-quick) by default. Stage 1 writes to its folder bc/, stage 2 to value/."""

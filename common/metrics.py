@@ -58,19 +58,26 @@ class Metrics:
                         self.track.log({f"{self.stage}/task{task}/seed{seed}/{metric}": float(value)}, step=step)
 
 
-def start_tracking(project: str, name: str, config: Mapping[str, Any], *, directory: Path | None = None) -> Any:
-    """A Weights & Biases run; the package is imported here and nowhere else.
-
-    Args:
-        directory: that of the run, where `tracking.json` keeps the id: a run that goes on here is one run there, too.
+def import_wandb() -> Any:
+    """Weights & Biases; imported here and nowhere else.
 
     Raises:
-        UserError: `wandb` is not installed.
+        UserError: it is not installed.
     """
     try:
         import wandb
     except ImportError:
         raise UserError("--track needs Weights & Biases: install it with `pip install wandb`.") from None
+    return wandb
+
+
+def start_tracking(project: str, name: str, config: Mapping[str, Any], *, directory: Path | None = None) -> Any:
+    """A Weights & Biases run.
+
+    Args:
+        directory: that of the run, where `tracking.json` keeps the id: a run that goes on here is one run there, too.
+    """
+    wandb = import_wandb()
     settings = dict(project=project, name=name, config=plain(config), reinit="finish_previous")
     if directory is None:
         return wandb.init(**settings)

@@ -29,17 +29,17 @@ from common import checkpoint
 from common.args import check
 from common.errors import UserError
 from common.files import hold_directory, read_json, write_json
-from common.metrics import Metrics, start_tracking
+from common.metrics import Metrics, import_wandb, start_tracking
 from common.progress import progress
 from common.provenance import git_revision, hardware, package_versions
 from common.replicas import fetch, join_hosts, leave_hosts, noted_anywhere, spread, stack_replicas
 
 SAVING_SHARE = 0.05  # of the time: a run saves more often than it has to where that costs less
 # Arguments that say where and how a run is made, and not what comes out.
-PLACES = ("run_dir", "policy_run_dir", "resume", "overwrite", "track", "distributed")
-OVER = "start over with --overwrite instead of --resume."
-STATES = ("train_state.eqx", "train_state.previous.eqx")
-LEFT_BY_A_KILL = (*STATES, "model.eqx", "config.json", "metrics.csv", "evaluation.csv", "calibration.csv")
+NOT_RESULTS = ("run_dir", "policy_run_dir", "resume", "overwrite", "track", "distributed")
+START_OVER = "start over with --overwrite instead of --resume."
+STATE_FILES = ("train_state.eqx", "train_state.previous.eqx")
+LEFT_BY_A_KILL = (*STATE_FILES, "model.eqx", "config.json", "metrics.csv", "evaluation.csv", "calibration.csv")
 
 
 class Signals:
@@ -49,8 +49,8 @@ class Signals:
     def __init__(self):
         self.number, self._old = None, {}
         if threading.current_thread() is threading.main_thread():
-            found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-            self._old = {number: old for number, old in found.items() if old not in (signal.SIG_IGN, None)}
+            handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._old = {number: old for number, old in handlers.items() if old not in (signal.SIG_IGN, None)}
 
     def __enter__(self) -> "Signals":
         for number in self._old:
@@ -86,7 +86,15 @@ def state_to_resume(directory: Path, stage: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    return checkpoint.newest(*(directory / name for name in STATES), stage=stage, remedy=OVER)
+    return checkpoint.newest(*(directory / name for name in STATE_FILES), stage=stage, remedy=START_OVER)
+
+
+def differences(header: dict[str, Any], args: Any) -> Iterator[str]:
+    """In what the arguments of a run that is to be resumed differ from those that its checkpoint names."""
+    may_differ = (*NOT_RESULTS, "dataset", *getattr(args, "evaluation_only", ()))
+    for field, value in checkpoint.plain(args).items():
+        if field not in may_differ and header["args"].get(field) != value:
+            yield f"{field} {header['args'].get(field)!r}, not {value!r}"
 
 
 class Run:
@@ -114,13 +122,15 @@ class Run:
         self.args, self.stage = args, stage
         self.directory = args.directory / stage
         self.diverged: list[tuple[int | str, int]] = []
-        self.resume_path: Path | None = None
+        self.resume_path: Path | None = None  # the newest complete state
         self.last_metrics: dict[str, np.ndarray] = {}
         self._loop: Iterator[int] | None = None
         if args.distributed:
             join_hosts()
+        if args.track:
+            import_wandb()
         if args.resume and self._stands():
-            state_to_resume(self.directory, stage)
+            self.resume_path = state_to_resume(self.directory, stage)
 
     def __enter__(self) -> "Run":
         return self
@@ -130,7 +140,7 @@ class Run:
             self._loop.close()
 
     def _stands(self) -> bool:
-        return any((self.directory / name).is_file() for name in STATES)
+        return any((self.directory / name).is_file() for name in STATE_FILES)
 
     # --- Start ---
 
@@ -149,47 +159,59 @@ class Run:
         self.pairs, self._model = list(problem.pairs), model
         self.header = dict(stage=self.stage, **problem.header(), args=self.args, versions=package_versions())
         self.header |= dict(git_revision=git_revision(), diverged=self.diverged)
-        self._open()
-        self._state = stack_replicas(lambda key: init(self.args, problem.sizes, key=key), problem.init_keys)
-        self.header["model"] = model(self._state).spec()
+        self._claim()
+        state = stack_replicas(lambda key: init(self.args, problem.sizes, key=key), problem.init_keys)
+        self.header["model"] = model(state).spec()
         if self.resume_path is not None:
-            self._state = self._restore(self._state)
-        self._write_config()
-        self.step = int(np.max(self._state.step))
-        self._state = spread(self._state, len(self.pairs))
+            blank = state
+            _, state = checkpoint.load(self.resume_path, lambda _: blank, stage=self.stage, remedy=START_OVER)
+            state = jax.tree.map(jnp.asarray, state)
+        self.step = int(np.max(state.step))
+        self._state = spread(state, len(self.pairs))
         if self.step < self.args.steps:
-            problem.data(self.step)  # loads before the progress bar starts
+            problem.data(self.step)  # takes its memory and its time before an earlier run goes, and the bar starts
+        self._open()
+        self._write_config()
         return self._state
 
-    def _open(self) -> None:
+    def _claim(self) -> None:
+        """Locks the directory, and looks at what stands in it."""
         stands, first_host = self._stands(), jax.process_index() == 0
-        if stands and first_host:
+        something = stands or (self.directory / "model.eqx").is_file()
+        if something and not (self.args.resume or self.args.overwrite):
+            raise UserError(f"a run stands in {self.directory}: pass --resume, --overwrite, or another --run-dir.")
+        if first_host:
             self._lock = hold_directory(self.directory, "--run-dir")
         if stands and self.args.resume:
             self._check_resumable()
-        elif stands and not self.args.overwrite:
-            raise UserError(f"a run stands in {self.directory}: pass --resume, --overwrite, or another --run-dir.")
-        elif first_host:
-            if self.args.resume:
-                print(f"nothing to resume in {self.directory}: starting.", flush=True)
-            self._lock = hold_directory(self.directory, "--run-dir")
+        elif self.args.resume and first_host:
+            print(f"nothing to resume in {self.directory}: starting.", flush=True)
+
+    def _open(self) -> None:
+        """Removes what an earlier run left, and opens the log."""
+        first_host, track = jax.process_index() == 0, None
+        if first_host and self.resume_path is None:
+            (self.directory / "tracking.json").unlink(missing_ok=True)
+        if first_host and self.args.track:
+            name, config = f"{self.header['env']}-{self.stage}", checkpoint.plain(self.args)
+            track = start_tracking("evor", name, config, directory=self.directory)
+        if first_host and self.resume_path is None:
             # Nothing of an earlier run may be taken for this one's. (The bank says itself what it was made of.)
             for path in self.directory.glob("*"):
-                if path.suffix in (".json", ".csv", ".eqx", ".png") and "bank-" not in path.name:
+                kept = path.name == "tracking.json" or path.name.startswith("bank-")
+                if path.suffix in (".json", ".csv", ".eqx", ".png") and not kept:
                     path.unlink()
         if not first_host:
             self._temporary = tempfile.TemporaryDirectory()  # removed with this object
             self.directory = Path(self._temporary.name)
-        self.state_path, self.previous_path = (self.directory / name for name in STATES)
+        self.state_path, self.previous_path = (self.directory / name for name in STATE_FILES)
         self.model_path = self.directory / "model.eqx"
+        if first_host and self.resume_path == self.previous_path:
+            self.state_path.unlink(missing_ok=True)  # damaged: the next one must not push the good one out
         before = (read_json(self.directory / "config.json") if self.resume_path is not None else None) or {}
         self._began = time.monotonic() - before.get("seconds", 0.0)
         used = [*filter(None, before.get("hardware", "").split("; ")), hardware()]
         self._hardware = "; ".join(dict.fromkeys(used))  # of all that the run was trained on
-        track = None
-        if self.args.track and first_host:
-            name, config = f"{self.header['env']}-{self.stage}", checkpoint.plain(self.args)
-            track = start_tracking("evor", name, config, directory=self.directory)
         self.metrics = Metrics(
             self.directory / "metrics.csv",
             stage=self.stage,
@@ -200,30 +222,21 @@ class Run:
 
     def _check_resumable(self) -> None:
         """Whether the state that stands here is one of this run; removes what a kill left half written."""
-        self.resume_path = state_to_resume(self.directory, self.stage)
-        old = self._old = checkpoint.read_header(self.resume_path, stage=self.stage, remedy=OVER)
+        self.resume_path = self.resume_path or state_to_resume(self.directory, self.stage)
+        old = self._old = checkpoint.read_header(self.resume_path, stage=self.stage, remedy=START_OVER)
         self.diverged += [tuple(replica) for replica in old.get("diverged", ())]
-        may_differ = (*PLACES, "dataset", *getattr(self.args, "evaluation_only", ()))
-        for field, value in checkpoint.plain(self.args).items():
-            if field not in may_differ and old["args"].get(field) != value:
-                raise UserError(
-                    f"--resume: the run in {self.directory} has {field} {old['args'].get(field)!r}, not {value!r}: "
-                    f"pass the same arguments, or {OVER}"
-                )
+        for difference in differences(old, self.args):
+            raise UserError(
+                f"--resume: the run in {self.directory} has {difference}: pass the same arguments, or {START_OVER}"
+            )
         if old["data"]["sha256"] != self.header["data"]["sha256"]:
-            raise UserError(f"--resume: the run in {self.directory} was trained on other data: {OVER}")
+            raise UserError(f"--resume: the run in {self.directory} was trained on other data: {START_OVER}")
         if old.get("policy_sha256") != self.header.get("policy_sha256"):
-            raise UserError(f"--resume: the run in {self.directory} had another base policy: {OVER}")
+            raise UserError(f"--resume: the run in {self.directory} had another base policy: {START_OVER}")
         if jax.process_index() == 0:
             for name in LEFT_BY_A_KILL:
                 for path in self.directory.glob(f".*.{name}"):
                     path.unlink()
-
-    def _restore(self, state: Any) -> Any:
-        _, saved = checkpoint.load(self.resume_path, lambda header: state, stage=self.stage, remedy=OVER)
-        if self.resume_path != self.state_path:
-            self.state_path.unlink(missing_ok=True)  # damaged: the next one must not push the good one out
-        return jax.tree.map(jnp.asarray, saved)
 
     def _write_config(self) -> None:
         # Not in the checkpoints: those of equal runs are equal.
@@ -252,7 +265,7 @@ class Run:
                 self._chunk_began = time.monotonic()
                 yield step
         if first == args.steps:
-            state = self.own(self._state)  # on all hosts
+            state = self.fetch(self._state)  # on all hosts
             if jax.process_index() == 0 and not checkpoint.complete(self.model_path):
                 checkpoint.save(self.model_path, {**self.header, "step": first}, self._model(state))  # somebody lost it
         if jax.process_count() > 1:
@@ -261,7 +274,7 @@ class Run:
     def record(self, state: Any, metrics: dict[str, Any]) -> None:
         """Takes the state after a chunk and its mean metrics: logs, gives up what is not finite, saves where due."""
         args = self.args
-        values = self.own(metrics)
+        values = self.fetch(metrics)
         milliseconds = 1e3 * (time.monotonic() - self._chunk_began) / args.steps_per_call
         self._state, self.step = state, self.step + args.steps_per_call
         self._give_up_diverged(values)
@@ -272,7 +285,7 @@ class Run:
         self._bar.set_postfix(loss=f"{np.mean(self.last_metrics['loss']):.4g}", ms=f"{milliseconds:.2f}")
         self._save_where_due()
 
-    def own(self, tree: Any) -> Any:
+    def fetch(self, tree: Any) -> Any:
         """The run's own replicas of a tree that lies on the devices, on the host. All hosts have to call it."""
         return fetch(tree, len(self.pairs))
 
@@ -327,7 +340,7 @@ class Run:
         """Writes a checkpoint, unless that of this step stands."""
         if self._saved_step == self.step:
             return
-        began, state = time.monotonic(), self.own(self._state)
+        began, state = time.monotonic(), self.fetch(self._state)
         finite = np.ones(len(self.pairs), bool)
         for leaf in jax.tree.leaves(state):
             if jnp.issubdtype(leaf.dtype, jnp.floating):

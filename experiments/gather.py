@@ -9,12 +9,12 @@ from common import checkpoint
 from common.errors import UserError
 from common.evaluation import read_episodes, summarise
 from common.files import read_csv, sha256
-from common.run import PLACES
+from common.run import NOT_RESULTS
 from experiments.rows import Frame, complete, frame
 
 FILES = ("config.json", "evaluation.csv", "calibration.csv", "model.eqx")
 READOUT = ("num_returns", "return_temperature", "action_temperature")
-OF_A_SEED = (*PLACES, "seeds", "first_seed")
+OF_A_SEED = (*NOT_RESULTS, "seeds", "first_seed")
 OF_AN_EPISODE = ("task", "seed", "step", "num_actions", "episode", "success", "length", "total")
 SHARED = ("env", "run", "td_target", "next_action", "critic", "horizon", "data_sha256", "git_revision")
 

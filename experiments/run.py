@@ -27,13 +27,13 @@ from common.cli import parse_args, run_cli
 from common.data.names import default_run_dir, run_name
 from common.errors import UserError
 from common.files import plain, read_csv, read_json, sha256
-from common.run import PLACES
+from common.run import NOT_RESULTS
 from experiments.gather import of_readout
 from experiments.table import ENVIRONMENTS, EXPERIMENTS, MINUTES, NAMED_ONLY
 
 ROOT = Path(__file__).parent.parent
 TRAINED = {"evor_bc": "bc", "evor_value": "value", "baselines.critics": "value", "baselines.qc": "value"}
-MAY_DIFFER = (*PLACES, "workers", "save_every", "video")
+MAY_DIFFER = (*NOT_RESULTS, "workers", "save_every", "video")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,12 +16,12 @@ from common.errors import UserError
 from common.files import read_csv
 from common.metrics import CALIBRATED
 from common.provenance import VERSIONS
-from common.run import PLACES
+from common.run import NOT_RESULTS
 from experiments.gather import READOUT, finished, of_readout
 from experiments.rows import Frame, Place, frame, numbers, percent, rate, table
 
 FILES = ("episodes.csv", "metrics.csv")
-NOT_SETTINGS = (*PLACES, "eval_every", "save_every", "steps_per_call")
+NOT_SETTINGS = (*NOT_RESULTS, "eval_every", "save_every", "steps_per_call")
 OF_AN_EPISODE = ("task", "seed", "step", "num_actions", "num_returns", "episode", "success", "length")
 HEADER = "run | steps | success | mean of the last three evaluations | bias | CRPS"
 

@@ -399,6 +399,7 @@ MISTAKES_OF_TRAINING = {
     "save_every and steps per call": (dict(save_every=3), "--save-every 3|--steps-per-call 2"),
     "no steps per call": (dict(steps_per_call=0), "--steps-per-call"),
     "negative steps per call": (dict(steps_per_call=-2), "--steps-per-call"),
+    "a seed that JAX does not tell from another": (dict(first_seed=2**32), "--first-seed must be in [0, 2147483648)"),
     "a negative seed": (dict(first_seed=-1), "--first-seed|negative"),
     "no seeds": (dict(seeds=0), "--seeds|at least 1"),
     "a coordinate that does not exist": (dict(ignore_observations=(0, 99)), "--ignore-observations [0, 99]"),
@@ -572,4 +573,6 @@ def test_a_base_policy_that_was_not_trained_to_its_end(here: Path):
         with pytest.raises(KeyboardInterrupt):
             bc(save_every=2)()
     assert (here / "run" / "bc" / "model.eqx").is_file()
-    fails_cleanly(value(), here, "run/bc|--resume")
+    fails_cleanly(
+        value(), here, "run/bc|is not trained to its end, and has|finish it with evor_bc.py --resume|--run-dir"
+    )

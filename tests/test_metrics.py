@@ -171,7 +171,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path):
 def test_a_lock_is_held_as_long_as_something_refers_to_it(tmp_path: Path):
     """By this process, which gets it as often as it asks. Fails if another process gets it, or if it stays for ever."""
     path = tmp_path / ".lock"
-    code = "import pathlib, sys; from common.metrics import hold; print(hold(pathlib.Path(sys.argv[1])) is None)"
+    code = "import pathlib, sys; from common.files import hold; print(hold(pathlib.Path(sys.argv[1])) is None)"
 
     def another_process_is_refused() -> bool:
         command = [sys.executable, "-c", code, str(path)]

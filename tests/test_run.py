@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from common.args import multiple_of
 from common.errors import UserError
 from common.networks import Standardizer
 from common.replicas import over_replicas, stack_replicas
-from common.run import STATES, Run, Signals, state_to_resume
+from common.run import STATE_FILES, Run, Signals, state_to_resume
 from tests.helpers import arrays, contents
 from tests.processes import ROOT
 
@@ -209,7 +210,7 @@ def train(
         for step in run.steps():
             assert step == int(state.step[0])
             if evaluate is not None and step > 0 and step % evaluate_every == 0:
-                run.on_first_host(functools.partial(evaluate, step, run.own(state)))
+                run.on_first_host(functools.partial(evaluate, step, run.fetch(state)))
             if step == until:
                 raise KeyboardInterrupt
             if signal_at and step == signal_at[0]:
@@ -219,7 +220,7 @@ def train(
             )
             state = state._replace(weight=jnp.where(state.step == np.array(bad_steps), jnp.nan, state.weight))
             run.record(state, {"loss": state.weight})
-        return run, run.own(state)
+        return run, run.fetch(state)
 
 
 @pytest.mark.parametrize("share", [0.0, 1e9])
@@ -348,12 +349,15 @@ def test_tracking_gets_every_replica(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("damage", [b"", b"no checkpoint", None])
-def test_a_damaged_state_gives_way_to_the_one_before_it(tmp_path: Path, damage: bytes | None):
-    """The same result, from one checkpoint earlier; and the good one is not pushed out by the bad one."""
+def test_a_damaged_state_gives_way_to_the_one_before_it(
+    tmp_path: Path, damage: bytes | None, capsys: pytest.CaptureFixture
+):
+    """The same result, from one checkpoint earlier, of which one warning tells; and the good one is not pushed out by
+    the bad one."""
     train(tmp_path / "whole", Args())
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "stopped", Args(), until=8)
-    state, previous = (tmp_path / "stopped/toy" / name for name in STATES)
+    state, previous = (tmp_path / "stopped/toy" / name for name in STATE_FILES)
     if damage is None:
         state.unlink()
     else:
@@ -361,6 +365,7 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(tmp_path: Path, damage: 
     step = checkpoint.read_header(previous, stage="toy", remedy="")["step"]
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "stopped", Args(resume=True), until=step)  # killed again, before it saved anything
+    assert capsys.readouterr().err.count("going on from the one before it") == 1
     assert state_to_resume(tmp_path / "stopped/toy", "toy") == previous
     with pytest.raises(UserError, match="pass --resume"):
         open_run(tmp_path / "stopped", Args())
@@ -482,6 +487,31 @@ def test_resuming_nothing_starts(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert arrays(tmp_path / "run/toy/model.eqx") == arrays(tmp_path / "whole/toy/model.eqx")
 
 
+def test_a_model_alone_is_not_overwritten(tmp_path: Path):
+    """One that was copied from elsewhere, say. Fails if the run begins, or removes anything."""
+    train(tmp_path, Args())
+    for name in STATE_FILES:
+        (tmp_path / "toy" / name).unlink()
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="a run stands in"):
+        train(tmp_path, Args())
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("missing", ["wandb", "memory"])
+def test_an_old_run_stays_until_the_new_one_can_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str):
+    """Without Weights & Biases, or without memory for the data, `--overwrite` removes nothing."""
+    train(tmp_path, Args())
+    before = contents(tmp_path)
+    if missing == "wandb":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    else:
+        monkeypatch.setattr(Problem, "data", mock.Mock(side_effect=MemoryError))
+    with pytest.raises((UserError, MemoryError)):
+        train(tmp_path, Args(overwrite=True, track=missing == "wandb"))
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("damage", [None, b"x"])
 def test_a_finished_run_mends_its_model(tmp_path: Path, damage: bytes | None):
     path = train(tmp_path, Args())[0].model_path
@@ -565,7 +595,7 @@ def test_the_data_of_the_first_chunk_are_asked_for_before_the_loop(tmp_path: Pat
 def test_what_stands_there_is_looked_at_before_anything_is_read(tmp_path: Path):
     """A state that cannot be continued is said by `Run` itself, before the data are loaded for minutes."""
     train(tmp_path, Args())
-    for name in STATES:
+    for name in STATE_FILES:
         (tmp_path / "toy" / name).write_bytes(b"x")
     with pytest.raises(UserError, match=r"not a checkpoint of this project"):
         Run(Args(run_dir=tmp_path, resume=True), stage="toy")
