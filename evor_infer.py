@@ -28,8 +28,6 @@ return noise for all candidates. *Ours*, not disclosed there: N, both temperatur
 import dataclasses
 import functools
 import itertools
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,14 +38,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PRNGKeyArray
 
-from common import checkpoint, figures, film
+from common import checkpoint, film
 from common.args import Count, Seed, at_least, check, each, not_negative
 from common.cli import run_cli
 from common.data.names import check_env, default_run_dir, parse_env
 from common.episodes import Episodes
 from common.errors import UserError
-from common.evaluation import play, summarise
-from common.files import hold_directory, sha256, write_csv, write_json
+from common.evaluation import play
 from common.flow import Ode, Solver
 from common.networks import (
     Critic,
@@ -61,9 +58,9 @@ from common.networks import (
     make_policy,
     stratified_normal,
 )
-from common.provenance import git_revision, hardware, package_versions
 from common.replicas import in_blocks, over_replicas
 from common.returns import ReturnAxis, blank_axis
+from common.sweep import Sweep
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(num_actions=(1, 4), num_returns=(4,), eval_episodes=4),
@@ -399,15 +396,17 @@ def _act(agent, observations, settings, *, key):
     return in_blocks(one, observations, keys, rows=settings.num_actions * settings.num_returns)
 
 
+def _act_at(agent, settings, key, observation, episode, step):
+    return act_one(agent, observation, settings, key=jax.random.fold_in(jax.random.fold_in(key, episode), step))
+
+
 @jax.jit
 def _decide(agents, observations, episodes, steps, settings, *, keys):
-    def per_replica(agent, observations, episodes, steps, key):
-        def one(observation, episode, step):
-            return act_one(agent, observation, settings, key=jax.random.fold_in(jax.random.fold_in(key, episode), step))
+    def of_replica(agent, observations, episodes, steps, key):
+        act = functools.partial(_act_at, agent, settings, key)
+        return in_blocks(act, observations, episodes, steps, rows=settings.num_actions * settings.num_returns)
 
-        return in_blocks(one, observations, episodes, steps, rows=settings.num_actions * settings.num_returns)
-
-    return over_replicas(per_replica, agents, observations, episodes, steps, keys)
+    return over_replicas(of_replica, agents, observations, episodes, steps, keys)
 
 
 @jax.jit
@@ -442,44 +441,32 @@ def _q_value(agent, observations, actions, settings, *, key):
     return in_blocks(one, observations, actions, rows=settings.num_returns)
 
 
+def init_agent(spec: AgentSpec, *, key: PRNGKeyArray) -> Agent:
+    """An agent of these shapes that has learned nothing."""
+    policy, critic = make_policy(spec.policy, key=key), make_critic(spec.critic, key=key)
+    zeros = jnp.zeros(spec.policy.observation)
+    return Agent(policy, critic, Standardizer(zeros, zeros), blank_axis(spec.knots), spec.horizon)
+
+
 def load_agents(
     run_dir: Path, *, tasks: Sequence[int] = (), seeds: Sequence[int] = ()
 ) -> tuple[dict[str, Any], list[tuple[int, int]], Agent]:
     """Header of stage 2, the chosen (task, seed) pairs, and their agents stacked along a leading axis.
 
     Raises:
-        UserError: stage 2 is missing, or has not the tasks or seeds asked for, or all of them diverged.
+        UserError: stage 2 is missing, or has not the tasks or seeds asked for.
     """
     path = run_dir / "value" / "model.eqx"
 
     def build(header):
         spec = checkpoint.read_spec(AgentSpec, header["model"], path)
-        zeros = jnp.zeros(spec.policy.observation)
-
-        def one(key):
-            policy, critic = make_policy(spec.policy, key=key), make_critic(spec.critic, key=key)
-            return Agent(policy, critic, Standardizer(zeros, zeros), blank_axis(spec.knots), spec.horizon)
-
-        return jax.vmap(one)(jax.random.split(jax.random.key(0), len(header["replicas"])))
+        keys = jax.random.split(jax.random.key(0), len(header["replicas"]))
+        return eqx.filter_eval_shape(jax.vmap(lambda key: init_agent(spec, key=key)), keys)
 
     header, agents = checkpoint.load(path, build, stage="value", remedy="train it with evor_value.py first.")
-    pairs = [tuple(pair) for pair in header["replicas"]]
-    for name, wanted, index in (("task", tasks, 0), ("seed", seeds, 1)):
-        have = {pair[index] for pair in pairs}
-        if missing := set(wanted) - have:
-            raise UserError(
-                f"{path.parent} has no {name} {min(missing)}: it has {sorted(have)}; train it with evor_value.py."
-            )
-    chosen = [i for i, (t, s) in enumerate(pairs) if (not tasks or t in tasks) and (not seeds or s in seeds)]
-    diverged = {tuple(pair) for pair in header.get("diverged", ())}
-    lost = [pairs[i] for i in chosen if pairs[i] in diverged]
-    if lost:
-        report = f"{path.parent}: (task, seed) {', '.join(map(str, lost))} diverged in training"
-        if len(lost) == len(chosen):
-            raise UserError(f"{report}: train it again with a smaller --learning-rate, or choose another.")
-        print(f"warning: {report}: left out.", file=sys.stderr)
-    chosen = [i for i in chosen if pairs[i] not in lost]
-    return header, [pairs[i] for i in chosen], jax.tree.map(lambda x: jnp.asarray(x)[np.array(chosen)], agents)
+    chosen = checkpoint.choose(header, path, tasks=tasks, seeds=seeds)
+    pairs = [tuple(header["replicas"][i]) for i in chosen]
+    return header, pairs, jax.tree.map(lambda x: jnp.asarray(x)[np.array(chosen)], agents)
 
 
 def load_agent(run_dir: str | Path, *, task: int | None = None, seed: int | None = None) -> Agent:
@@ -499,33 +486,27 @@ def load_agent(run_dir: str | Path, *, task: int | None = None, seed: int | None
 # --- Sweeps ------------------------------------------------------------------------------------------------------
 
 
-def open_run(args: Args) -> tuple[dict[str, Any], list[tuple[int, int]], Agent, Path]:
-    """Header, (task, seed) pairs and agents of the run to evaluate, and the folder for what comes out.
+def open_run(args: Args) -> tuple[dict[str, Any], list[tuple[int, int]], Agent]:
+    """Header, (task, seed) pairs and agents of the run to evaluate.
 
     Raises:
         UserError: there is no such run, or no environment to evaluate it in.
     """
     name, run_dir = parse_env(args.env), args.directory
-    out = run_dir / args.out
-    trained = any((out / name).is_file() for name in ("model.eqx", "train_state.eqx"))
-    if trained or out.resolve() in {(run_dir / folder).resolve() for folder in ("", "bc", "value")}:
-        raise UserError(f"--out {args.out}: {out} is not for sweeps: name another folder.")
     seeds = () if args.seeds is None else range(args.first_seed, args.first_seed + args.seeds)
     header, pairs, agents = load_agents(run_dir, tasks=args.tasks, seeds=seeds)
     checkpoint.require(header, run_dir / "value" / "model.eqx", env=name.short)
     check_env(name)
     if 0 in {task for task, _ in pairs}:
         raise UserError(f"{run_dir} was trained on rewards of its own: there is no environment to evaluate it in.")
-    return header, pairs, agents, out
+    return header, pairs, agents
 
 
-def write_rows(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Writes the episodes so far, and their summary, which is returned."""
-    by = ("env", "data_source", "action_noise", *(field.name for field in dataclasses.fields(Extraction)), "task")
-    summary = summarise(rows, by)
-    write_csv(out / "episodes.csv", list(rows[0]), rows)
-    write_csv(out / "summary.csv", list(summary[0]), summary)
-    return summary
+def combinations(args: Args) -> list[Extraction]:
+    """All combinations of the lists."""
+    grid = itertools.product(args.num_actions, args.num_returns, args.return_temperature, args.action_temperature)
+    rest = args.flow_steps, args.solver, args.independent_noise, args.absolute
+    return list(dict.fromkeys(Extraction(*point, *rest) for point in grid))
 
 
 def main(args: Args) -> list[dict[str, Any]]:
@@ -533,31 +514,16 @@ def main(args: Args) -> list[dict[str, Any]]:
     check(args)
     if args.video is not None:
         film.prepare(args.video)  # now, rather than after the sweep
-    began, (header, pairs, agents, out) = time.monotonic(), open_run(args)
-    grid = itertools.product(args.num_actions, args.num_returns, args.return_temperature, args.action_temperature)
-    rest = args.flow_steps, args.solver, args.independent_noise, args.absolute
-    sweep = list(dict.fromkeys(Extraction(*point, *rest) for point in grid))
+    header, pairs, agents = open_run(args)
     gym_ids = [parse_env(args.env).gym_id(task) for task, _ in pairs]
     filmed = film.open_env(gym_ids[0], args.action_noise[-1]) if args.video is not None else None
-    about = dict(env=header["env"], data_source=header["data"]["source"], data_sha256=header["data"]["sha256"])
-    about |= dict(eval_seed=args.eval_seed)
     in_common = dict(num_episodes=args.eval_episodes, horizon=agents.horizon, seed=args.eval_seed)
-    rows: list[dict[str, Any]] = []
-    _lock = hold_directory(out, "--out")  # until this function ends
-    (out / "config.json").unlink(missing_ok=True)  # of the sweep before
+    sweep = Sweep(args, header, settings=[field.name for field in dataclasses.fields(Extraction)])
     for noise in dict.fromkeys(args.action_noise):
         with Episodes(gym_ids, **in_common, action_noise=noise, workers=args.workers) as episodes:
-            for settings in sweep:
-                played = play(agents, episodes, settings, pairs=pairs, seed=args.eval_seed, action_noise=noise)
-                rows += [about | row for row in played]
-                summary = write_rows(out, rows)
-    # Last: where it stands, all that it describes does.
-    config = dict(stage="infer", env=header["env"], args=args, data=header["data"])
-    config |= dict(policy_sha256=header["policy_sha256"], critic_sha256=sha256(args.directory / "value" / "model.eqx"))
-    config |= dict(versions=package_versions(), git_revision=git_revision(), hardware=hardware())
-    config |= dict(seconds=round(time.monotonic() - began, 1))
-    write_json(out / "config.json", config)
-    report(summary, out, title=f"{header['env']} ({header['data']['source']} data)")
+            for settings in combinations(args):
+                sweep.add(play(agents, episodes, settings, pairs=pairs, seed=args.eval_seed, action_noise=noise))
+    summary = sweep.finish()
     if filmed is not None:
         title = f"{header['env']}, task {pairs[0][0]}, best of {settings.num_actions}"
         film.film_episode(first_of(agents), settings, filmed, args.video, seed=args.eval_seed, title=title)
@@ -566,19 +532,6 @@ def main(args: Args) -> list[dict[str, Any]]:
 
 def first_of(agents: Agent) -> Agent:
     return jax.tree.map(lambda x: x[0], agents)
-
-
-def report(summary: list[dict[str, Any]], out: Path, *, title: str) -> None:
-    """Prints and draws a sweep."""
-    figures.sweep(summary, out / "sweep.png", title=title)
-    for row in summary:
-        print(
-            f"task {row['task']}  N_pi {row['num_actions']:<3} N {row['num_returns']:<3} "
-            f"tau_R {row['return_temperature']:<5g} tau_Q {row['action_temperature']:<5g} noise "
-            f"{row['action_noise']:<5g} "
-            f"success {row['success']:.0%} [{row['low']:.0%}, {row['high']:.0%}] of {row['episodes']} episodes"
-        )
-    print(f"rows: {out / 'episodes.csv'}\nsummary: {out / 'summary.csv'}\nfigure: {out / 'sweep.png'}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, get_type_hints
 
@@ -255,3 +255,30 @@ def require(header: dict[str, Any], path: Path, **expected: Any) -> None:
                 f"{path} was made with {name} {header.get(name)!r}, this run has {plain(value)!r}: "
                 f"pass the same {name}, or another --run-dir."
             )
+
+
+def choose(
+    header: dict[str, Any], path: Path, *, tasks: Collection[int] = (), seeds: Collection[int] = ()
+) -> list[int]:
+    """Which replicas of a stage 2 have these tasks and seeds, all of them by default. Those that diverged are left out,
+    with a warning.
+
+    Raises:
+        UserError: a task or seed is missing, or all of them diverged.
+    """
+    pairs = [tuple(pair) for pair in header["replicas"]]
+    for name, wanted, index in (("task", tasks, 0), ("seed", seeds, 1)):
+        have = {pair[index] for pair in pairs}
+        if missing := set(wanted) - have:
+            raise UserError(
+                f"{path.parent} has no {name} {min(missing)}: it has {sorted(have)}; train it with evor_value.py."
+            )
+    chosen = [i for i, (t, s) in enumerate(pairs) if (not tasks or t in tasks) and (not seeds or s in seeds)]
+    diverged = {tuple(pair) for pair in header.get("diverged", ())}
+    lost = [i for i in chosen if pairs[i] in diverged]
+    if lost:
+        report = f"{path.parent}: (task, seed) {', '.join(str(pairs[i]) for i in lost)} diverged in training"
+        if len(lost) == len(chosen):
+            raise UserError(f"{report}: train it again with a smaller --learning-rate, or choose another.")
+        print(f"warning: {report}: left out.", file=sys.stderr)
+    return [i for i in chosen if i not in lost]

@@ -43,12 +43,12 @@ def chunked(train_step: Callable) -> Callable:
     `state`, whose memory is reused, and `replicas` have a leading axis of replicas. Metrics are means over the steps.
     """
 
+    def steps(args: Any, dataset: Any, state: Any, replica: Any) -> tuple[Any, dict[str, Array]]:
+        return jax.lax.scan(lambda s, _: train_step(args, s, dataset, replica), state, length=args.steps_per_call)
+
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def train_chunk(args: Any, state: Any, dataset: Any, replicas: Any) -> tuple[Any, dict[str, Array]]:
-        def steps_of_one(state, replica):
-            return jax.lax.scan(lambda s, _: train_step(args, s, dataset, replica), state, length=args.steps_per_call)
-
-        state, metrics = over_replicas(steps_of_one, state, replicas)
+        state, metrics = over_replicas(functools.partial(steps, args, dataset), state, replicas)
         return state, jax.tree.map(lambda m: jnp.mean(m, axis=1), metrics)
 
     return train_chunk

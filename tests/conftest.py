@@ -1,10 +1,15 @@
 """Settings that remove whole classes of mistakes; they hold for every test."""
 
 import os
+import tempfile
 
 os.environ.setdefault("MUJOCO_GL", "disable")
 os.environ["EVOR_DATA_HOSTS"] = ""  # no test downloads anything from the real hosts
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # (B,) against (B, 1) is an error, in worker processes too
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # pytest's own process: its workers, and what they start, share it
+    _cache = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 from jaxtyping import install_import_hook
 

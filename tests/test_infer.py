@@ -18,7 +18,11 @@ from common.files import write_csv
 from common.flow import Ode
 from common.networks import FlowCritic, FlowPolicy, Standardizer
 from common.returns import affine_axis
+from common.sweep import Sweep
 from evor_infer import Agent, Extraction, log_mean_exp, select
+
+
+act_one = jax.jit(evor_infer.act_one)
 
 
 def make_agent(seed=0, kind="mlp"):
@@ -79,13 +83,13 @@ def test_one_action_is_the_base_policy():
     """num_actions = 1 returns the flow of the candidate noise, whatever the critic says."""
     agent, x = make_agent(), jnp.array([0.3, -0.2, 0.9])
     key = jax.random.key(4)
-    action = evor_infer.act_one(agent, x, Extraction(num_actions=1, flow_steps=5), key=key)
+    action = act_one(agent, x, Extraction(num_actions=1, flow_steps=5), key=key)
     noise = jax.random.normal(jax.random.split(key, 3)[0], (1, 2))
     expected = agent.policy.sample((x - agent.standardizer.mean) / agent.standardizer.std, noise, Ode())[0]
     np.testing.assert_allclose(action, expected, rtol=1e-6)
     broken = dataclasses.replace(agent, critic=jax.tree.map(lambda x: x * jnp.nan, agent.critic))
     np.testing.assert_array_equal(
-        evor_infer.act_one(broken, x, Extraction(num_actions=1, flow_steps=5), key=key), action
+        act_one(broken, x, Extraction(num_actions=1, flow_steps=5), key=key), action
     )
 
 
@@ -93,12 +97,13 @@ def test_one_action_is_the_base_policy():
 def test_greedy_action_is_the_candidate_with_the_largest_score(kind):
     agent, x, key = make_agent(kind=kind), jnp.array([0.3, -0.2, 0.9]), jax.random.key(4)
     settings = Extraction(num_actions=8, num_returns=5, return_temperature=0.2, action_temperature=0.0, flow_steps=4)
-    action = evor_infer.act_one(agent, x, settings, key=key)
+    action = act_one(agent, x, settings, key=key)
     standard = agent.standardizer(x)
     noise = jax.random.normal(jax.random.split(key, 3)[0], (8, 2))
     candidates = agent.policy.sample(standard, noise, Ode(4))
     z = evor_infer.return_noise(settings, key=key)
-    returns = jnp.stack([agent.critic.sample(standard, c, z, Ode(4)) for c in candidates])
+    sample = jax.jit(lambda x, a, z: agent.critic.sample(x, a, z, Ode(4)))
+    returns = jnp.stack([sample(standard, c, z) for c in candidates])
     best = int(np.argmax([float(log_mean_exp(r, 0.2)) for r in returns]))
     np.testing.assert_allclose(action, candidates[best], rtol=1e-5)
     worst = int(np.argmin([float(log_mean_exp(r, 0.2)) for r in returns]))
@@ -127,7 +132,7 @@ def test_batched_equals_one_observation_at_a_time():
     for settings in (dict(num_actions=4, num_returns=3, flow_steps=3), OTHERS):
         batched = agent.act(observations, key=key, **settings)
         extraction = Extraction(**settings)
-        single = [evor_infer.act_one(agent, x, extraction, key=k) for x, k in zip(observations, keys, strict=True)]
+        single = [act_one(agent, x, extraction, key=k) for x, k in zip(observations, keys, strict=True)]
         assert batched.shape == (6, 1, 2)
         np.testing.assert_allclose(batched[:, 0], jnp.stack(single), rtol=1e-4, atol=1e-5)
 
@@ -143,7 +148,7 @@ def test_replicas_act_with_their_own_parameters_and_episode_keys():
     key = jax.random.fold_in(jax.random.fold_in(keys[1], 1), 0)
     np.testing.assert_allclose(
         actions[1, 1, 0],
-        evor_infer.act_one(make_agent(1), observations[0, 0], settings, key=key),
+        act_one(make_agent(1), observations[0, 0], settings, key=key),
         rtol=1e-4,
         atol=1e-6,
     )
@@ -291,12 +296,12 @@ def test_chunks_are_actions_in_a_row():
     agent, x, key = dataclasses.replace(make_agent(), horizon=2), jnp.ones((1, 3)), jax.random.key(0)
     settings = Extraction(num_actions=4, num_returns=3)
     actions = agent.act(x, key=key, num_actions=4, num_returns=3)
-    vector = evor_infer.act_one(agent, x[0], settings, key=jax.random.split(key, 1)[0])
+    vector = act_one(agent, x[0], settings, key=jax.random.split(key, 1)[0])
     assert actions.shape == (1, 2, 1) and abs(float(vector[0] - vector[1])) > 1e-2
     np.testing.assert_allclose(actions.ravel(), vector, rtol=1e-4, atol=1e-5)
     count = jnp.zeros((1, 1), int)
     decided = jax.tree.map(lambda a: a[None], agent).decide(x[None], count, count, settings, keys=key[None])
-    vector = evor_infer.act_one(agent, x[0], settings, key=jax.random.fold_in(jax.random.fold_in(key, 0), 0))
+    vector = act_one(agent, x[0], settings, key=jax.random.fold_in(jax.random.fold_in(key, 0), 0))
     assert decided.shape == (1, 1, 2, 1)
     np.testing.assert_allclose(decided.ravel(), vector, rtol=1e-4, atol=1e-5)
     flat, chunked = (agent.sample_returns(x, actions.reshape(shape), 4, key=key) for shape in ((1, 2), (1, 2, 1)))
@@ -309,4 +314,4 @@ def test_a_sweep_does_not_go_where_a_model_stands(tmp_path: Path):
     other.mkdir(parents=True)
     (other / "model.eqx").write_bytes(b"a model")
     with pytest.raises(UserError, match="is not for sweeps: name another folder"):
-        evor_infer.open_run(evor_infer.Args(env="cube-single-play", run_dir=tmp_path / "run", out=str(other)))
+        Sweep(evor_infer.Args(env="cube-single-play", run_dir=tmp_path / "run", out=str(other)), {}, settings=())
