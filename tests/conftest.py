@@ -33,3 +33,11 @@ def forget_compiled_programs() -> Iterator[None]:
     yield
     jax.clear_caches()
     gc.collect()
+
+
+LONGEST = ("test_training", "test_kill", "test_value", "test_infer", "test_data", "test_qc", "test_baselines")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no process is left with one at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)

@@ -2,11 +2,20 @@
 
 import hashlib
 import json
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
 from common import checkpoint
+
+
+def mostly_slow(values: Iterable[Any], *, but: Collection[Any]) -> list[Any]:
+    """Parameters of a test, tuples where it has several; those that are not in `but` belong to the slow tier."""
+    rows = ((value, value if isinstance(value, tuple) else (value,)) for value in values)
+    return [value if value in but else pytest.param(*row, marks=pytest.mark.slow) for value, row in rows]
 
 
 def tiny_dataset(

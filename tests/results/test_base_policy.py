@@ -51,6 +51,7 @@ def test_a_policy_that_ignores_the_cubes_explains_as_much_with_shuffled_ones():
     assert full == shuffled and abs(full - 0.5) < 0.1
 
 
+@pytest.mark.slow
 def test_policies_are_measured_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Two untrained policies lift nothing; each row names its training. One of other data is refused."""
     monkeypatch.setenv("HOME", str(tmp_path))

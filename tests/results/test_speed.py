@@ -91,6 +91,7 @@ def test_rows_relate_a_case_to_the_first_and_to_bc(monkeypatch):
     assert rows[0]["peak_share"] == 1.0 and rows[2]["peak_share"] == 0.25
 
 
+@pytest.mark.slow
 def test_table_and_figure_of_small_groups(tmp_path, monkeypatch):
     """The groups that need no environment, at a size that means nothing: every row has its unit and its machine."""
     small = dataclasses.replace(ARGS, groups=("replicas", "data", "run"), out=tmp_path)

@@ -22,7 +22,7 @@ from common.networks import DirectCritic, Sizes
 from common.problem import Dataset, Replica, action_chunks
 from common.returns import affine_axis
 from tests.helpers import arrays, tiny_dataset
-from tests.test_training import Interrupted, files, interrupt_at
+from tests.run.test_training import Interrupted, files, interrupt_at
 
 ARGS = qc.Args(
     horizon=3, width=16, depth=2, batch_size=32, num_next_actions=5, steps_per_call=1, steps=1, flow_steps=4,

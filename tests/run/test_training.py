@@ -30,7 +30,7 @@ from common.metrics import Metrics
 from common.run import Run
 from tests.helpers import arrays, contents, rewrite, tiny_dataset
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = dict(width=16, depth=2, batch_size=16, steps_per_call=10, steps=60, save_every=20)
 
 
@@ -285,6 +285,7 @@ def test_the_softmax_backup_trains_with_the_return_temperature():
     assert "return_temperature" not in evor_value.Args(next_action="softmax").evaluation_only
 
 
+@pytest.mark.slow
 def test_replicas_equal_runs_of_their_own_on_any_number_of_devices(tmp_path, dataset):
     """Five seeds of both stages: on four virtual devices (two of the eight places hold repeats), on one, and one of the
     seeds alone. The metrics of every step agree up to the order of float additions, and the work is really spread."""
@@ -360,6 +361,7 @@ def two_processes(code: str, directory: Path) -> Iterator[list[subprocess.Popen]
             process.communicate()
 
 
+@pytest.mark.slow
 def test_two_processes_train_together_as_one_does(tmp_path, dataset):
     """Both stages with three seeds on two processes of one device each (one place holds a repeat), and resumed at the
     end, with a model that somebody lost: the numbers of one process with one device. Only the first process evaluates
@@ -404,6 +406,7 @@ print("process", jax.process_index(), "devices", len(jax.devices()), "evaluated"
     assert names == {path.name for path in (tmp_path / "one").rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_and_saves_both(tmp_path, dataset):
     """The second one is stopped at step 20, then the first in an evaluation at step 40. Fails if a signal is lost, as
     JAX's own handler loses it, if one process goes on or waits for the other, or if the resumed run's numbers differ

@@ -22,7 +22,7 @@ from common.statistics import mean_interval, success_interval
 from evor_infer import AgentSpec
 from experiments import check, draw, gather, rows, saturation, sweeps, tasks
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def make_run(path: Path, args: Any, *, solved: int, policy: str = "ab", bc_steps: int = 70, task: int = 2) -> Path:

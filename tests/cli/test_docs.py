@@ -12,7 +12,7 @@ import pytest
 from examples import one_page
 from tests.helpers import tiny_dataset
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 DIFFS = {
     section.partition("\n")[0]: block

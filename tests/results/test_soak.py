@@ -25,6 +25,7 @@ def test_growth_is_the_slope_per_hour():
     assert soak.growth(minutes, 500 + 0.5 * minutes) == pytest.approx(30.0)
 
 
+@pytest.mark.slow
 def test_what_outlives_the_command_is_counted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "script.py").write_text(SCRIPT)
@@ -47,6 +48,7 @@ def test_what_outlives_the_command_is_counted(tmp_path, monkeypatch, capsys):
     assert rows[-1]["workers"] == 1 and 3 < rows[-1]["process_mb"] < 100
 
 
+@pytest.mark.slow
 def test_a_command_that_ends_too_soon_is_said(tmp_path):
     (tmp_path / "script.py").write_text("raise SystemExit(3)")
     with pytest.raises(UserError, match=r"ended with 3 after .*: give it more steps"):

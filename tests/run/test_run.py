@@ -635,7 +635,7 @@ def test_a_directory_belongs_to_one_process(tmp_path: Path):
     """A second process is refused, also with --overwrite, before it touches anything; when the first ends, it may."""
     code = f"""
         import sys
-        from tests.test_run import *
+        from tests.run.test_run import *
         run = open_run(Path({str(tmp_path)!r}), Args())
         print("open", flush=True)
         sys.stdin.read()

@@ -402,6 +402,7 @@ def mutate(content: bytes, mutations: list[tuple[str, int, bytes]]) -> bytes:
     return content
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
 @hypothesis.given(mutations=MUTATIONS)
 def test_no_file_brings_more_than_a_sentence(tmp_path_factory: pytest.TempPathFactory, mutations: list):

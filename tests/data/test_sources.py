@@ -30,7 +30,7 @@ from common.errors import UserError
 from common.files import sha256
 from tests.helpers import contents, tiny_dataset
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 class Host:

@@ -412,6 +412,7 @@ def test_a_failure_leaves_no_training_file(tmp_path: Path, monkeypatch: pytest.M
     assert {name for name in contents(tmp_path) if not name.startswith(".")} == complete[failing]
 
 
+@pytest.mark.slow
 def test_a_killed_collection_goes_on(tmp_path: Path):
     """`kill -9` at random moments, then one that may finish: the same dataset as without, no block collected twice.
 
@@ -428,7 +429,7 @@ def test_a_killed_collection_goes_on(tmp_path: Path):
     )
     script = tmp_path / "script.py"
     script.write_text(command)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     folder, rng, seen = path.parent / ".maze.blocks", random.Random(0), []
     for _ in range(6):
         process = subprocess.Popen(
@@ -479,6 +480,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_exit_leaves_processes_behind(tmp_path: Path, number: int):
     """Ctrl-C goes to all processes, as from a terminal; the others to the first one alone. Within seconds none is

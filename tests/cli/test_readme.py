@@ -17,7 +17,7 @@ from experiments.run import shell
 from experiments.table import EXPERIMENTS
 from tests.helpers import tiny_dataset
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def commands(text: str) -> list[str]:

@@ -23,7 +23,7 @@ from common.files import plain, write_csv, write_json
 from common.metrics import Metrics, start_tracking
 from tests.helpers import contents
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 REPLICAS = [(1, 0), (1, 3), (2, 0), (2, 3)]
 
 

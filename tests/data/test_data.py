@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from common.data import describe, download, files, names, transitions
 from common.data.collect import collect
 from common.errors import UserError
+from tests.helpers import mostly_slow
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # --- Names -------------------------------------------------------------------------------------------------------
 
@@ -224,6 +225,7 @@ def test_read_arrays_refuses_a_damaged_file(tmp_path: Path, save):
         files.read_arrays(path)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     changes=st.dictionaries(
@@ -312,6 +314,7 @@ with contextlib.ExitStack() as stack:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak memory from /proc")
 @pytest.mark.parametrize("tasks", [(), (2,)])
 def test_loading_takes_at_most_half_more_than_the_arrays(tmp_path: Path, tasks: tuple[int, ...]):
@@ -390,7 +393,9 @@ def test_the_table_has_the_environments_that_are_installed():
     assert {i.removesuffix("-singletask-task1-v0") for i in ids} - {"humanoidmaze-teleport"} == set(names.ENVIRONMENTS)
 
 
-@pytest.mark.parametrize("prefix", names.ENVIRONMENTS)
+@pytest.mark.parametrize(
+    "prefix", mostly_slow(names.ENVIRONMENTS, but=["pointmaze-medium", "cube-double", "scene", "puzzle-3x3"])
+)
 def test_every_environment_relabels_data_for_its_five_tasks(tmp_path: Path, prefix: str):
     """Three rows of the environment's own initial states; fails where an environment, its numbers in the table or its
     reward differ from OGBench's, computed here from one state at a time."""

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import probes
 from common.data import files, transitions
 from common.returns import AxisKind, ReturnAxis, affine_axis, make_axis
-from tests.test_value import TRAIN
+from tests.maths.test_value import TRAIN
 
 KINDS = get_args(AxisKind)
 # Returns of a sparse task: nearly all close to the lowest one, a few far above.

@@ -21,7 +21,6 @@ from common.returns import affine_axis
 from common.sweep import Sweep
 from evor_infer import Agent, Extraction, log_mean_exp, select
 
-
 act_one = jax.jit(evor_infer.act_one)
 
 
@@ -88,9 +87,7 @@ def test_one_action_is_the_base_policy():
     expected = agent.policy.sample((x - agent.standardizer.mean) / agent.standardizer.std, noise, Ode())[0]
     np.testing.assert_allclose(action, expected, rtol=1e-6)
     broken = dataclasses.replace(agent, critic=jax.tree.map(lambda x: x * jnp.nan, agent.critic))
-    np.testing.assert_array_equal(
-        act_one(broken, x, Extraction(num_actions=1, flow_steps=5), key=key), action
-    )
+    np.testing.assert_array_equal(act_one(broken, x, Extraction(num_actions=1, flow_steps=5), key=key), action)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "trunk"])

@@ -265,6 +265,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_exit_leaves_processes_behind(tmp_path: Path, number: int):
     """Ctrl-C goes to all processes, as from a terminal; the others to the first one alone. Within seconds none is
