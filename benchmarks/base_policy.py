@@ -107,8 +107,8 @@ def explained_variance(
     observations, actions = arrays["observations"][rows], arrays["actions"][rows, :2]
     shuffled = np.concatenate([observations[:, :CUBES], rng.permutation(observations)[:, CUBES:]], axis=1)
     noise = jax.random.normal(jax.random.key(0), (len(rows), 16, arrays["actions"].shape[1] * horizon))
-    found = [np.asarray(sample(jnp.asarray(x), noise))[..., :2].mean(axis=1) for x in (observations, shuffled)]
-    return tuple(float(1 - np.mean((actions - mean) ** 2) / np.mean(np.var(actions, axis=0))) for mean in found)
+    explained = [np.asarray(sample(jnp.asarray(x), noise))[..., :2].mean(axis=1) for x in (observations, shuffled)]
+    return tuple(float(1 - np.mean((actions - mean) ** 2) / np.mean(np.var(actions, axis=0))) for mean in explained)
 
 
 def measure(args: Args, run_dir: Path, validation: dict[str, np.ndarray], *, data_sha256: str) -> dict[str, Any]:

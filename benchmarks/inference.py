@@ -91,14 +91,15 @@ def noise_rows(args: Args, agent: evor_infer.Agent, observations: np.ndarray) ->
     candidates = agent.sample_actions(observations, args.num_actions, key=jax.random.key(1))
     temperature = args.return_temperature * agent.axis.spread
 
+    score = functools.partial(evor_infer.score_one, temperature=temperature, ode=Ode())
+    of_candidates = jax.vmap(score, (None, None, None, 0, None))
+
     @jax.jit
     def scores(noise):
-        def one(x, actions):
-            score = functools.partial(evor_infer.score_one, temperature=temperature, ode=Ode())
-            score = jax.vmap(score, (None, None, None, 0, None))
-            return score(agent.critic, agent.axis, agent.standardizer(x), actions, noise)
-
-        return jax.lax.map(lambda xa: one(*xa), (jnp.asarray(observations), candidates))
+        return jax.lax.map(
+            lambda xa: of_candidates(agent.critic, agent.axis, agent.standardizer(xa[0]), xa[1], noise),
+            (jnp.asarray(observations), candidates),
+        )
 
     exact = np.asarray(scores(stratified_normal(1024)))
     rows = []
@@ -106,20 +107,20 @@ def noise_rows(args: Args, agent: evor_infer.Agent, observations: np.ndarray) ->
         independent = np.stack(
             [scores(jax.random.normal(jax.random.key(i), (number,))) for i in range(args.draws)]
         )  # (draws, states, candidates)
-        for kind, found in (
+        for kind, scored in (
             ("quantiles", np.asarray(scores(stratified_normal(number)))[None]),
             ("independent", independent),
         ):
-            within = found - found.mean(axis=2, keepdims=True) - (exact - exact.mean(axis=1, keepdims=True))
+            within = scored - scored.mean(axis=2, keepdims=True) - (exact - exact.mean(axis=1, keepdims=True))
             rows.append(
                 dict(
                     part="noise",
                     noise=kind,
                     num_returns=number,
-                    q_variance=float(np.mean(np.var(found, axis=0))),
-                    q_rmse=rms(found - exact),
+                    q_variance=float(np.mean(np.var(scored, axis=0))),
+                    q_rmse=rms(scored - exact),
                     ranking_rmse=rms(within),
-                    same_best=float(np.mean(found.argmax(axis=2) == exact.argmax(axis=1))),
+                    same_best=float(np.mean(scored.argmax(axis=2) == exact.argmax(axis=1))),
                 )
             )
     return rows
@@ -185,12 +186,12 @@ def main(args: Args) -> list[dict[str, Any]]:
         git_revision=git_revision(),
         jax=package_versions()["jax"],
     )
-    found = solver_rows(agent, observations, actions) + noise_rows(args, agent, observations)
-    fields = list(dict.fromkeys(key for row in found for key in row))
-    write_csv(args.out, [*fields, *about], [dict.fromkeys(fields, "") | row | about for row in found])
-    args.out.with_suffix(".md").write_text(table(found, about))
-    print(table(found, about) + f"rows: {args.out}\ntable: {args.out.with_suffix('.md')}")
-    return found
+    rows = solver_rows(agent, observations, actions) + noise_rows(args, agent, observations)
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    write_csv(args.out, [*fields, *about], [dict.fromkeys(fields, "") | row | about for row in rows])
+    args.out.with_suffix(".md").write_text(table(rows, about))
+    print(table(rows, about) + f"rows: {args.out}\ntable: {args.out.with_suffix('.md')}")
+    return rows
 
 
 if __name__ == "__main__":

@@ -259,10 +259,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     seeds, steps = {int(row["seed"]) for row in rows}, " or ".join(sorted({f"{int(at):,}" for at in last.values()}))
     columns: list[tuple[str, list[dict[str, Any]], str]] = []
     for name, size in dict.fromkeys(setting(row) for row in rows):
-        found = [row for row in rows if setting(row) == (name, size)]
-        columns.append((f"{name}, {size}", found, "w1"))
-        if found[0]["method"] == "paper":
-            columns.append((f"{name}, {size}: to N(Q, sigma^2)", found, "w1_to_normal"))
+        alike = [row for row in rows if setting(row) == (name, size)]
+        columns.append((f"{name}, {size}", alike, "w1"))
+        if alike[0]["method"] == "paper":
+            columns.append((f"{name}, {size}: to N(Q, sigma^2)", alike, "w1_to_normal"))
 
     def line(first: str, cells: list[str]) -> str:
         return "| " + " | ".join([first, *cells]) + " |"
@@ -282,19 +282,19 @@ def table(rows: list[dict[str, Any]]) -> str:
             *(
                 line(
                     name,
-                    [share([row[column] for row in found if row["probe"] == name]) for _, found, column in columns],
+                    [share([row[column] for row in alike if row["probe"] == name]) for _, alike, column in columns],
                 )
                 for name in names
             ),
             line(
                 "Q*",
                 [
-                    f"{np.mean([row['q_error'] for row in found]):.2%}" if column == "w1" else ""
-                    for _, found, column in columns
+                    f"{np.mean([row['q_error'] for row in alike]):.2%}" if column == "w1" else ""
+                    for _, alike, column in columns
                 ],
             ),
-            line("parameters", [f"{found[0]['parameters']:,.0f}" for _, found, _ in columns]),
-            line("MFLOP per step", [f"{found[0]['mflop']:,.3g}" for _, found, _ in columns]),
+            line("parameters", [f"{alike[0]['parameters']:,.0f}" for _, alike, _ in columns]),
+            line("MFLOP per step", [f"{alike[0]['mflop']:,.3g}" for _, alike, _ in columns]),
             "",
         ]
     )

@@ -14,6 +14,7 @@ Writes a row per variable, with quantiles of both datasets, and prints what is n
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,9 +81,9 @@ def compare(
     """Distance and p-value of one variable; the first of `weights` says which episodes are the reference's."""
     edges = np.unique(np.quantile(np.concatenate(values), np.linspace(0, 1, BINS)))
     counts = np.concatenate([histograms(v, e, edges) for v, e in zip(values, episodes, strict=True)])
-    found = distances(counts, weights)
-    row = {"distance": found[0], "usual_distance": np.quantile(found[1:], 0.95)}
-    row["p"] = (1 + np.count_nonzero(found[1:] >= found[0] - 1e-12)) / len(found)
+    of_all = distances(counts, weights)
+    row = {"distance": of_all[0], "usual_distance": np.quantile(of_all[1:], 0.95)}
+    row["p"] = (1 + np.count_nonzero(of_all[1:] >= of_all[0] - 1e-12)) / len(of_all)
     for name, v in zip(("reference", "collected"), values, strict=True):
         row |= {f"{name}_{q:g}": float(x) for q, x in zip(QUANTILES, np.quantile(v, QUANTILES), strict=True)}
     return row
@@ -114,6 +115,23 @@ def holm(p: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     return result
 
 
+def variables(
+    loaded: Sequence[files.Trajectories], episodes: Sequence[np.ndarray]
+) -> tuple[dict[str, tuple[np.ndarray, ...]], dict[str, tuple[np.ndarray, ...]]]:
+    """What is compared, of both files: numbers per row, and numbers per episode."""
+    per_row = {}
+    for kind in ("observations", "actions"):
+        for i in range(getattr(loaded[0], kind).shape[1]):
+            per_row[f"{kind}[{i}]"] = tuple(getattr(t, kind)[:, i] for t in loaded)
+    per_episode = {"rows": tuple(np.bincount(e).astype(float) for e in episodes)}
+    for i in range(NUM_TASKS):
+        solved = [t.masks[i] == 0 for t in loaded]
+        steps = tuple(np.bincount(e, weights=s) for e, s in zip(episodes, solved, strict=True))
+        per_episode[f"steps in which task {i + 1} is solved"] = steps
+        per_episode[f"task {i + 1} is solved"] = tuple((s > 0).astype(float) for s in steps)
+    return per_row, per_episode
+
+
 def main(args: Args) -> list[dict]:
     """Compares, prints and writes; returns the rows."""
     name = parse_env(args.env)
@@ -133,25 +151,15 @@ def main(args: Args) -> list[dict]:
     labels = np.arange(sum(counts)) < counts[0]
     weights = np.stack([labels, *(rng.permutation(labels) for _ in range(args.permutations))]).astype(float)
 
-    variables: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for kind in ("observations", "actions"):
-        for i in range(getattr(loaded[0], kind).shape[1]):
-            variables[f"{kind}[{i}]"] = tuple(getattr(t, kind)[:, i] for t in loaded)
-    per_episode = {"rows": tuple(np.bincount(e).astype(float) for e in episodes)}
-    for i, task in enumerate(tasks):
-        solved = [t.masks[i] == 0 for t in loaded]
-        steps = tuple(np.bincount(e, weights=s) for e, s in zip(episodes, solved, strict=True))
-        per_episode[f"steps in which task {task} is solved"] = steps
-        per_episode[f"task {task} is solved"] = tuple((s > 0).astype(float) for s in steps)
+    per_row, per_episode = variables(loaded, episodes)
     per_episode["subgoals"] = tuple(subgoals(name.prefix, p, e) for p, e in zip(paths, episodes, strict=True))
-
     rows = []
     once = tuple(np.arange(n) for n in counts)
-    for unit, some, where in (("row", variables, episodes), ("episode", per_episode, once)):
+    for unit, some, where in (("row", per_row, episodes), ("episode", per_episode, once)):
         for variable, values in some.items():
-            found = compare(values, where, weights)
+            compared = compare(values, where, weights)
             means = {f"{n}_mean": float(v.mean()) for n, v in zip(("reference", "collected"), values, strict=True)}
-            rows.append(dict(env=name.short, variable=variable, per=unit) | found | means)
+            rows.append(dict(env=name.short, variable=variable, per=unit) | compared | means)
     for row, adjusted in zip(rows, holm(np.array([row["p"] for row in rows])), strict=True):
         row["adjusted_p"] = adjusted
     about = dict(

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array
 
 import evor_bc
 import evor_infer
@@ -330,6 +331,27 @@ def baselines(args: Args) -> list[dict[str, Any]]:
     return measure("baselines", cases, args)
 
 
+def products(weights: list[Array]) -> list[Array]:
+    """Of a BC step: forward, then for each layer the products for its weights and for its inputs, and nothing else."""
+    wide = jnp.ones((evor_bc.Args.batch_size, OBSERVATION + ACTION + 1))
+    inputs = [wide]
+    for w in weights:
+        inputs.append(inputs[-1] @ w)
+    back, out = inputs.pop(), []
+    for w, x in zip(reversed(weights), reversed(inputs), strict=True):
+        out.append(w - 1e-9 * (x.T @ back))
+        back = back @ w.T if x is not wide else back
+    return out[::-1]
+
+
+def activations(depth: int, x: Array) -> Array:
+    """Forward and backward, one after the other."""
+    for _ in range(depth):
+        x, back = jax.vjp(jax.nn.gelu, x)
+        x = x + 1e-9 * back(x)[0]
+    return x
+
+
 def profile(args: Args) -> list[dict[str, Any]]:
     """Where the time of a BC step goes: its products alone, its gradient, the activations, the optimiser; and replicas
     as one batched product instead of one after the other."""
@@ -339,18 +361,6 @@ def profile(args: Args) -> list[dict[str, Any]]:
     macs, first = policy_macs(state.policy)
     flops = 2.0 * settings.batch_size * (3 * macs - first)
     layers = [layer.weight for layer in (*state.policy.mlp.hidden, state.policy.mlp.output)]
-    wide = jnp.ones((settings.batch_size, OBSERVATION + ACTION + 1))
-
-    def products(weights):
-        """Forward, then for each layer the products for its weights and for its inputs, and nothing else."""
-        inputs = [wide]
-        for w in weights:
-            inputs.append(inputs[-1] @ w)
-        back, out = inputs.pop(), []
-        for w, x in zip(reversed(weights), reversed(inputs), strict=True):
-            out.append(w - 1e-9 * (x.T @ back))
-            back = back @ w.T if x is not wide else back
-        return out[::-1]
 
     def descend(policy):
         gradient = jax.grad(evor_bc.bc_loss)(policy, observations, actions, key=jax.random.key(0))
@@ -361,12 +371,6 @@ def profile(args: Args) -> list[dict[str, Any]]:
         updates, opt_state = evor_bc.make_optimizer(settings).update(policy, opt_state)
         return optax.apply_updates(policy, updates), opt_state
 
-    def activations(x):
-        for _ in range(settings.depth):
-            x, back = jax.vjp(jax.nn.gelu, x)
-            x = x + 1e-9 * back(x)[0]
-        return x
-
     def repeated(name, function, start, flops=0.0):
         loop = jax.jit(lambda x: jax.lax.scan(lambda x, _: (function(x), None), x, length=args.steps)[0])
         return Case(name, lambda: jax.block_until_ready(loop(start)), args.steps, flops)
@@ -376,7 +380,7 @@ def profile(args: Args) -> list[dict[str, Any]]:
         repeated("products of a BC step alone", products, layers, flops),
         repeated("gradient of a BC step", descend, state.policy, flops),
         repeated("Adam alone", adam, (state.policy, state.opt_state)),
-        repeated("GELU of all layers, forward and backward", activations, hidden),
+        repeated("GELU of all layers, forward and backward", functools.partial(activations, settings.depth), hidden),
         bc_case("BC, 5 replicas as trained (on a CPU: in turn)", args, replicas=5),
     ]
     keys = jax.random.split(jax.random.key(0), 5)
@@ -498,9 +502,9 @@ def evaluation(args: Args) -> list[dict[str, Any]]:
                 seconds = []
                 for _ in range(2):  # the first one builds environments and compiles
                     began = time.perf_counter()
-                    found = play(chunked, episodes, settings, pairs=[(2, 0)], seed=0)
+                    rows = play(chunked, episodes, settings, pairs=[(2, 0)], seed=0)
                     seconds.append(time.perf_counter() - began)
-                rate = sum(row["length"] for row in found) / seconds[-1]
+                rate = sum(row["length"] for row in rows) / seconds[-1]
                 name = f"N_pi {num_actions}, N 16, horizon {horizon}"
                 rows.append(number("evaluation", name, rate, "steps/s"))
                 rows.append(number("evaluation", f"{name}: of bare stepping", 100 * rate / bare, "%"))
@@ -548,11 +552,11 @@ def train_25(args: Args) -> dict[str, float]:
     """Peak resident GiB: before, and after value training of 5 tasks x 5 seeds."""
     before = peak_gib()
     value_case("", args, tasks=5, seeds=5, critic="trunk").run()
-    found = {"imports": before, f"25 replicas, {args.rows:,} rows": peak_gib()}
+    peaks = {"imports": before, f"25 replicas, {args.rows:,} rows": peak_gib()}
     device = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in device:
-        found["25 replicas, on the device"] = device["peak_bytes_in_use"] / 2**30
-    return found
+        peaks["25 replicas, on the device"] = device["peak_bytes_in_use"] / 2**30
+    return peaks
 
 
 def peak_gib() -> float:
@@ -607,9 +611,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Growth with replicas, with N and with the dataset."""
 
     def points(group: str, pattern: Callable[[str], float | None]) -> tuple[list[float], list[float]]:
-        found = [(pattern(r["case"]), r["ms"]) for r in rows if r["group"] == group]
-        found = sorted((x, y) for x, y in found if x is not None)
-        return [x for x, _ in found], [y for _, y in found]
+        pairs = [(pattern(r["case"]), r["ms"]) for r in rows if r["group"] == group]
+        pairs = sorted((x, y) for x, y in pairs if x is not None)
+        return [x for x, _ in pairs], [y for _, y in pairs]
 
     def after(word: str, start: str) -> Callable[[str], float | None]:
         return lambda case: float(case.split(word)[1].split()[0]) if word in case and case.startswith(start) else None

@@ -1,6 +1,7 @@
 """The next-action bank: actions of frozen policies, drawn once for many states and kept in a file."""
 
 import functools
+import itertools
 import math
 import threading
 import time
@@ -57,7 +58,6 @@ def make_bank(
 
     The rounding, at most 5e-4 for actions in [-1, 1], is far below the error of the ODE solve. The bank is read from
     `path` if one stands there that was made of the same things (`made_of`: the policy, the data), else made and saved.
-    Prints what it takes before it starts: memory, and the time, from a first batch.
 
     Args:
         policies: one policy per seed, along a leading axis.
@@ -69,16 +69,28 @@ def make_bank(
         stage="bank", seeds=seeds, num_actions=num_actions, ode=ode._asdict(), draw=draw, states=len(states),
         **made_of,
     )  # fmt: skip
-    header = checkpoint.plain(header)
-    shape = (len(seeds), len(states), num_actions, policies.spec.action)
-    if (
-        path is not None
-        and path.is_file()
-        and checkpoint.read_header(path, stage="bank", remedy="delete it.") == header
-    ):
-        _, bank = checkpoint.load(path, lambda _: jnp.zeros(shape, jnp.float16), stage="bank", remedy="delete it.")
-        return np.asarray(bank)
-    bank = np.empty(shape, np.float16)
+    header, remedy = checkpoint.plain(header), "delete it."
+    if path is not None and path.is_file() and checkpoint.read_header(path, stage="bank", remedy=remedy) == header:
+        like = jax.ShapeDtypeStruct((len(seeds), len(states), num_actions, policies.spec.action), jnp.float16)
+        return np.asarray(checkpoint.load(path, lambda _: like, stage="bank", remedy=remedy)[1])
+    bank = draw_bank(policies, observations, states, seeds=seeds, num_actions=num_actions, ode=ode, draw=draw)
+    if path is not None and jax.process_index() == 0:
+        checkpoint.save(path, header, bank)
+    return bank
+
+
+def draw_bank(
+    policies: FlowPolicy,
+    observations: Float[Array, "rows observation"],
+    states: Int[np.ndarray, " n"],
+    *,
+    seeds: Sequence[int],
+    num_actions: int,
+    ode: Ode,
+    draw: int,
+) -> Float16[np.ndarray, "seeds n num_actions action"]:
+    """The bank, drawn in batches. Prints what it takes before it starts: memory, and the time, from a first batch."""
+    bank = np.empty((len(seeds), len(states), num_actions, policies.spec.action), np.float16)
     rows = CPU_ROWS if jax.default_backend() == "cpu" else ROWS
     batch = min(max(1, rows // num_actions), len(states))
 
@@ -100,14 +112,10 @@ def make_bank(
         f"{bank.nbytes / 2**20:,.0f} MiB, about {seconds:,.0f} s"
     )
     beside = threading.current_thread() is not threading.main_thread()  # while another file is trained on: no bar
-    with progress(
-        total=len(seeds) * len(states), desc="next-action bank", unit="state", unit_scale=True, disable=beside
-    ) as bar:
-        for replica in range(len(seeds)):
-            for first in range(0, len(states), batch):
-                drawn = draw_batch(replica, first)
-                bank[replica, first : first + batch] = drawn
-                bar.update(len(drawn))
-    if path is not None and jax.process_index() == 0:
-        checkpoint.save(path, header, bank)
+    total = len(seeds) * len(states)
+    with progress(total=total, desc="next-action bank", unit="state", unit_scale=True, disable=beside) as bar:
+        for replica, first in itertools.product(range(len(seeds)), range(0, len(states), batch)):
+            drawn = draw_batch(replica, first)
+            bank[replica, first : first + batch] = drawn
+            bar.update(len(drawn))
     return bank

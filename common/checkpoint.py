@@ -85,11 +85,13 @@ def _read_header(file: BinaryIO, path: Path, stage: str) -> dict[str, Any]:
     line = file.readline(MOST_HEADER)
     try:
         header = json.loads(line)
-        found = header["stage"]
+        actual = header["stage"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is not a checkpoint of this project: delete it and train again.") from None
-    if found != stage:
-        raise UserError(f"{path} is a checkpoint of stage {found!r}, not {stage!r}: pass the other run directory.")
+    if actual != stage:
+        raise UserError(
+            f"{path} is a checkpoint of stage {actual!r}, not {stage!r}: pass the other run directory."
+        )
     for field in REQUIRED.get(stage, ()):
         if field not in header:
             raise UserError(f"{path} has no {field}, as those of an older revision: use that one, or train again.")
@@ -239,8 +241,8 @@ def _read_leaf(file: BinaryIO, like: Any) -> Any:
     count = int(np.prod(shape, dtype=object))
     if count * dtype.itemsize > os.fstat(file.fileno()).st_size - file.tell():
         raise ValueError("an array is cut")
-    found = np.fromfile(file, dtype, count).reshape(shape, order="F" if fortran else "C")
-    return found if isinstance(like, np.ndarray) else jnp.asarray(found)
+    array = np.fromfile(file, dtype, count).reshape(shape, order="F" if fortran else "C")
+    return array if isinstance(like, np.ndarray) else jnp.asarray(array)
 
 
 def require(header: dict[str, Any], path: Path, **expected: Any) -> None:

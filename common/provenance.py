@@ -42,8 +42,8 @@ def hardware() -> str:
 
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        processor = found[1] if found else processor
+        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        processor = model[1] if model else processor
     kinds = collections.Counter(device.device_kind for device in jax.local_devices() if device.platform != "cpu")
     return ", ".join([f"{num_cores()} cores of {processor}", *(f"{number} {kind}" for kind, number in kinds.items())])
 

@@ -100,14 +100,14 @@ def train(tree: Path, out: Path, cases: list[str]) -> subprocess.Popen:
 
 def arrays(path: Path) -> Counter:
     """How often each array stands in a checkpoint: a header of one line, arrays as `np.save` writes them, a digest."""
-    found: Counter = Counter()
+    counted: Counter = Counter()
     with open(path, "rb") as file:
         end = path.stat().st_size - checkpoint.TRAILER_BYTES
         file.readline()
         while file.tell() < end:
             array = np.load(file, allow_pickle=False)
-            found[array.dtype.str, array.shape, hashing(array)] += 1
-    return found
+            counted[array.dtype.str, array.shape, hashing(array)] += 1
+    return counted
 
 
 def hashing(array: np.ndarray) -> str:
@@ -121,18 +121,18 @@ def rows(path: Path) -> Counter:
 
 def differences(old: Path, new: Path) -> list[str]:
     """What of the run directory `old` is not in `new`, a sentence each."""
-    found, paths = [], [path for path in sorted(old.rglob("*")) if path.suffix in (".csv", ".eqx")]
+    sentences, paths = [], [path for path in sorted(old.rglob("*")) if path.suffix in (".csv", ".eqx")]
     for path in paths:
         name = path.relative_to(old)
         if not (new / name).is_file():
-            found.append(f"{name} is missing")
+            sentences.append(f"{name} is missing")
             continue
         read, what = (arrays, "arrays") if path.suffix == ".eqx" else (rows, "rows")
         before = read(path)
         lost = before - read(new / name)
         if lost:
-            found.append(f"{name}: {lost.total()} of {before.total()} {what} differ")
-    return found if paths else [f"there is nothing to compare in {old}"]
+            sentences.append(f"{name}: {lost.total()} of {before.total()} {what} differ")
+    return sentences if paths else [f"there is nothing to compare in {old}"]
 
 
 def main(args: Args) -> None:
@@ -163,9 +163,9 @@ def main(args: Args) -> None:
     for name in cases:
         if name == "value":
             continue  # beside the policy, in the folder of `bc`
-        found = differences(place / "old" / name, place / "new" / name)
-        differ += bool(found)
-        print(f"{name:<20} {'; '.join(found) or 'the same'}")
+        sentences = differences(place / "old" / name, place / "new" / name)
+        differ += bool(sentences)
+        print(f"{name:<20} {'; '.join(sentences) or 'the same'}")
     if differ:
         raise UserError(f"{differ} of {len(cases)} cases differ from {args.revision}: see {place}.")
     shutil.rmtree(place)

@@ -412,6 +412,25 @@ def collect(
         raise UserError(f"{train_path} cannot be written ({error}): collect it elsewhere with --out FILE.") from None
 
 
+def _collect_blocks(jobs: list[tuple[Recipe, int, range, Path]], workers: int, collected: Callable[[int], Any]) -> None:
+    """Collects blocks in several processes; calls `collected` with the number of episodes of each."""
+    spawn, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
+    with ProcessPoolExecutor(workers, spawn, _end_with_parent) as pool:
+        try:
+            for done in as_completed([pool.submit(_collect_block, job) for job in jobs]):
+                collected(done.result())
+        except BrokenProcessPool:  # which has ended the other processes
+            raise UserError(
+                "a collecting process died: if memory ran out, free some, or pass fewer --workers to "
+                "common.data.collect; then run it again: the blocks that are done are kept."
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()).difference(others):
+                process.terminate()  # else the pool waits for the blocks that they are collecting
+            raise
+
+
 def _collect(dataset_name: str, recipe: Recipe, train_path: Path, seed: int, workers: int) -> None:
     validation = max(1, recipe.episodes // 10)
     description = {
@@ -445,21 +464,7 @@ def _collect(dataset_name: str, recipe: Recipe, train_path: Path, seed: int, wor
     total = recipe.episodes + validation
     with progress(desc=f"collecting {dataset_name}", unit="episode", total=total, initial=total - left) as bar:
         if jobs:
-            spawn, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
-            with ProcessPoolExecutor(min(workers, len(jobs)), spawn, _end_with_parent) as pool:
-                try:
-                    for done in as_completed([pool.submit(_collect_block, job) for job in jobs]):
-                        bar.update(done.result())
-                except BrokenProcessPool:  # which has ended the other processes
-                    raise UserError(
-                        "a collecting process died: if memory ran out, free some, or pass fewer --workers to "
-                        "common.data.collect; then run it again: the blocks that are done are kept."
-                    ) from None
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    for process in set(multiprocessing.active_children()).difference(others):
-                        process.terminate()  # else the pool waits for the blocks that they are collecting
-                    raise
+            _collect_blocks(jobs, min(workers, len(jobs)), bar.update)
 
     write_json(train_path.with_suffix(".json"), description)
     for path, some in files.items():

@@ -158,10 +158,10 @@ def measure(
 
 def returns(trajectories: files.Trajectories, task: int, discount: float) -> Float[np.ndarray, " rows"]:
     """Returns-to-go as far as the trajectory goes; what comes after its end counts nothing."""
-    found, _ = transitions.monte_carlo_returns(
+    partial, _ = transitions.monte_carlo_returns(
         trajectories.rewards[task], trajectories.masks[task], trajectories.terminals, discount=discount
     )
-    return found
+    return partial
 
 
 def draw(
@@ -215,9 +215,9 @@ def maze_of(env: str) -> tuple[np.ndarray, float, dict[int, tuple[float, float]]
     made = gymnasium.make(name.gym_id(1))
     maze = made.unwrapped
     goals = {i + 1: info["goal_xy"] for i, info in enumerate(maze.task_infos)}
-    found = maze.maze_map.copy(), maze._maze_unit, goals
+    drawn = maze.maze_map.copy(), maze._maze_unit, goals
     made.close()
-    return found
+    return drawn
 
 
 def _draw_maze(

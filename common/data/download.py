@@ -319,8 +319,8 @@ def _copy(
 def damage(path: Path, name: str) -> str | None:
     """What is wrong with a file that should be the dataset file `name`; None if nothing is."""
     if name in CHECKSUMS:
-        found = sha256(path)
-        return None if found == CHECKSUMS[name] else f"its SHA-256 is {found}, and {CHECKSUMS[name]} was expected"
+        digest = sha256(path)
+        return None if digest == CHECKSUMS[name] else f"its SHA-256 is {digest}, and {CHECKSUMS[name]} was expected"
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -368,13 +368,13 @@ def describe(path: Path, source: str) -> dict[str, Any]:
 
 
 def _compare_with_first_use(path: Path, source: str) -> None:
-    found, record = sha256(path), sha256_path(path)
+    digest, record = sha256(path), sha256_path(path)
     expected = CHECKSUMS.get(path.name) if source == "ogbench" else None
     if expected is None and record.is_file():
         expected = (re.findall(r"^[0-9a-f]{64}", record.read_text(errors="replace")) or [None])[0]
-    if expected is not None and found != expected:
+    if expected is not None and digest != expected:
         raise UserError(
-            f"{path} has the SHA-256 {found[:12]}..., and {expected[:12]}... was expected: it was changed or damaged; "
+            f"{path} has the SHA-256 {digest[:12]}..., and {expected[:12]}... was expected: it was changed or damaged; "
             f"delete it and {record.name}, and it will be fetched anew."
         )
     if record.is_file():

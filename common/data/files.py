@@ -165,9 +165,9 @@ def _not_finite(part: np.ndarray) -> np.ndarray:
 def first_row(array: np.ndarray, bad: Callable[[np.ndarray], np.ndarray], *, part: int = 65_536) -> int | None:
     """The first row with a bad element, None if there is none; part by part, to need little memory."""
     for start in range(0, len(array), part):
-        found = bad(array[start : start + part])
-        if found.any():
-            return start + int(np.argwhere(found)[0][0])
+        rows = bad(array[start : start + part])
+        if rows.any():
+            return start + int(np.argwhere(rows)[0][0])
     return None
 
 

@@ -113,14 +113,14 @@ def reward_range(
 ) -> Float[np.ndarray, "tasks 2"]:
     """Lowest and highest reward per task over all files of a dataset; `rewards` are those of the first one's
     transitions."""
-    found = np.stack([rewards.min(axis=1), rewards.max(axis=1)], axis=1)
+    spans = np.stack([rewards.min(axis=1), rewards.max(axis=1)], axis=1)
     if len(files) == 1:
-        return found
+        return spans
     if own and reward == "default":
         parts = [read_arrays(file, skip=("qpos", "button_states"))["rewards"] for file in files[1:]]
-        return np.array([[min(p.min() for p in [found[0], *parts]), max(p.max() for p in [found[0], *parts])]])
+        return np.array([[min(p.min() for p in [spans[0], *parts]), max(p.max() for p in [spans[0], *parts])]])
     lowest = -1.0 if reward == "sparse" or own else ENVIRONMENTS[parse_env(env).prefix].lowest_reward
-    return np.stack([np.minimum(found[:, 0], lowest), np.maximum(found[:, 1], 0.0)], axis=1)
+    return np.stack([np.minimum(spans[:, 0], lowest), np.maximum(spans[:, 1], 0.0)], axis=1)
 
 
 def return_sample(trajectories: Trajectories, *, discount: float, most: int = 50_000) -> Float[np.ndarray, "tasks m"]:
@@ -132,7 +132,7 @@ def return_sample(trajectories: Trajectories, *, discount: float, most: int = 50
     rng = np.random.default_rng(0)
     rows = np.flatnonzero(~trajectories.terminals)
     rows = np.sort(rng.choice(rows, min(most, len(rows)), replace=False))
-    found = []
+    samples = []
     for rewards, masks in zip(trajectories.rewards, trajectories.masks, strict=True):
         partial, tail = monte_carlo_returns(rewards, masks, trajectories.terminals, discount=discount)
         partial, tail = partial[rows], tail[rows]
@@ -140,5 +140,5 @@ def return_sample(trajectories: Trajectories, *, discount: float, most: int = 50
         while tail.mean() > 1e-3:  # each round squares what is lacking
             j = rng.permutation(len(rows))
             partial, tail = partial + tail * partial[j], tail * tail[j]
-        found.append(partial + tail * mean)
-    return np.stack(found)
+        samples.append(partial + tail * mean)
+    return np.stack(samples)
