@@ -75,13 +75,13 @@ class Args(TrainArgs):
     """Stage 2, the main job: train the reward model (and the base policy if there is none), then evaluate."""
 
     # --- experiment ---
-    tasks: tuple[int, ...] = ()
+    tasks: tuple[int, ...] = unread(())
     """OGBench's single tasks; the environment's default task by default."""
     policy_run_dir: Path | None = unread(None)
     """The run directory with the base policy; --run-dir by default."""
-    policy_seed: Annotated[int | None, not_negative] = None
+    policy_seed: Annotated[int | None, not_negative] = unread(None)
     """The base policy that all seeds share, by its seed; each seed's own by default."""
-    reward: Literal["default", "sparse"] = "default"
+    reward: Literal["default", "sparse"] = unread("default")
     """OGBench's reward, or -1 until the task is solved (QC's variant)."""
 
     # --- reward model ---
@@ -91,7 +91,7 @@ class Args(TrainArgs):
     """Whose reward-to-go: the base policy's, the data's, or the extracted policy's."""
     num_next_actions: Count = 4
     """K: banked next actions per transition."""
-    redraw_bank: Annotated[int, not_negative, multiple_of("steps_per_call")] = 0
+    redraw_bank: Annotated[int, not_negative, multiple_of("steps_per_call")] = unread(0)
     """Gradient steps after which the bank is drawn anew; 0 keeps the first."""
     backup_temperature: Annotated[float, not_negative] = 0.0
     """tau_Q of the softmax backup, in standard deviations of the data's returns; 0 takes the best of K."""
@@ -103,9 +103,9 @@ class Args(TrainArgs):
     """Units per hidden layer of the trunk critic's head."""
     head_depth: Count = 3
     """Hidden layers of the trunk critic's head."""
-    discount: Annotated[float, within(0, 1, brackets="[)")] = 0.99
+    discount: Annotated[float, within(0, 1, brackets="[)")] = unread(0.99)
     """Discount per environment step (ours)."""
-    return_axis: AxisKind | None = None
+    return_axis: AxisKind | None = unread(None)
     """The axis that the law is learned on: the data's quantiles, an affine one of their standard deviation, or the one
     of the possible returns (ours); quantiles by default, std for targets that need an affine axis."""
     clip_margin: Annotated[float, not_negative] = 0.1

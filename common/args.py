@@ -117,11 +117,11 @@ class TrainArgs:
     """What both trainings take."""
 
     # --- experiment ---
-    env: str = "cube-double-play"
+    env: str = unread("cube-double-play")
     """OGBench dataset: a short name or a full id. With --dataset, only a name for the run."""
-    seeds: Count = 1
+    seeds: Count = unread(1)
     """Number of seeds, all trained in one program: base policies, or a reward model per task and seed."""
-    first_seed: Seed = 0
+    first_seed: Seed = unread(0)
     """The first seed; the others follow it."""
     run_dir: Path | None = unread(None)
     """Where the run goes; runs/ENV (runs/ENV-quick) by default. Stage 1 writes to its folder bc/, stage 2 to value/."""
@@ -134,22 +134,22 @@ class TrainArgs:
     """Also log to Weights & Biases."""
     distributed: bool = unread(False)
     """One of several processes that train together (jax.distributed); see `common.replicas.join_hosts`."""
-    quick: bool = False
+    quick: bool = unread(False)
     """Preset: a smoke run that ends in minutes on a laptop's CPU. What it trains is not good."""
-    preview: bool = False
+    preview: bool = unread(False)
     """Preset: reaches a working policy in about an hour on two cores."""
 
     # --- data ---
-    dataset: Path | None = None
+    dataset: Path | None = unread(None)
     """An .npz file in OGBench's layout to train on instead, or a folder of them, which take turns. Stage 2 needs
     rewards in it (masks are optional), or qpos."""
-    episodes: Annotated[int | None, at_least(1)] = None
+    episodes: Annotated[int | None, at_least(1)] = unread(None)
     """Episodes to collect if the data can neither be found nor downloaded; OGBench's number by default."""
-    file_steps: Count = 10_000
+    file_steps: Count = unread(10_000)
     """Gradient steps before the next file takes its turn, where --dataset is a folder of several."""
     horizon: Count = 1
     """Length of an action chunk; QC uses 5."""
-    ignore_observations: tuple[int, ...] = ()
+    ignore_observations: tuple[int, ...] = unread(())
     """Coordinates of the observation that the base policy sees as constant, such as velocities (docs/tuning.md). The
     reward model always follows its policy."""
 
@@ -168,7 +168,7 @@ class TrainArgs:
     """Constant as in the paper, or cosine decay to zero over all steps."""
     steps_per_call: Count = 1_000
     """Gradient steps per compiled call; metrics are averages over it."""
-    save_every: Annotated[Count, multiple_of("steps_per_call")] = 10_000
+    save_every: Annotated[Count, multiple_of("steps_per_call")] = unread(10_000)
     """Gradient steps between checkpoints, at most: more are made where they cost little time."""
 
     @property

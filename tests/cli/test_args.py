@@ -117,7 +117,8 @@ def test_runs_that_differ_in_a_path_share_a_program():
     """Fails if a place or a readout compiles a step anew, or if a setting that the step reads does not."""
     step = chunked(lambda args, state, dataset, replica: (state * args.tau, {"loss": state}))
     args = evor_value.Args(steps_per_call=2)
-    elsewhere = dataclasses.replace(args, run_dir=Path("b"), policy_run_dir=Path("c"), overwrite=True, num_actions=3)
+    places = dict(run_dir=Path("b"), policy_run_dir=Path("c"), env="scene-play", dataset=Path("d"))
+    elsewhere = dataclasses.replace(args, **places, overwrite=True, num_actions=3, first_seed=1, tasks=(1,))
     for settings in (args, elsewhere):
         state, _ = step(settings, jnp.ones(1), jnp.ones(1), jnp.ones(1))
     assert step._cache_size() == 1

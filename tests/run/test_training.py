@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import pytest
 import evor_bc
 import evor_infer
 import evor_value
+from baselines import critics, qc
 from common import checkpoint, problem
 from common.data.names import validation_path
 from common.episodes import Episodes
@@ -27,6 +29,7 @@ from common.errors import UserError
 from common.evaluation import Evaluation, read_episodes
 from common.files import read_csv
 from common.metrics import Metrics
+from common.problem import Problem, ValueProblem
 from common.run import Run
 from tests.helpers import arrays, contents, rewrite, tiny_dataset
 
@@ -183,6 +186,29 @@ def test_a_run_compiles_its_training_step_once(tmp_path, dataset):
     before = evor_value.train_chunk._cache_size()
     evor_value.main(evor_value.Args(**settings))
     assert evor_value.train_chunk._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("script", [evor_bc, evor_value, critics, qc], ids=lambda script: script.__name__)
+def test_a_compiled_step_reads_nothing_that_may_differ(tmp_path, dataset, script):
+    """Arguments that differ in `unread` fields share a program: fails if a training step reads one of them."""
+
+    class Spied(script.Args):
+        def __getattribute__(self, name):
+            field = type(self).__dataclass_fields__.get(name)
+            assert field is None or field.compare, f"the step reads {name}"
+            return super().__getattribute__(name)
+
+    settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "r", **SMALL | dict(steps=10, save_every=10))
+    if script is evor_bc:
+        problem = Problem(script.Args(**settings))
+    else:
+        evor_bc.main(evor_bc.Args(**settings))
+        settings["next_action"] = "softmax"
+        policy = None if script is qc else evor_bc.load_or_train
+        problem = ValueProblem(script.Args(**settings), load_policy=policy)
+    state = script.init_state(script.Args(**settings), problem.sizes, key=jax.random.key(0))
+    replica = jax.tree.map(lambda x: x[0], problem.replicas)
+    jax.eval_shape(functools.partial(script.train_step, Spied(**settings)), state, problem.data(0), replica)
 
 
 def test_bank_is_reused_only_with_what_it_was_made_of(tmp_path, dataset):
