@@ -5,8 +5,8 @@
 Given the base policy (stage 1) and the reward-to-go law (stage 2), in an observation x:
 
     a^(1..N_pi) ~ pi_base(. | x)                                    candidates
-    r^(i,1..N)  ~ R_theta(. | x, a^(i))                             draws of the reward-to-go
-    Q*(x, a^(i)) = T log( (1/N) sum_j exp(r^(i,j) / T) )            log-mean-exp, T = tau_R sigma
+    Z^(i,1..N)  ~ law of Z(x, a^(i))                                draws of the reward-to-go, by the flow of stage 2
+    Q*(x, a^(i)) = T log( (1/N) sum_j exp(Z^(i,j) / T) )            log-mean-exp, T = tau_R sigma
     a ~ softmax_i( Q*(x, a^(i)) / (tau_Q sigma) )                   tau_Q = 0: the best candidate
 
 | symbol | here                 | symbol  | here                 |
@@ -160,7 +160,7 @@ def log_mean_exp(
     """`tau log( (1/N) sum_j exp(r_j / tau) )` over the last axis; tau = inf is the mean, tau = 0 the maximum.
 
     With `weights`, the probabilities of the returns: `tau log( sum_j w_j exp(r_j / tau) )`, the same of a law that is
-    known. (At tau = 0 the largest value then counts, however improbable.)
+    known. (At tau = 0 that is the largest value, even if its probability is tiny.)
 
     Written as `max + tau log1p(mean(expm1((r - max) / tau)))`, which neither overflows at a small tau nor loses its
     digits at a large one. Increasing in every return, decreasing in tau, between mean and maximum.
@@ -204,7 +204,7 @@ def select(
     scores: Float[Array, " num_actions"], temperature: Float[ArrayLike, ""], *, key: PRNGKeyArray
 ) -> Int[Array, ""]:
     """An index with probability `softmax(scores / temperature)`; temperature 0: the largest score, inf: uniform."""
-    above = scores - jnp.max(scores)  # exact where it counts, however far from zero the scores are
+    above = scores - jnp.max(scores)  # keeps the digits of scores that are all far from zero
     drawn = jax.random.categorical(key, above / jnp.where(temperature == 0, 1.0, temperature))
     return jnp.where(temperature == 0, jnp.argmax(scores), drawn)
 
@@ -248,7 +248,7 @@ class AgentSpec:
 
 class Agent(eqx.Module):
     """A trained agent. Its methods are batched and jitted once per shape; returns are in the environment's units. They
-    refuse what the command line refuses, with a `UserError`.
+    raise `UserError` for settings that the command line refuses, and `ValueError` for wrong shapes.
 
     Many agents are one `Agent` whose leaves have a leading axis of replicas, as in a checkpoint; `decide` takes those.
     """
@@ -318,7 +318,7 @@ class Agent(eqx.Module):
         solver: Solver = Extraction.solver,
         key: PRNGKeyArray,
     ) -> Float[Array, "batch num_returns"]:
-        """Draws of the reward-to-go; by default those of the normal quantiles, in rising order of the noise."""
+        """Draws of the reward-to-go. By default their noise is the quantiles of N(0, 1), in increasing order."""
         actions = self._check(observations, actions)
         settings = Extraction(
             num_returns=num_returns, flow_steps=flow_steps, solver=solver, independent_noise=independent_noise

@@ -4,8 +4,9 @@
 
 `s_theta(z_t, t | x, a)` is a velocity field on the line. It moves noise z_0 ~ N(0, 1) to draws of z = h(Z). Z is the
 reward-to-go of the action chunk a, `Z(x, a) = r + g Z(x', a')` in law with a' ~ pi_base(. | x'), where r is the
-chunk's discounted reward and g = discount^horizon * mask. h is the return axis, an increasing map made from the data's
-returns (`common/returns.py`); on it the Bellman equation is z = f(z') in law with f(z') = h(r + g h^-1(z')).
+chunk's discounted reward and g = discount^horizon, or 0 if the chunk solved the task. h is the return axis, an
+increasing map made from the data's returns (`common/returns.py`). On it the Bellman equation is z = f(z') in law with
+f(z') = h(r + g h^-1(z')).
 
 The field is regressed on a TD target that is made with a target network s_bar (its flow: psi_bar). With t ~ U[0, 1],
 L(theta) = E( s_theta(z_t, t | x, a) - target )^2 where
@@ -14,18 +15,20 @@ L(theta) = E( s_theta(z_t, t | x, a) - target )^2 where
     paper                z_0 + t u                                    f(0) + g s_bar(z_t, t | x', a')
     shared-noise         (1-t) z_0 + t y,  y = f(psi_bar_1(z_0))      y - z_0
     independent-noise    (1-t) z_0 + t y,  y = f(psi_bar_1(z_0'))     y - z_0
-    velocity             f(Z'_t) + (1-t) (z_0 - f(z_0))               g s_bar(Z'_t, t | x', a') + f(z_0) - z_0
-                         where Z'_t = psi_bar_t(z_0)
+    velocity             f(z'_t) + (1-t) (z_0 - f(z_0))               g s_bar(z'_t, t | x', a') + f(z_0) - z_0
+                         where z'_t = psi_bar_t(z_0)
 
-z_0' is fresh noise, u is uniform over the possible returns on the axis. The last three have the law of h(Z) as their
-fixed point, `paper` has N(h(Q), 1) with Q the mean of Z, see docs/td-targets.md. `paper` and `velocity` need an affine
-h, for which f(z') = f(0) + g z'.
+psi_bar is taken in (x', a'). z_0' is fresh noise. u is uniform over the places of the possible returns on the axis, cut
+at `FARTHEST`. The last three regress on the velocity of a random path from N(0, 1) to the bootstrapped return, so their
+fixed point is the law of h(Z). That of `paper` is N(h(Q), 1), where Q is the mean of Z: docs/td-targets.md has both
+arguments. `paper` and `velocity` need an affine h, for which f(z') = f(0) + g z'.
 
 The policy is frozen, so next actions are drawn once, K for each transition (the bank). `--next-action base` takes one
 of them: the law is that of pi_base. `dataset` takes the action that was taken. `softmax` picks among the K as stage 3
-does, chosen by the online network and valued by the target network: the law of an extracted policy with N_pi = K.
+does: the trained network chooses, the target network gives the value, and the law is that of a policy extracted from K.
 
-Source: EVOR, arXiv 2510.08218, stage 2. *Ours*, not disclosed there: discount, tau, batch size, LayerNorm, flow steps.
+Source: EVOR, arXiv 2510.08218, stage 2. *Ours*, not disclosed there: discount, Polyak rate, batch size, LayerNorm, flow
+steps.
 docs/differences.md lists what differs.
 """
 
@@ -56,8 +59,8 @@ from common.run import Run
 from evor_infer import Agent, Extraction
 
 Target = Literal["paper", "shared-noise", "independent-noise", "velocity"]
-SAMPLING_TARGETS = ("shared-noise", "independent-noise")  # that bootstrap a sample: right on any return axis
-FARTHEST = 5 * WIDTH  # place on the axis that the `paper` target's paths go to: five standard deviations of the returns
+SAMPLING_TARGETS = ("shared-noise", "independent-noise")  # bootstrap a sample: right on any return axis
+FARTHEST = 5 * WIDTH  # largest |u| of the `paper` target: five standard deviations of the returns
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
@@ -220,7 +223,7 @@ def td_target(
     """Path point `z_t` and regression target, the table at the top of the file; both on the return axis.
 
     Args:
-        reward, bootstrap: `r` and `g = discount^horizon * mask` of `R = r + g R'`, in the environment's units.
+        reward, bootstrap: `r` and `g = discount^horizon * mask` of `Z = r + g Z'`, in the environment's units.
         next_velocity: `(z, t) -> s_bar(z, t | x', a')`, of the target network.
         next_flow: `(z_0, t) -> psi_bar_t(z_0 | x', a')`, of the target network.
         axis: the map h. With `paper` and `velocity` it has to be affine.
@@ -291,9 +294,8 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
 def draw_noise(batch_size: int, axis: ReturnAxis, *, key: PRNGKeyArray) -> Noise:
     """Fresh noise for one batch.
 
-    The pairs (t, z_0) are a lattice with a random shift, z_0 taken through the inverse normal distribution. Each pair
-    is distributed as if drawn alone, and together they lie evenly, so that the gradient is less noisy. (The additive
-    recurrence with the powers of 1 / 1.3247, the root of x^3 = x + 1, and a Cranley-Patterson rotation.)
+    The pairs (t, z_0) are the R2 sequence with a random shift, z_0 taken through the inverse normal distribution. Each
+    pair is distributed as if drawn alone, and together they lie evenly, so that the gradient is less noisy.
     """
     shift_key, next_key, place_key = jax.random.split(key, 3)
     lattice = np.outer([0.7548776662466927, 0.5698402909980532], np.arange(batch_size)) % 1.0
@@ -358,7 +360,7 @@ def train_step(
         return integrate(next_velocity, z_0, args.ode, end_time=end_time)
 
     noise = draw_noise(args.batch_size, replica.axis, key=noise_key)
-    # Most returns of a sparse task lie at the lowest bound. Clipping right there would cut errors on one side only.
+    # Most returns of a sparse task lie at the lowest bound. Clipped exactly there, only the errors below it would go.
     z_t, target = td_target(
         args.td_target, reward, bootstrap, noise, next_velocity, next_flow, replica.axis, margin=args.clip_margin
     )
@@ -372,9 +374,9 @@ def train_step(
     loss, gradient = jax.value_and_grad(loss_fn)(state.critic)
     updates, opt_state = make_optimizer(args).update(gradient, state.opt_state)
     critic = optax.apply_updates(state.critic, updates)
-    # Polyak average of the *updated* online parameters: the target lags by tau alone, not by one step more.
+    # The average takes the parameters after this update, so the target network is not one step late.
     target_critic = optax.incremental_update(critic, state.target, args.tau)
-    # The end of a straight path from z_t along the target is a draw of the bootstrapped return, for `velocity` nearly.
+    # The end of the path from z_t is the bootstrapped return; nearly, for `velocity`.
     drawn = target if args.td_target == "paper" else z_t + (1.0 - noise.t) * target
     metrics = {
         "loss": loss,

@@ -175,7 +175,7 @@ def train_step(
     (loss, target), gradient = jax.value_and_grad(loss_fn, has_aux=True)(online)
     updates, opt_state = make_optimizer(args).update(gradient, state.opt_state)
     critic = with_atoms(optax.apply_updates(online, updates), low, high)
-    # Polyak average of the *updated* online parameters: the target lags by tau alone, not by one step more.
+    # The average takes the parameters after this update, so the target network is not one step late.
     target_critic = optax.incremental_update(critic, target_critic, args.tau)
     metrics = {
         "loss": loss,

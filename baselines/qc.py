@@ -147,7 +147,7 @@ def train_step(
     gradient, (loss, bc_loss, target) = jax.grad(loss_fn, has_aux=True)(online)
     updates, opt_state = evor_value.make_optimizer(args).update(gradient, state.opt_state)
     critic, policy = optax.apply_updates(online, updates)
-    # Polyak average of the *updated* online parameters: the target lags by tau alone, not by one step more.
+    # The average takes the parameters after this update, so the target network is not one step late.
     target_critic = optax.incremental_update(critic, state.target, args.tau)
     metrics = {
         "loss": loss,

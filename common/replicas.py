@@ -71,7 +71,7 @@ def join_hosts() -> None:
     JAX_COORDINATOR_ADDRESS (HOST:PORT of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID. The run directory and the
     data have to lie on a file system that all hosts share. Only the first process evaluates and keeps what it writes.
 
-    SIGTERM to any of them stops all after the same chunk, which is saved (`Run.steps`).
+    SIGTERM to any of them stops all after the same call, which is saved (`Run.steps`).
 
     Raises:
         UserError: the processes cannot be found.
@@ -154,7 +154,7 @@ def fetch(tree: Any, replicas: int) -> Any:
 
 
 def noted_anywhere(number: int | None) -> int | None:
-    """The signal that one of the hosts noted, if one did: they have to stop after the same chunk."""
+    """The signal that one of the hosts noted, if one did: they have to stop after the same call."""
     if jax.process_count() == 1:
         return number
     return int(np.max(multihost_utils.process_allgather(np.asarray(number or 0)))) or None

@@ -1,4 +1,4 @@
-"""The return axis: the coordinate `z = h(R)` in which stage 2 learns the law of the reward-to-go R.
+"""The return axis: the coordinate `z = h(Z)` in which stage 2 learns the law of the reward-to-go Z.
 
 A flow starts from noise N(0, 1) and learns a law best where that law is about as wide as the noise. The possible
 returns say little about where returns lie: those of a sparse task are nearly all within 1% of the lowest one. So h is
@@ -13,8 +13,8 @@ A model that errs is another matter: where h bends, an error of the law's shape 
 bootstrap multiplies by 1 / (1 - g). So half of h^-1 is a straight line where the data's returns lie.
 
 The proof is for targets that bootstrap a *sample*. `velocity` bootstraps a velocity. With `f(z) = h(r + g h^-1(z))`,
-the velocity of the image f(Z'_t) of the next state's path is `f'(Z'_t)` times that of Z'_t. Its formula has the
-constant g in the place of f'(Z'_t), so it needs an affine h. So does `paper`, which takes g times the next state's
+the velocity of the image f(z'_t) of the next state's path is `f'(z'_t)` times that of z'_t. Its formula has the
+constant g in the place of f'(z'_t), so it needs an affine h. So does `paper`, which takes g times the next state's
 velocity.
 """
 
@@ -70,7 +70,7 @@ def _along(x: Float[Array, "*batch"], xs: Float[Array, " knots"], ys: Float[Arra
 
 
 def affine_axis(shift: ArrayLike, scale: ArrayLike, *, low: ArrayLike, high: ArrayLike) -> ReturnAxis:
-    """`R = shift + scale z`."""
+    """`Z = shift + scale z`."""
     shift, scale, low, high = (jnp.asarray(x, jnp.float32) for x in (shift, scale, low, high))
     returns = jnp.stack([shift, shift + scale], axis=-1)
     return ReturnAxis(returns, jnp.broadcast_to(jnp.arange(2.0), returns.shape), low, high, scale)

@@ -1,4 +1,4 @@
-"""A run: the directory that a training fills, and the loop over its compiled chunks.
+"""A run: the directory that a training fills, and the loop over its compiled calls.
 
 with Run(args, stage="value") as run:
     state = run.start(problem, init_state, model=...)
@@ -70,7 +70,7 @@ class Signals:
         self.number = number
         self._restore()
         # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nstopping after this chunk, which is saved then; once more stops at once.\n")
+        os.write(2, b"\nstopping after this call, which is saved then; once more stops at once.\n")
 
     @contextlib.contextmanager
     def as_outside(self) -> Iterator[None]:
@@ -107,7 +107,7 @@ class Run:
     what the others write goes to a temporary directory.
 
     Saves every `args.save_every` steps, before an evaluation, and in between where that takes little of the time.
-    SIGTERM and Ctrl-C let the chunk come to its end and save it, on all hosts if one gets it. A replica of which a
+    SIGTERM and Ctrl-C let the compiled call come to its end and save it, on all hosts if one gets it. A replica of which a
     number is not finite is given up and reported: the others have nothing to do with it.
     """
 
@@ -246,7 +246,7 @@ class Run:
     # --- The loop ---
 
     def steps(self) -> Iterator[int]:
-        """The number of steps done, before each chunk. `record` has to be called once for each.
+        """The number of steps done, before each compiled call. `record` has to be called once for each.
 
         Raises:
             FloatingPointError: no replica is left; the last checkpoint stays as it was.
@@ -257,12 +257,12 @@ class Run:
 
     def _steps(self) -> Iterator[int]:
         args, first = self.args, self.step
-        self._saved_step, self._saved_at, self._saving = first, time.monotonic(), 0.0  # the first chunk is saved
+        self._saved_step, self._saved_at, self._saving = first, time.monotonic(), 0.0  # the first call is saved
         name = f"{self.stage} {self.header['env']}"
         bar = progress(total=args.steps, initial=first, desc=name, unit="step", disable=jax.process_index() > 0)
         with Signals() as self._signals, bar as self._bar:
             for step in range(first, args.steps, args.steps_per_call):
-                self._chunk_began = time.monotonic()
+                self._call_began = time.monotonic()
                 yield step
         if first == args.steps:
             state = self.fetch(self._state)  # on all hosts
@@ -272,10 +272,10 @@ class Run:
             multihost_utils.sync_global_devices("saved")  # the other hosts read what the first one wrote
 
     def record(self, state: Any, metrics: dict[str, Any]) -> None:
-        """Takes the state after a chunk and its mean metrics: logs, gives up what is not finite, saves where due."""
+        """Takes the state after a call and its mean metrics: logs, gives up what is not finite, saves where due."""
         args = self.args
         values = self.fetch(metrics)
-        milliseconds = 1e3 * (time.monotonic() - self._chunk_began) / args.steps_per_call
+        milliseconds = 1e3 * (time.monotonic() - self._call_began) / args.steps_per_call
         self._state, self.step = state, self.step + args.steps_per_call
         self._give_up_diverged(values)
         good = self.good()
@@ -310,7 +310,7 @@ class Run:
                     raise
                 self._signals.number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
         self._stop_if_signalled()
-        self._chunk_began = time.monotonic()
+        self._call_began = time.monotonic()
 
     def _stop_if_signalled(self) -> None:
         """Ends the run, which is saved, if one of the hosts noted a signal."""

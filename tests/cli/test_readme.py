@@ -94,7 +94,7 @@ def test_the_commands_are_found():
 
 def test_links_lead_to_files():
     links = []
-    for page in (ROOT / "README.md", ROOT / "results" / "README.md", *ROOT.glob("docs/*.md")):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("results/**/*.md"), *ROOT.glob("docs/*.md")):
         text = page.read_text()
         links += [page.parent / link for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text)]
         links += [ROOT / link for link in re.findall(r"`(results/[^`*]+)`", text)]
