@@ -107,8 +107,8 @@ class Run:
     what the others write goes to a temporary directory.
 
     Saves every `args.save_every` steps, before an evaluation, and in between where that takes little of the time.
-    SIGTERM and Ctrl-C let the compiled call come to its end and save it, on all hosts if one gets it. A replica of which a
-    number is not finite is given up and reported: the others have nothing to do with it.
+    SIGTERM and Ctrl-C let the compiled call come to its end and save it, on all hosts if one gets it. A replica of
+    which a number is not finite is given up and reported: the others have nothing to do with it.
     """
 
     def __init__(self, args: Any, *, stage: str):
