@@ -89,9 +89,7 @@ def _read_header(file: BinaryIO, path: Path, stage: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is not a checkpoint of this project: delete it and train again.") from None
     if actual != stage:
-        raise UserError(
-            f"{path} is a checkpoint of stage {actual!r}, not {stage!r}: pass the other run directory."
-        )
+        raise UserError(f"{path} is a checkpoint of stage {actual!r}, not {stage!r}: pass the other run directory.")
     for field in REQUIRED.get(stage, ()):
         if field not in header:
             raise UserError(f"{path} has no {field}, as those of an older revision: use that one, or train again.")

@@ -40,7 +40,8 @@ DRAWN: dict[str, ModuleType] = {
         sweeps,
     ),
     **dict.fromkeys(
-        [f"axis_temperatures/{part}" for part in ("double", "single", "single_absolute", "single_data")], sweeps
+        [f"axis_temperatures/{part}" for part in ("double", "single", "single_absolute", "single_data")],
+        sweeps,
     ),
     "axes": axes,
     "base_policy": base_policy,

@@ -103,6 +103,20 @@ def axes(env: str) -> list[str]:
     ]
 
 
+def axis_temperatures(env: str, table: str) -> list[str]:
+    """On 400 episodes, with the steps of the presets: a reward model for each task and two seeds, and its sweep."""
+    run, flags = f"episodes-400/{env}", AXES_ON[env][0]
+    about = f"--env {env} --run-dir runs/{run}"
+    return [
+        policy(env, f"--preview --episodes 400 --run-dir runs/{run}" + " --steps 200000" * (env == CUBE)),
+        f"evor_value.py {about} --preview --episodes 400 {HORIZON.get(env, '')} {flags} --seeds 2 --policy-seed 0 "
+        f"--policy-run-dir runs/{run} --eval-episodes 0",
+        f"evor_infer.py {about} --num-actions 16 --num-returns 8 --eval-episodes {25 if env == SCENE else 100} "
+        "--action-temperature 0.003 0.01 0.03 --out tau_q",
+        draw(f"axis_temperatures/{table}", f"{run}/tau_q"),
+    ]
+
+
 def targets() -> list[str]:
     """The published target and the default one, each with the base and the softmax backup."""
     commands = []
@@ -190,6 +204,7 @@ EXPERIMENTS: dict[str, list[str]] = {
         *(command for env in AXES_ON for command in axes(env)),
         draw("axes", *(f"axis-{name}/{env}" for name in AXES for env in AXES_ON)),
     ],
+    "axis_temperatures": axis_temperatures(SINGLE, "single_data"),
     "schedule": [
         *(preview(CUBE, name, f"{flags} --eval-every 10000 {GREEDY}") for name, flags in SCHEDULES.items()),
         draw("schedule", *(f"{name}/{CUBE}" for name in SCHEDULES)),
