@@ -209,11 +209,11 @@ def load_or_train(args: Any, *, sizes: Sizes, data_sha256: str) -> BasePolicy:
         raise UserError(f"the base policy at {path} is not trained to its end: finish it with evor_bc.py --resume.")
     header, (policies, standardizer) = load(path)
     _check_fits(args, header, path, sizes, data_sha256)
+    index = np.array(checkpoint.choose_seeds(header, path, args.policy_seeds))
     print(
         f"base policy: {path}, {header['step']:,} steps, {policies.spec.depth} x {policies.spec.width}, "
         f"trained on {header['data']['name']} (sha256 {header['data']['sha256'][:12]})"
     )
-    index = np.array([header["seeds"].index(seed) for seed in args.policy_seeds])
     return BasePolicy(jax.tree.map(lambda x: jnp.asarray(x)[index], policies), standardizer, path, sha256(path))
 
 
@@ -236,15 +236,6 @@ def _check_fits(args: Any, header: dict[str, Any], path: Path, sizes: Sizes, dat
         raise UserError(
             f"--ignore-observations {list(args.ignore_observations)}: the base policy at {path} ignores {ignored}: "
             f"train it anew, or leave the flag out."
-        )
-    lost = {seed for _, seed in header.get("diverged", ())} & set(args.policy_seeds)
-    if lost:
-        raise UserError(f"the base policy of seed {min(lost)} at {path} diverged: use another, with --policy-seed.")
-    unknown = set(args.policy_seeds) - set(header["seeds"])
-    if unknown:
-        raise UserError(
-            f"{path} has no seed {min(unknown)}: train it with evor_bc.py --first-seed {args.policy_seeds[0]} --seeds "
-            f"{len(args.policy_seeds)} --overwrite, or use its seeds, {header['seeds']}, or one with --policy-seed."
         )
 
 

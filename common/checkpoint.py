@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, get_type_hints
 
@@ -282,3 +282,21 @@ def choose(
             raise UserError(f"{report}: train it again with a smaller --learning-rate, or choose another.")
         print(f"warning: {report}: left out.", file=sys.stderr)
     return [i for i in chosen if i not in lost]
+
+
+def choose_seeds(header: dict[str, Any], path: Path, seeds: Sequence[int]) -> list[int]:
+    """Where the base policies of these seeds are among those of a stage 1.
+
+    Raises:
+        UserError: one is missing, or diverged.
+    """
+    unknown = set(seeds) - set(header["seeds"])
+    if unknown:
+        raise UserError(
+            f"{path} has no seed {min(unknown)}: train it with evor_bc.py --first-seed {seeds[0]} --seeds {len(seeds)} "
+            f"--overwrite, or use its seeds, {header['seeds']}, or one with --policy-seed."
+        )
+    lost = {seed for _, seed in header.get("diverged", ())} & set(seeds)
+    if lost:
+        raise UserError(f"the base policy of seed {min(lost)} at {path} diverged: use another, with --policy-seed.")
+    return [header["seeds"].index(seed) for seed in seeds]
