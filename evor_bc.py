@@ -194,14 +194,15 @@ def load_or_train(args: Any, *, sizes: Sizes, data_sha256: str) -> BasePolicy:
     header = checkpoint.read_header(path, stage="bc", remedy="train it anew.") if path.is_file() else None
     done = header is not None and header["step"] >= header["args"]["steps"]
     if not done and args.policy_run_dir is None:
-        resume, wanted = any((path.parent / name).is_file() for name in STATE_FILES), args_for(args)
+        begun = header is not None or any((path.parent / name).is_file() for name in STATE_FILES)
+        wanted = args_for(args)
         for difference in differences(header, wanted) if header else ():
             raise UserError(
                 f"the base policy at {path} is not trained to its end, and has {difference}: "
                 f"finish it with evor_bc.py --resume, or pass another --run-dir."
             )
-        print(f"{'unfinished' if resume else 'no'} base policy at {path}: training it first.", flush=True)
-        main(dataclasses.replace(wanted, resume=resume))
+        print(f"{'unfinished' if begun else 'no'} base policy at {path}: training it first.", flush=True)
+        main(dataclasses.replace(wanted, resume=begun))
         gc.collect()  # stage 1's data, before stage 2's are loaded
     elif not path.is_file():
         raise UserError(f"there is no base policy at {path}: train it with evor_bc.py, or leave out --policy-run-dir.")

@@ -516,9 +516,9 @@ def main(args: Args) -> list[dict[str, Any]]:
         film.prepare(args.video)  # now, rather than after the sweep
     header, pairs, agents = open_run(args)
     gym_ids = [parse_env(args.env).gym_id(task) for task, _ in pairs]
+    sweep = Sweep(args, header, settings=[field.name for field in dataclasses.fields(Extraction)])
     filmed = film.open_env(gym_ids[0], args.action_noise[-1]) if args.video is not None else None
     in_common = dict(num_episodes=args.eval_episodes, horizon=agents.horizon, seed=args.eval_seed)
-    sweep = Sweep(args, header, settings=[field.name for field in dataclasses.fields(Extraction)])
     for noise in dict.fromkeys(args.action_noise):
         with Episodes(gym_ids, **in_common, action_noise=noise, workers=args.workers) as episodes:
             for settings in combinations(args):

@@ -82,7 +82,7 @@ class Args(TrainArgs):
     """OGBench's single tasks; the environment's default task by default."""
     policy_run_dir: Path | None = unread(None)
     """The run directory with the base policy; --run-dir by default."""
-    policy_seed: Annotated[int | None, not_negative] = unread(None)
+    policy_seed: Annotated[int | None, within(0, 2**31, brackets="[)")] = unread(None)
     """The base policy that all seeds share, by its seed; each seed's own by default."""
     reward: Literal["default", "sparse"] = unread("default")
     """OGBench's reward, or -1 until the task is solved (QC's variant)."""

@@ -76,7 +76,7 @@ not_negative = Constraint(lambda x, _: x >= 0, lambda flag, x, _: f"{flag} must 
 positive = Constraint(lambda x, _: x > 0, lambda flag, x, _: f"{flag} must be positive, not {x}.")
 
 Count = Annotated[int, at_least(1)]
-Seed = Annotated[int, within(0, 2**31, brackets="[)")]  # what JAX's keys tell apart
+Seed = Annotated[int, within(0, 2**31, brackets="[)")]  # JAX takes seeds modulo 2^32
 
 
 def unread(default: Any) -> Any:
@@ -187,6 +187,8 @@ class TrainArgs:
 
     def conflicts(self) -> Iterator[str]:
         """Sentences about settings that cannot work together."""
+        if self.first_seed + self.seeds > 2**31:
+            yield f"--first-seed {self.first_seed}: the last of {self.seeds} seeds is above 2^31: use smaller ones."
         turns = multiple_of("steps_per_call")
         if self.dataset is not None and self.dataset.is_dir() and not turns.holds(self.file_steps, self):
             yield turns.complaint("--file-steps", self.file_steps, self)

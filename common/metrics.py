@@ -71,16 +71,20 @@ def import_wandb() -> Any:
     return wandb
 
 
-def start_tracking(project: str, name: str, config: Mapping[str, Any], *, directory: Path | None = None) -> Any:
+def start_tracking(
+    project: str, name: str, config: Mapping[str, Any], *, directory: Path | None = None, anew: bool = False
+) -> Any:
     """A Weights & Biases run.
 
     Args:
         directory: that of the run, where `tracking.json` keeps the id: a run that goes on here is one run there, too.
+        anew: whether it is a new run, whatever stands there.
     """
     wandb = import_wandb()
     settings = dict(project=project, name=name, config=plain(config), reinit="finish_previous")
     if directory is None:
         return wandb.init(**settings)
-    kept = read_json(directory / "tracking.json") or {"id": secrets.token_hex(8)}
-    write_json(directory / "tracking.json", kept)
-    return wandb.init(**settings, id=kept["id"], resume="allow")
+    kept = (None if anew else read_json(directory / "tracking.json")) or {"id": secrets.token_hex(8)}
+    run = wandb.init(**settings, id=kept["id"], resume="allow")
+    write_json(directory / "tracking.json", kept)  # after what may fail
+    return run

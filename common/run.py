@@ -93,8 +93,12 @@ def differences(header: dict[str, Any], args: Any) -> Iterator[str]:
     """In what the arguments of a run that is to be resumed differ from those that its checkpoint names."""
     may_differ = (*NOT_RESULTS, "dataset", *getattr(args, "evaluation_only", ()))
     for field, value in checkpoint.plain(args).items():
-        if field not in may_differ and header["args"].get(field) != value:
-            yield f"{field} {header['args'].get(field)!r}, not {value!r}"
+        if field in may_differ:
+            continue
+        if field not in header["args"]:
+            yield f"no {field}, as runs of another revision, which can finish it"
+        elif header["args"][field] != value:
+            yield f"{field} {header['args'][field]!r}, not {value!r}"
 
 
 class Run:
@@ -127,9 +131,10 @@ class Run:
         self._loop: Iterator[int] | None = None
         if args.distributed:
             join_hosts()
-        if args.track:
+        if args.track and jax.process_index() == 0:
             import_wandb()
-        if args.resume and self._stands():
+        self._seen = self._look()
+        if args.resume and self._seen:
             self.resume_path = state_to_resume(self.directory, stage)
 
     def __enter__(self) -> "Run":
@@ -139,8 +144,10 @@ class Run:
         if self._loop is not None:
             self._loop.close()
 
-    def _stands(self) -> bool:
-        return any((self.directory / name).is_file() for name in STATE_FILES)
+    def _look(self) -> list[tuple[str, int, int]]:
+        """The training states that stand here, by name, time and size."""
+        paths = [path for path in (self.directory / name for name in STATE_FILES) if path.is_file()]
+        return [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
 
     # --- Start ---
 
@@ -163,11 +170,12 @@ class Run:
         state = stack_replicas(lambda key: init(self.args, problem.sizes, key=key), problem.init_keys)
         self.header["model"] = model(state).spec()
         if self.resume_path is not None:
-            blank = state
-            _, state = checkpoint.load(self.resume_path, lambda _: blank, stage=self.stage, remedy=START_OVER)
-            state = jax.tree.map(jnp.asarray, state)
+            _, saved = checkpoint.load(self.resume_path, lambda _: state, stage=self.stage, remedy=START_OVER)
+            state = jax.tree.map(jnp.asarray, saved)
+            del saved
         self.step = int(np.max(state.step))
         self._state = spread(state, len(self.pairs))
+        del state  # its memory, before the data take theirs
         if self.step < self.args.steps:
             problem.data(self.step)  # takes its memory and its time before an earlier run goes, and the bar starts
         self._open()
@@ -176,30 +184,37 @@ class Run:
 
     def _claim(self) -> None:
         """Locks the directory, and looks at what stands in it."""
-        stands, first_host = self._stands(), jax.process_index() == 0
-        something = stands or (self.directory / "model.eqx").is_file()
-        if something and not (self.args.resume or self.args.overwrite):
-            raise UserError(f"a run stands in {self.directory}: pass --resume, --overwrite, or another --run-dir.")
+        first_host = jax.process_index() == 0
+        self._refuse_a_run()
         if first_host:
             self._lock = hold_directory(self.directory, "--run-dir")
-        if stands and self.args.resume:
+            self._refuse_a_run()  # one that ended meanwhile
+        if self.args.resume and self._look() != self._seen:  # another process was filling the directory
+            self.resume_path = state_to_resume(self.directory, self.stage) if self._look() else None
+        if self.resume_path is not None:
             self._check_resumable()
         elif self.args.resume and first_host:
             print(f"nothing to resume in {self.directory}: starting.", flush=True)
 
+    def _refuse_a_run(self) -> None:
+        something = self._look() or (self.directory / "model.eqx").is_file()
+        if something and not (self.args.resume or self.args.overwrite):
+            raise UserError(f"a run stands in {self.directory}: pass --resume, --overwrite, or another --run-dir.")
+
     def _open(self) -> None:
         """Removes what an earlier run left, and opens the log."""
         first_host, track = jax.process_index() == 0, None
-        if first_host and self.resume_path is None:
-            (self.directory / "tracking.json").unlink(missing_ok=True)
+        fresh = self.resume_path is None
         if first_host and self.args.track:
             name, config = f"{self.header['env']}-{self.stage}", checkpoint.plain(self.args)
-            track = start_tracking("evor", name, config, directory=self.directory)
-        if first_host and self.resume_path is None:
-            # Nothing of an earlier run may be taken for this one's. (The bank says itself what it was made of.)
+            track = start_tracking("evor", name, config, directory=self.directory, anew=fresh)
+        if first_host and fresh:
+            # Nothing of an earlier run may be taken for this one's. (The bank says itself what it was made of.) A model
+            # alone, which --resume does not go on from, stays until the first checkpoint takes its place.
+            kept = ("tracking.json",) * self.args.track + ("model.eqx",) * self.args.resume
             for path in self.directory.glob("*"):
-                kept = path.name == "tracking.json" or path.name.startswith("bank-")
-                if path.suffix in (".json", ".csv", ".eqx", ".png") and not kept:
+                ours = path.suffix in (".json", ".csv", ".eqx", ".png") and "bank-" not in path.name
+                if ours and path.name not in kept:
                     path.unlink()
         if not first_host:
             self._temporary = tempfile.TemporaryDirectory()  # removed with this object
@@ -222,7 +237,6 @@ class Run:
 
     def _check_resumable(self) -> None:
         """Whether the state that stands here is one of this run; removes what a kill left half written."""
-        self.resume_path = self.resume_path or state_to_resume(self.directory, self.stage)
         old = self._old = checkpoint.read_header(self.resume_path, stage=self.stage, remedy=START_OVER)
         self.diverged += [tuple(replica) for replica in old.get("diverged", ())]
         for difference in differences(old, self.args):

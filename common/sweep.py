@@ -16,7 +16,8 @@ class Sweep:
     """The folder that a sweep fills.
 
     Files: `episodes.csv` and `summary.csv`, written anew after each setting, and at the end `config.json` (arguments,
-    data, versions, hardware, seconds) and `sweep.png`. One process at a time may fill it.
+    data, versions, hardware, and the seconds that the episodes took) and `sweep.png`. One process at a time may fill
+    it.
     """
 
     def __init__(self, args: Any, header: dict[str, Any], *, settings: Sequence[str]):

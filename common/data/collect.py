@@ -41,7 +41,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from common.args import at_least, check, not_negative, within
+from common.args import Seed, at_least, check, not_negative, within
 from common.cli import run_cli
 from common.data.names import collected_path, import_ogbench, parse_env, validation_path
 from common.errors import UserError
@@ -134,7 +134,7 @@ class Args:
     """Dataset to collect: {cube-*,scene,puzzle-*}-{play,noisy}, pointmaze-*-{navigate,stitch}."""
     episodes: int | None = None
     """Training episodes, OGBench's number by default; a tenth as many more go to the validation file."""
-    seed: Annotated[int, not_negative] = 0
+    seed: Seed = 0
     """Seed of all episodes."""
     noise: Annotated[float | None, not_negative] = None
     """Another noise level than OGBench's; needs --out."""

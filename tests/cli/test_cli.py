@@ -25,9 +25,11 @@ import pytest
 import evor_bc
 import evor_infer
 import evor_value
+from common import checkpoint
 from common.cli import parse_args, run_cli
 from common.errors import UserError
-from tests.helpers import contents, tiny_dataset
+from common.run import STATE_FILES
+from tests.helpers import contents, rewrite, tiny_dataset
 
 SCRIPTS = (evor_bc, evor_value, evor_infer)
 ROOT = Path(evor_bc.__file__).parent
@@ -319,10 +321,13 @@ SMALL = dict(steps=4, steps_per_call=2, width=8, depth=1, batch_size=4)
 SMALL_VALUE = SMALL | dict(eval_episodes=0, eval_every=0, num_next_actions=2, flow_steps=2)
 
 
+def bc_args(**changes) -> evor_bc.Args:
+    return evor_bc.Args(**dict(env=ENV, dataset=Path("data.npz"), run_dir=Path("run")) | SMALL | changes)
+
+
 def bc(**changes) -> Callable[[], object]:
     """The command that trained the base policy, with changes."""
-    settings = dict(env=ENV, dataset=Path("data.npz"), run_dir=Path("run")) | SMALL
-    return lambda: evor_bc.main(evor_bc.Args(**settings | changes))
+    return lambda: evor_bc.main(bc_args(**changes))
 
 
 def value(**changes) -> Callable[[], object]:
@@ -577,3 +582,15 @@ def test_a_base_policy_that_was_not_trained_to_its_end(here: Path):
     fails_cleanly(
         value(), here, "run/bc|is not trained to its end, and has|finish it with evor_bc.py --resume|--run-dir"
     )
+
+
+def test_a_base_policy_whose_first_save_was_killed(here: Path, monkeypatch: pytest.MonkeyPatch):
+    """`model.eqx` stands alone then, and is unfinished: the value stage trains it from the start."""
+    shutil.rmtree(here / "run" / "value")
+    for name in STATE_FILES:
+        (here / "run" / "bc" / name).unlink(missing_ok=True)
+    rewrite(here / "run/bc/model.eqx", step=2)
+    monkeypatch.setattr(evor_bc, "args_for", lambda args: bc_args())
+    value()()
+    assert checkpoint.read_header(here / "run/bc/model.eqx", stage="bc", remedy="")["step"] == 4
+    assert (here / "run/value/model.eqx").is_file()

@@ -33,7 +33,10 @@ def all_commands() -> list[str]:
     docs = sorted(set(ROOT.glob("docs/*.md")) - {ROOT / "docs" / "extending.md"})  # whose commands test_docs.py runs
     pages = ROOT / "README.md", ROOT / "CONTRIBUTING.md", *docs
     texts = [path.read_text() for path in (*pages, *sorted(ROOT.glob("results/**/*.md")))]
-    modules = [path.read_text() for path in sorted([*ROOT.glob("evor_*.py"), *ROOT.glob("*/*.py")])]
+    modules = [
+        path.read_text()
+        for path in sorted([*ROOT.glob("evor_*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("common/*/*.py")])
+    ]
     texts += [re.match(r'"""(.*?)"""', text, re.S)[1] for text in modules if text.startswith('"""')]
     return sorted({c for text in texts for c in commands(text)})
 

@@ -21,7 +21,7 @@ from common.cli import parse_args
 from common.data import collect, names
 from common.errors import UserError
 from tests import processes
-from tests.helpers import contents
+from tests.helpers import contents, mostly_slow
 
 ROWS = 40
 KEYS = ("observations", "actions", "terminals", "qpos", "qvel")
@@ -480,8 +480,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", mostly_slow([signal.SIGINT, signal.SIGTERM, signal.SIGKILL], but=[signal.SIGTERM]))
 def test_no_exit_leaves_processes_behind(tmp_path: Path, number: int):
     """Ctrl-C goes to all processes, as from a terminal; the others to the first one alone. Within seconds none is
     left, though the whole collection would take minutes."""

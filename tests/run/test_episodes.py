@@ -19,6 +19,7 @@ from common import episodes as roll_outs
 from common.episodes import EpisodeRunner, Episodes, seeded_reset
 from common.errors import UserError
 from tests import processes
+from tests.helpers import mostly_slow
 
 GYM_IDS = ("cube-single-singletask-task2-v0", "cube-single-singletask-task4-v0")
 HORIZON = 5
@@ -265,8 +266,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", mostly_slow([signal.SIGINT, signal.SIGTERM, signal.SIGKILL], but=[signal.SIGTERM]))
 def test_no_exit_leaves_processes_behind(tmp_path: Path, number: int):
     """Ctrl-C goes to all processes, as from a terminal; the others to the first one alone. Within seconds none is
     left, though the whole evaluation would take minutes."""

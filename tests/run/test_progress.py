@@ -73,8 +73,8 @@ def test_what_takes_less_than_ten_seconds_leaves_nothing(clock: Clock, capsys: p
 def test_all_bars_are_of_this_kind():
     """Fails if a script shows a bar of tqdm's own, which fills a file."""
     root = Path(progress.__file__).parent.parent
-    folders = (root, *(root / name for name in ("common", "baselines", "benchmarks", "experiments", "examples")))
-    files = [path for folder in folders for path in folder.glob("*.py")]
+    folders = "common", "baselines", "benchmarks", "experiments", "examples"
+    files = [*root.glob("*.py"), *(path for name in folders for path in (root / name).rglob("*.py"))]
     assert len(files) > 40  # the whole code, and nothing of a virtual environment beside it
     assert [path.name for path in files if re.search(r"\btqdm\(", path.read_text())] == ["progress.py"]
 

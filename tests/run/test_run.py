@@ -498,18 +498,57 @@ def test_a_model_alone_is_not_overwritten(tmp_path: Path):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("missing", ["wandb", "memory"])
-def test_an_old_run_stays_until_the_new_one_can_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str):
-    """Without Weights & Biases, or without memory for the data, `--overwrite` removes nothing."""
+def test_a_model_alone_stays_until_the_first_checkpoint_of_a_run_that_says_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its training state is elsewhere, and `--resume` starts anew."""
     train(tmp_path, Args())
+    before = (tmp_path / "toy/model.eqx").read_bytes()
+    for name in STATE_FILES:
+        (tmp_path / "toy" / name).unlink()
+    run = open_run(tmp_path, Args(resume=True, rate=0.2))
+    assert (tmp_path / "toy/model.eqx").read_bytes() == before and not (tmp_path / "toy/metrics.csv").read_text()[50:]
+    del run
+    train(tmp_path, Args(resume=True, rate=0.2))
+    assert checkpoint.read_header(tmp_path / "toy/model.eqx", stage="toy", remedy="")["args"]["rate"] == 0.2
+
+
+@pytest.mark.parametrize("missing", ["the package", "the login", "memory"])
+def test_an_old_run_stays_until_the_new_one_can_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str):
+    """Without Weights & Biases, or without memory for the data, `--overwrite` removes and changes nothing."""
+    wandb = types.SimpleNamespace(init=lambda **settings: types.SimpleNamespace(log=lambda values, step: None))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    train(tmp_path, Args(track=True))
     before = contents(tmp_path)
-    if missing == "wandb":
+    assert "toy/tracking.json" in before
+    if missing == "the package":
         monkeypatch.setitem(sys.modules, "wandb", None)
+    elif missing == "the login":
+        wandb.init = mock.Mock(side_effect=RuntimeError)
     else:
         monkeypatch.setattr(Problem, "data", mock.Mock(side_effect=MemoryError))
-    with pytest.raises((UserError, MemoryError)):
-        train(tmp_path, Args(overwrite=True, track=missing == "wandb"))
+    with pytest.raises((UserError, RuntimeError, MemoryError)):
+        train(tmp_path, Args(overwrite=True, track=True))
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("step", [8, 12, None])
+def test_the_state_to_resume_is_the_one_under_the_lock(tmp_path: Path, step: int | None):
+    """Another process saves, ends or starts over between the first look and the lock. Fails if its newer state is taken
+    for a damaged one and removed, or if a state that is gone is gone on from."""
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Args(), until=8)
+    run = Run(dataclasses.replace(Args(resume=True), run_dir=tmp_path), stage="toy")
+    if step is None:
+        for name in STATE_FILES:
+            (tmp_path / "toy" / name).unlink()
+    elif step == 12:
+        train(tmp_path, Args(resume=True))
+    run.start(Problem(), init, model=model)
+    assert run.step == (step or 0)
+    if step is not None:
+        state = tmp_path / "toy" / STATE_FILES[0]
+        assert checkpoint.read_header(state, stage="toy", remedy="")["step"] == step
 
 
 @pytest.mark.parametrize("damage", [None, b"x"])
@@ -666,7 +705,7 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path: Path):
     before = contents(tmp_path / "run")
     code = f"""
         import resource, sys
-        from tests import test_run
+        from tests.run import test_run
         from common.cli import run_cli
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         sys.argv = ["script", "--resume"]
