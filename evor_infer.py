@@ -60,7 +60,7 @@ from common.networks import (
 )
 from common.replicas import in_blocks, over_replicas
 from common.returns import ReturnAxis, blank_axis
-from common.sweep import Sweep
+from common.sweep import Sweep, sweep_folder
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(num_actions=(1, 4), num_returns=(4,), eval_episodes=4),
@@ -490,8 +490,9 @@ def open_run(args: Args) -> tuple[dict[str, Any], list[tuple[int, int]], Agent]:
     """Header, (task, seed) pairs and agents of the run to evaluate.
 
     Raises:
-        UserError: there is no such run, or no environment to evaluate it in.
+        UserError: there is no such run, or no environment to evaluate it in, or no place for the sweep.
     """
+    sweep_folder(args)  # before anything is loaded
     name, run_dir = parse_env(args.env), args.directory
     seeds = () if args.seeds is None else range(args.first_seed, args.first_seed + args.seeds)
     header, pairs, agents = load_agents(run_dir, tasks=args.tasks, seeds=seeds)

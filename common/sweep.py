@@ -12,6 +12,19 @@ from common.files import hold_directory, sha256, write_csv, write_json
 from common.provenance import git_revision, hardware, package_versions
 
 
+def sweep_folder(args: Any) -> Path:
+    """The folder `args.out` of the run directory.
+
+    Raises:
+        UserError: something else stands there.
+    """
+    out: Path = args.directory / args.out
+    trained = any((out / name).is_file() for name in ("model.eqx", "train_state.eqx"))
+    if trained or out.resolve() in {(args.directory / name).resolve() for name in ("", "bc", "value")}:
+        raise UserError(f"--out {args.out}: {out} is not for sweeps: name another folder.")
+    return out
+
+
 class Sweep:
     """The folder that a sweep fills.
 
@@ -21,21 +34,18 @@ class Sweep:
     """
 
     def __init__(self, args: Any, header: dict[str, Any], *, settings: Sequence[str]):
-        """Takes the folder `args.out` of the run directory.
+        """Takes the folder of `sweep_folder`.
 
         Args:
             header: of the agents' checkpoint.
             settings: names of what is swept, columns of the rows.
 
         Raises:
-            UserError: the folder is not for sweeps, or another process is filling it.
+            UserError: another process is filling it.
         """
         self.args, self.header, self.settings = args, header, settings
         self.rows: list[dict[str, Any]] = []
-        self.out: Path = args.directory / args.out
-        trained = any((self.out / name).is_file() for name in ("model.eqx", "train_state.eqx"))
-        if trained or self.out.resolve() in {(args.directory / name).resolve() for name in ("", "bc", "value")}:
-            raise UserError(f"--out {args.out}: {self.out} is not for sweeps: name another folder.")
+        self.out = sweep_folder(args)
         self._began, self._lock = time.monotonic(), hold_directory(self.out, "--out")
         (self.out / "config.json").unlink(missing_ok=True)  # of the sweep before
 

@@ -18,7 +18,6 @@ from common.files import write_csv
 from common.flow import Ode
 from common.networks import FlowCritic, FlowPolicy, Standardizer
 from common.returns import affine_axis
-from common.sweep import Sweep
 from evor_infer import Agent, Extraction, log_mean_exp, select
 
 act_one = jax.jit(evor_infer.act_one)
@@ -311,4 +310,4 @@ def test_a_sweep_does_not_go_where_a_model_stands(tmp_path: Path):
     other.mkdir(parents=True)
     (other / "model.eqx").write_bytes(b"a model")
     with pytest.raises(UserError, match="is not for sweeps: name another folder"):
-        Sweep(evor_infer.Args(env="cube-single-play", run_dir=tmp_path / "run", out=str(other)), {}, settings=())
+        evor_infer.open_run(evor_infer.Args(env="cube-single-play", run_dir=tmp_path / "run", out=str(other)))
