@@ -4,6 +4,7 @@ them changes a stored row. The Python of the README runs."""
 import importlib
 import re
 import shlex
+import types
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,22 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     for block in blocks:
         exec(block, names)
     assert names["actions"].shape == (3, 1, 5) and names["returns"].shape == (3, 64)
+
+
+def test_the_loop_for_ones_own_environment_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """That of docs/data.md, in an episode that ends within a chunk."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    common = dict(env="my-robot", dataset=tiny_dataset(tmp_path / "data.npz"), width=16, depth=2, batch_size=8)
+    common |= dict(steps_per_call=2, steps=2, horizon=3)
+    evor_bc.main(evor_bc.Args(**common))
+    evor_value.main(evor_value.Args(**common, num_next_actions=1, eval_episodes=0))
+    actions = []
+
+    def step(action: np.ndarray) -> tuple:
+        actions.append(np.asarray(action))
+        return np.zeros(3, np.float32), 0.0, len(actions) == 7, False, {}
+
+    env = types.SimpleNamespace(reset=lambda seed: (np.zeros(3, np.float32), {}), step=step)
+    exec(block, dict(env=env))
+    assert [action.shape for action in actions] == [(2,)] * 7
