@@ -40,7 +40,7 @@ DRAWN: dict[str, ModuleType] = {
         sweeps,
     ),
     **dict.fromkeys(
-        [f"axis_temperatures/{part}" for part in ("double", "single", "single_absolute", "single_data")],
+        [f"axis_temperatures/{part}" for part in ("double", "single", "single_absolute", "single_data", "scene_data")],
         sweeps,
     ),
     "axes": axes,

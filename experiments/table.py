@@ -112,7 +112,7 @@ def axis_temperatures(env: str, table: str) -> list[str]:
         f"evor_value.py {about} --preview --episodes 400 {HORIZON.get(env, '')} {flags} --seeds 2 --policy-seed 0 "
         f"--policy-run-dir runs/{run} --eval-episodes 0",
         f"evor_infer.py {about} --num-actions 16 --num-returns 8 --eval-episodes {25 if env == SCENE else 100} "
-        "--action-temperature 0.003 0.01 0.03 --out tau_q",
+        "--action-temperature 0 0.003 0.01 0.03 --out tau_q",
         draw(f"axis_temperatures/{table}", f"{run}/tau_q"),
     ]
 
@@ -204,7 +204,7 @@ EXPERIMENTS: dict[str, list[str]] = {
         *(command for env in AXES_ON for command in axes(env)),
         draw("axes", *(f"axis-{name}/{env}" for name in AXES for env in AXES_ON)),
     ],
-    "axis_temperatures": axis_temperatures(SINGLE, "single_data"),
+    "axis_temperatures": [*axis_temperatures(SINGLE, "single_data"), *axis_temperatures(SCENE, "scene_data")],
     "schedule": [
         *(preview(CUBE, name, f"{flags} --eval-every 10000 {GREEDY}") for name, flags in SCHEDULES.items()),
         draw("schedule", *(f"{name}/{CUBE}" for name in SCHEDULES)),

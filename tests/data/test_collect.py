@@ -422,7 +422,7 @@ def test_a_killed_collection_goes_on(tmp_path: Path):
     whole, path = tmp_path / "whole" / "maze.npz", tmp_path / "killed" / "maze.npz"
     collect.collect("pointmaze-medium-navigate-v0", whole, workers=1, **options)
     command = (
-        "import sys; from pathlib import Path; from common import collect; collect.BLOCK_ROWS = 600\n"
+        "import sys; from pathlib import Path; from common.data import collect; collect.BLOCK_ROWS = 600\n"
         "if __name__ == '__main__':\n"
         "    print('ready', flush=True)\n"
         f"    collect.collect('pointmaze-medium-navigate-v0', Path(sys.argv[1]), workers=1, **{options})\n"

@@ -399,6 +399,7 @@ def test_the_table_has_the_environments_that_are_installed():
 def test_every_environment_relabels_data_for_its_five_tasks(tmp_path: Path, prefix: str):
     """Three rows of the environment's own initial states; fails where an environment, its numbers in the table or its
     reward differ from OGBench's, computed here from one state at a time."""
+    names.import_ogbench()
     about = names.ENVIRONMENTS[prefix]
     path = tmp_path / "data.npz"
     env_name = f"{prefix}-{about.kinds[0]}"

@@ -104,6 +104,7 @@ def test_table_and_figure_of_small_groups(tmp_path, monkeypatch):
     assert "git_revision" in (tmp_path / "speed.csv").read_text().splitlines()[0]
 
 
+@pytest.mark.slow
 def test_quantiles_rank_candidates_better_than_independent_draws():
     """On an untrained critic, whose returns are about the noise itself, at a high temperature: with N quantiles Q* has
     no variance and less error than with N independent draws; both have less with more returns."""
@@ -118,6 +119,7 @@ def test_quantiles_rank_candidates_better_than_independent_draws():
     assert rows["quantiles", 32]["q_rmse"] < rows["quantiles", 4]["q_rmse"]
 
 
+@pytest.mark.slow
 def test_solver_errors_fall_with_the_steps():
     agent = speed.agent(speed.Args(width=32), "mlp")
     rng = np.random.default_rng(0)
