@@ -426,7 +426,7 @@ MISTAKES_OF_VALUE = {
         dict(policy_run_dir=Path("elsewhere")),
         "no base policy at elsewhere/bc/model.eqx|evor_bc.py, or leave out --policy-run-dir",
     ),
-    "a negative shared seed": (dict(policy_seed=-1), "--policy-seed must not be negative: -1"),
+    "a negative shared seed": (dict(policy_seed=-1), "--policy-seed must be in [0, 2147483648), not -1"),
     "tasks twice": (dict(tasks=(1, 1)), "--tasks needs each task once"),
     "tasks with own rewards": (dict(tasks=(2,)), "brings its own rewards|leave out --tasks"),
     "eval_every and steps per call": (dict(eval_every=3), "--eval-every 3|--steps-per-call 2"),

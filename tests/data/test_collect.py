@@ -525,7 +525,7 @@ def test_the_files_are_those_of_numpys_savez(tmp_path: Path):
     ("flags", "words"),
     [
         (["--workers", "0"], "--workers must be at least 1, not 0"),
-        (["--seed", "-1"], "--seed must not be negative: -1"),
+        (["--seed", "-1"], r"--seed must be in \[0, 2147483648\), not -1"),
         (["--noise", "-1"], "--noise must not be negative"),
         (["--random-actions", "1.5"], r"--random-actions must be in \[0, 1\], not 1.5"),
         (["--out", "."], r"--out \. is a folder"),
