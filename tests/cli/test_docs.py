@@ -1,12 +1,15 @@
 """What docs/ and examples/ show runs."""
 
+import ast
 import dataclasses
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from examples import one_page
@@ -70,6 +73,66 @@ def test_changes_that_the_docs_show(tmp_path: Path, change: str, says: str):
         subprocess.run([sys.executable, "-m", *command.split()], cwd=tmp_path, check=True, capture_output=True)
     done = subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == says
+
+
+def test_what_is_to_be_copied_stands_alone():
+    """The definitions that docs/extending.md lists, and the packages that their files import: fails if one is missing,
+    or if one needs more of this repository. A loss of three examples is computed with them."""
+    table = EXTENDING.partition("## Copy")[2]
+    code = ["Width = Depth = int"]
+    for name, take in re.findall(r"^\| `([\w/]+\.py)` \| (.*) \|$", table, re.MULTILINE):
+        text, wanted = (ROOT / name).read_text(), re.findall(r"`(\w+)`", take)
+        nodes = ast.parse(text).body
+        lines = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+        code += [line for line in lines if not re.match(r"(from|import) (common|evor_)", line)]
+        named = [(ast.unparse(node), defined_names(node)) for node in nodes]
+        assert set(wanted) <= {each for _, names in named for each in names}, name
+        code += [line for line, names in named if (names if "whole file" in take else set(names) & set(wanted))]
+    made: dict = {}
+    exec("\n".join(code), made)
+    jax, jnp, key = made["jax"], made["jnp"], made["jax"].random.key(0)
+    critic = made["FlowCritic"](4, 2, kind="trunk", width=8, depth=2, key=key)
+    axis = made["make_axis"](np.linspace(-3.0, 1.0, 50), np.array([-4.0, 2.0]), kind="quantiles")
+    noise, x, a = made["draw_noise"](3, axis, key=key), jnp.ones((3, 4)), jnp.zeros((3, 2))
+    velocity = jax.vmap(lambda x, a, z, t: critic.velocity(critic.features(x, a), z, t))
+
+    def flow(z_0, t):
+        return made["integrate"](lambda z, t: velocity(x, a, z, jnp.broadcast_to(t, z.shape)), z_0, made["Ode"]())
+
+    z_t, target = made["td_target"]("shared-noise", jnp.ones(3), jnp.full(3, 0.9), noise, None, flow, axis)
+    loss = jax.vmap(made["value_loss_one"], (None, 0, 0, 0, 0, 0))(critic, x, a, z_t, noise.t, target)
+    assert loss.shape == (3,) and np.isfinite(loss).all()
+
+
+def defined_names(node: ast.stmt) -> list[str]:
+    """What a statement of a module defines; nothing for an import."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    return [
+        each.id for target in getattr(node, "targets", []) for each in ast.walk(target) if isinstance(each, ast.Name)
+    ]
+
+
+def test_functions_are_short_and_scripts_are_about_the_algorithm():
+    """At most 50 lines a function, definitions nested once, 40 lines a main of a script; and no script speaks of what a
+    run is made of."""
+    folders = "common", "baselines", "benchmarks", "experiments", "examples"
+    for path in [*ROOT.glob("*.py"), *(path for name in folders for path in (ROOT / name).rglob("*.py"))]:
+        text = path.read_text()
+        for node, depth in functions(ast.parse(text)):
+            lines = node.end_lineno - node.lineno + 1
+            most = 40 if path.parent == ROOT and node.name == "main" else 50
+            assert lines <= most and depth < 2, f"{path.name}: {node.name}"
+        if path.parent == ROOT:
+            assert not re.search(r"\block|\bhost|diverged|Rotation|nonlocal|baselines", text), path.name
+
+
+def functions(node: ast.AST, depth: int = 0) -> Iterator[tuple[ast.FunctionDef, int]]:
+    for child in ast.iter_child_nodes(node):
+        inside = isinstance(child, ast.FunctionDef)
+        if inside:
+            yield child, depth
+        yield from functions(child, depth + inside)
 
 
 def test_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

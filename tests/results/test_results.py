@@ -609,6 +609,23 @@ def test_the_readmes_tables_are_those_of_the_results():
         _, _, _, _, extracted, _, alone, *_ = cells("baselines", f"| {method} |")
         assert f"| {label} | {shorter(alone)} | {shorter(extracted)} |" in readme
 
+    def rate(*where: str) -> str:
+        return re.search(r"\d+%", next(cell for cell in cells(*where) if "[" in cell))[0]
+
+    backup = {
+        name: rate("baselines", f"| `{name}` | best of 4 |") for name in ("c51", "qr", "scalar", "shared-noise, trunk")
+    }
+    paper = [
+        rate("tasks", f"| {env} (collected) | 2 | 1 | `paper` |") for env in ("cube-double-play", "cube-single-play")
+    ]
+    flow = backup["shared-noise, trunk"]
+    assert backup["c51"] == backup["qr"]
+    sentences = (
+        f"C51 and QR get {backup['qr']}, the scalar critic {backup['scalar']}, the flow {flow}.",
+        f"The published target gets {paper[0]} on the same task after 50,000 steps, and {paper[1]} on cube-single",
+    )
+    assert [sentence for sentence in sentences if sentence not in " ".join(readme.split())] == []
+
 
 @pytest.mark.parametrize("page", ["README.md", "docs/td-targets.md"])
 def test_the_distances_of_the_targets_are_those_of_the_rows(page: str):
