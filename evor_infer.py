@@ -247,8 +247,13 @@ class AgentSpec:
 
 
 class Agent(eqx.Module):
-    """A trained agent. Its methods are batched and jitted once per shape; returns are in the environment's units. They
-    raise `UserError` for settings that the command line refuses, and `ValueError` for wrong shapes.
+    """A trained agent. Its methods are batched and jitted once per shape.
+
+    Observations are (batch, observation). Actions are (batch, chunk) or (batch, horizon, action); a chunk of h actions
+    is one vector. Both are arrays or lists. Returns are in the environment's units. `settings` are fields of
+    `Extraction`, such as `num_returns=16` or `solver="euler"`.
+
+    The methods raise `UserError` for settings that the command line refuses, `ValueError` for other shapes.
 
     Many agents are one `Agent` whose leaves have a leading axis of replicas, as in a checkpoint; `decide` takes those.
     """
@@ -262,96 +267,37 @@ class Agent(eqx.Module):
     def spec(self) -> AgentSpec:
         return AgentSpec(self.policy.spec, self.critic.spec, self.horizon, self.axis.returns.shape[-1])
 
-    def act(
-        self,
-        observations: Float[Array | np.ndarray, "..."],
-        *,
-        num_actions: int = Extraction.num_actions,
-        num_returns: int = Extraction.num_returns,
-        return_temperature: float = Extraction.return_temperature,
-        action_temperature: float = Extraction.action_temperature,
-        flow_steps: int = Extraction.flow_steps,
-        solver: Solver = Extraction.solver,
-        independent_noise: bool = False,
-        absolute: bool = False,
-        key: PRNGKeyArray,
-    ) -> Float[Array, "batch horizon action"]:
+    @property
+    def chunk(self) -> tuple[int, int]:
+        """Its actions, and their size."""
+        return self.horizon, self.policy.spec.action // self.horizon
+
+    def act(self, observations: Any, *, key: PRNGKeyArray, **settings: Any) -> Float[Array, "batch horizon action"]:
         """Extracted action chunks."""
-        self._check(observations)
-        settings = Extraction(
-            num_actions,
-            num_returns,
-            return_temperature,
-            action_temperature,
-            flow_steps,
-            solver,
-            independent_noise,
-            absolute,
-        )
-        check(settings)
-        actions = _act(self, observations, settings, key=key)
-        return actions.reshape(len(actions), self.horizon, -1)
+        observations = self._batch(observations)
+        actions = _act(self, observations, _extraction(settings), key=key)
+        return actions.reshape(len(actions), *self.chunk)
 
     def sample_actions(
-        self,
-        observations: Float[Array | np.ndarray, "..."],
-        num_actions: int,
-        *,
-        flow_steps: int = Extraction.flow_steps,
-        solver: Solver = Extraction.solver,
-        key: PRNGKeyArray,
+        self, observations: Any, num_actions: int, *, key: PRNGKeyArray, **settings: Any
     ) -> Float[Array, "batch num_actions chunk"]:
-        """Candidates of the base policy, in [-1, 1]; a chunk of h actions is one vector."""
-        self._check(observations)
-        settings = Extraction(num_actions=num_actions, flow_steps=flow_steps, solver=solver)
-        check(settings)
-        return _sample_actions(self, observations, settings, key=key)
+        """Candidates of the base policy, in [-1, 1]."""
+        observations = self._batch(observations)
+        return _sample_actions(self, observations, _extraction(settings, num_actions=num_actions), key=key)
 
     def sample_returns(
-        self,
-        observations: Float[Array | np.ndarray, "..."],
-        actions: Float[Array | np.ndarray, "batch *chunk"],
-        num_returns: int,
-        *,
-        independent_noise: bool = False,
-        flow_steps: int = Extraction.flow_steps,
-        solver: Solver = Extraction.solver,
-        key: PRNGKeyArray,
+        self, observations: Any, actions: Any, num_returns: int, *, key: PRNGKeyArray, **settings: Any
     ) -> Float[Array, "batch num_returns"]:
         """Draws of the reward-to-go. By default their noise is the quantiles of N(0, 1), in increasing order."""
-        actions = self._check(observations, actions)
-        settings = Extraction(
-            num_returns=num_returns, flow_steps=flow_steps, solver=solver, independent_noise=independent_noise
-        )
-        check(settings)
-        return _sample_returns(self, observations, actions, settings, key=key)
+        observations = self._batch(observations)
+        actions = self._chunks(observations, actions)
+        return _sample_returns(self, observations, actions, _extraction(settings, num_returns=num_returns), key=key)
 
-    def q_value(
-        self,
-        observations: Float[Array | np.ndarray, "..."],
-        actions: Float[Array | np.ndarray, "batch *chunk"],
-        *,
-        num_returns: int = Extraction.num_returns,
-        return_temperature: float = Extraction.return_temperature,
-        flow_steps: int = Extraction.flow_steps,
-        solver: Solver = Extraction.solver,
-        independent_noise: bool = False,
-        absolute: bool = False,
-        key: PRNGKeyArray,
-    ) -> Float[Array, " batch"]:
-        """`Q*(x, a)`, the log-mean-exp of the returns, in the environment's units. The temperature is relative to the
-        data's returns, or with `absolute` in the environment's units too."""
-        actions = self._check(observations, actions)
-        settings = Extraction(
-            num_returns=num_returns,
-            return_temperature=return_temperature,
-            flow_steps=flow_steps,
-            solver=solver,
-            independent_noise=independent_noise,
-            absolute=absolute,
-        )
-        check(settings)
-        return _q_value(self, observations, actions, settings, key=key)
+    def q_value(self, observations: Any, actions: Any, *, key: PRNGKeyArray, **settings: Any) -> Float[Array, " batch"]:
+        """`Q*(x, a)`, the log-mean-exp of the returns."""
+        observations = self._batch(observations)
+        actions = self._chunks(observations, actions)
+        return _q_value(self, observations, actions, _extraction(settings), key=key)
 
     def decide(
         self,
@@ -365,25 +311,36 @@ class Agent(eqx.Module):
         """Actions of all replicas in all their environments. An action's randomness depends on the replica's key, the
         episode and the step alone, so results do not depend on how episodes are spread over environments."""
         chunks = _decide(self, observations, episodes, steps, settings, keys=keys)
-        return chunks.reshape(*chunks.shape[:2], self.horizon, -1)
+        return chunks.reshape(*chunks.shape[:2], *self.chunk)
 
-    def _check(self, observations: Any, actions: Any = None) -> Any:
-        """Actions as one vector per chunk.
+    def _batch(self, observations: Any) -> Float[Array, "batch observation"]:
+        """
+        Raises:
+            ValueError: another shape, such as a single observation without a batch axis.
+        """
+        observations, size = jnp.asarray(observations), self.policy.spec.observation
+        if observations.ndim != 2 or observations.shape[1] != size:
+            raise ValueError(f"observations must be (batch, {size}), not {observations.shape}.")
+        return observations
+
+    def _chunks(self, observations: Float[Array, "batch observation"], actions: Any) -> Float[Array, "batch chunk"]:
+        """The chunks that were given as `(batch, chunk)` or as `(batch, horizon, action)`, each as one vector.
 
         Raises:
-            ValueError: shapes that would broadcast into nonsense, such as a single observation without a batch axis.
+            ValueError: another shape.
         """
-        spec = self.policy.spec
-        if np.ndim(observations) != 2 or np.shape(observations)[1] != spec.observation:
-            raise ValueError(f"observations must be (batch, {spec.observation}), not {np.shape(observations)}.")
-        if actions is None:
-            return None
-        if len(actions) != len(observations) or np.size(actions) != len(observations) * spec.action:
-            raise ValueError(
-                f"actions must be ({len(observations)}, {spec.action}), or the same with an axis for the steps of a "
-                f"chunk, not {np.shape(actions)}."
-            )
-        return jnp.reshape(jnp.asarray(actions), (len(observations), spec.action))
+        actions, shape = jnp.asarray(actions), (len(observations), self.policy.spec.action)
+        steps = (shape[0], *self.chunk)
+        if actions.shape not in (shape, steps):
+            raise ValueError(f"actions must be {shape} or {steps}, not {actions.shape}.")
+        return actions.reshape(shape)
+
+
+def _extraction(settings: dict[str, Any], **given: Any) -> Extraction:
+    numbers = {name: x.item() if isinstance(x, np.generic) else x for name, x in (*settings.items(), *given.items())}
+    extraction = Extraction(**numbers)
+    check(extraction)
+    return extraction
 
 
 @jax.jit
