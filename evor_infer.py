@@ -30,7 +30,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict, Unpack
 
 import equinox as eqx
 import jax
@@ -88,6 +88,19 @@ class Extraction(eqx.Module):
     def unit(self, axis: ReturnAxis) -> Float[Array, "*replicas"]:
         """sigma, the unit of both temperatures, in the environment's units."""
         return jnp.ones_like(axis.spread) if self.absolute else axis.spread
+
+
+class Settings(TypedDict, total=False):
+    """The fields of `Extraction`, as keyword arguments."""
+
+    num_actions: int
+    num_returns: int
+    return_temperature: float
+    action_temperature: float
+    flow_steps: int
+    solver: Solver
+    independent_noise: bool
+    absolute: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,28 +285,32 @@ class Agent(eqx.Module):
         """Its actions, and their size."""
         return self.horizon, self.policy.spec.action // self.horizon
 
-    def act(self, observations: Any, *, key: PRNGKeyArray, **settings: Any) -> Float[Array, "batch horizon action"]:
+    def act(
+        self, observations: Any, *, key: PRNGKeyArray, **settings: Unpack[Settings]
+    ) -> Float[Array, "batch horizon action"]:
         """Extracted action chunks."""
         observations = self._batch(observations)
         actions = _act(self, observations, _extraction(settings), key=key)
         return actions.reshape(len(actions), *self.chunk)
 
     def sample_actions(
-        self, observations: Any, num_actions: int, *, key: PRNGKeyArray, **settings: Any
+        self, observations: Any, num_actions: int, *, key: PRNGKeyArray, **settings: Unpack[Settings]
     ) -> Float[Array, "batch num_actions chunk"]:
         """Candidates of the base policy, in [-1, 1]."""
         observations = self._batch(observations)
         return _sample_actions(self, observations, _extraction(settings, num_actions=num_actions), key=key)
 
     def sample_returns(
-        self, observations: Any, actions: Any, num_returns: int, *, key: PRNGKeyArray, **settings: Any
+        self, observations: Any, actions: Any, num_returns: int, *, key: PRNGKeyArray, **settings: Unpack[Settings]
     ) -> Float[Array, "batch num_returns"]:
         """Draws of the reward-to-go. By default their noise is the quantiles of N(0, 1), in increasing order."""
         observations = self._batch(observations)
         actions = self._chunks(observations, actions)
         return _sample_returns(self, observations, actions, _extraction(settings, num_returns=num_returns), key=key)
 
-    def q_value(self, observations: Any, actions: Any, *, key: PRNGKeyArray, **settings: Any) -> Float[Array, " batch"]:
+    def q_value(
+        self, observations: Any, actions: Any, *, key: PRNGKeyArray, **settings: Unpack[Settings]
+    ) -> Float[Array, " batch"]:
         """`Q*(x, a)`, the log-mean-exp of the returns."""
         observations = self._batch(observations)
         actions = self._chunks(observations, actions)
@@ -336,7 +353,7 @@ class Agent(eqx.Module):
         return actions.reshape(shape)
 
 
-def _extraction(settings: dict[str, Any], **given: Any) -> Extraction:
+def _extraction(settings: Settings, **given: int) -> Extraction:
     numbers = {name: x.item() if isinstance(x, np.generic) else x for name, x in (*settings.items(), *given.items())}
     extraction = Extraction(**numbers)
     check(extraction)

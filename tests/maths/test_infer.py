@@ -281,6 +281,7 @@ def test_settings_are_a_fixed_set():
         make_agent().act(jnp.zeros((1, 3)), key=jax.random.key(0), temperature=1.0)
     assert [f.name for f in dataclasses.fields(Extraction)][:2] == ["num_actions", "num_returns"]
     defaults = dataclasses.asdict(Extraction())
+    assert list(evor_infer.Settings.__annotations__) == list(defaults)
     assert set(OTHERS) == set(defaults) and all(OTHERS[name] != default for name, default in defaults.items())
 
 
