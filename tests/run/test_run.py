@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import evor_value
 from common import checkpoint
 from common.args import multiple_of
 from common.errors import UserError
 from common.networks import Standardizer
 from common.replicas import over_replicas, stack_replicas
-from common.run import STATE_FILES, Run, Signals, state_to_resume
+from common.run import STATE_FILES, Run, Signals, differences, state_to_resume
 from tests.helpers import arrays, contents
 from tests.processes import ROOT
 
@@ -725,3 +726,13 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path: Path):
     train(tmp_path / "run", Args(resume=True))
     assert (tmp_path / "run/toy/metrics.csv").read_bytes() == (tmp_path / "whole/toy/metrics.csv").read_bytes()
     assert arrays(tmp_path / "run/toy/train_state.eqx") == arrays(tmp_path / "whole/toy/train_state.eqx")
+
+
+def test_differences_are_named_with_both_values_and_another_revision_is_said():
+    args = evor_value.Args(eval_episodes=10)
+    header = {"args": checkpoint.plain(args)}
+    others = dataclasses.replace(args, discount=0.9, eval_episodes=20, resume=True, run_dir=Path("elsewhere"))
+    assert list(differences(header, args)) == []
+    assert list(differences(header, others)) == ["discount 0.99, not 0.9"]
+    del header["args"]["clip_margin"]
+    assert list(differences(header, args)) == ["no clip_margin, as runs of another revision, which can finish it"]
