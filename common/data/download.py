@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.data.collect import collect, recipe_of, why_not_collectable
+from common.data.foreign import converted, is_foreign, is_minari
 from common.data.names import check_env, collected_path, data_dir, parse_env, validation_path
 from common.errors import UserError
 from common.files import locked, record_sha256, sha256, sha256_path
@@ -55,7 +56,8 @@ class Unavailable(Exception):
 
 
 def find_files(env: str, dataset: Path | None, *, episodes: int | None) -> tuple[Path, str]:
-    """The training file, or a folder of several, and its source: `file` (the user's), `ogbench` or `collected`.
+    """The training file, or a folder of several, and its source: `file` (the user's), `minari`, `ogbench` or
+    `collected`.
 
     Args:
         episodes: how many to collect, if it comes to that; OGBench's own number by default.
@@ -63,6 +65,8 @@ def find_files(env: str, dataset: Path | None, *, episodes: int | None) -> tuple
     Raises:
         UserError: there is none, and none can be made.
     """
+    if dataset is not None and is_foreign(dataset):
+        return converted(dataset, env), "minari" if is_minari(dataset) else "file"
     if dataset is not None:
         return own_file(env, dataset), "file"
     name = parse_env(env)

@@ -1,0 +1,326 @@
+"""Data in other formats, converted once into the cache: Minari datasets, and files in D4RL's layout.
+
+    --dataset minari:mujoco/hopper/medium-v0
+    --dataset hopper_medium-v2.hdf5             or an .npz with an array `timeouts` or `next_observations`
+
+| here                        | Minari                           | D4RL's layout                        |
+|-----------------------------|----------------------------------|--------------------------------------|
+| `masks` = 0                 | `terminations`                   | `terminals`                          |
+| end of a trajectory         | end of an episode                | `terminals` or `timeouts`            |
+| the state after its end     | the last observation             | `next_observations`, where there are |
+
+A trajectory that was cut, and whose format does not keep the state after its last action, loses that last transition.
+One that ended needs no such state: with a mask of 0 nothing looks at it.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+from jaxtyping import Bool, Float, Shaped
+
+from common.data.names import data_dir, import_ogbench, validation_path
+from common.errors import UserError
+from common.files import atomic, locked, read_json, record_sha256, sha256, write_json
+from common.progress import progress
+
+MINARI = "minari:"
+HDF5 = (".hdf5", ".h5")
+VALIDATION = 20  # each twentieth trajectory is kept for the comparison with Monte-Carlo returns
+VERSION = 1  # of what is made of a source
+
+
+class Trajectory(NamedTuple):
+    """`n` steps, and n + 1 observations where the state after the last step is known, else n."""
+
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: Float[np.ndarray, " n"]
+    ended: Bool[np.ndarray, " n"]  # nothing follows this step
+
+
+class Source(NamedTuple):
+    """Trajectories of another format."""
+
+    name: str
+    sha256: str
+    env: str  # Gymnasium's id, "" where nobody says
+    low: np.ndarray  # of actions
+    high: np.ndarray
+    number: int
+    trajectories: Iterator[Trajectory]
+    says: tuple[str, ...] = ()
+
+
+def is_minari(dataset: Path) -> bool:
+    return str(dataset).startswith(MINARI)
+
+
+def is_foreign(dataset: Path) -> bool:
+    """Whether `--dataset` names a Minari dataset or a file in D4RL's layout."""
+    if is_minari(dataset) or dataset.suffix in HDF5:
+        return True
+    if dataset.suffix != ".npz" or not dataset.is_file():
+        return False
+    with contextlib.suppress(Exception), np.load(dataset, allow_pickle=False) as file:  # damage is reported elsewhere
+        return bool({"timeouts", "next_observations"} & set(file.files))
+    return False
+
+
+def converted(dataset: Path, env: str) -> Path:
+    """The `.npz` of a foreign dataset in OGBench's layout; made where it does not stand yet. Says what is in it.
+
+    Args:
+        env: Gymnasium's id of the environment, whose action space says how actions are scaled where the data do not;
+            they are in [-1, 1] where neither does.
+
+    Raises:
+        UserError: the data are not there, of another layout, or need a package that is missing.
+    """
+    name = str(dataset).removeprefix(MINARI)
+    with open_minari(name) if is_minari(dataset) else open_d4rl(dataset, env) as source:
+        scale = np.stack([source.low, source.high]).astype(np.float64)
+        made_of = f"{VERSION} {source.sha256} {scale.tolist()}".encode()
+        stem = f"{source.name.replace('/', '-')}-{hashlib.sha256(made_of).hexdigest()[:12]}"
+        path = data_dir() / "converted" / f"{stem}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_name(f".{path.name}.lock")):
+            if not path.is_file():
+                _convert(source, path)
+    for line in read_json(path.with_suffix(".json"))["says"]:
+        print(line, flush=True)
+    return path
+
+
+# --- Minari ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_minari(name: str) -> Iterator[Source]:
+    """A Minari dataset, found locally or downloaded.
+
+    Raises:
+        UserError: it is neither here nor there, or its observations or actions are none that a network takes.
+    """
+    try:
+        import minari
+    except ImportError as error:
+        raise UserError(f"--dataset {MINARI}{name} needs Minari ({error}): pip install 'minari[hdf5]'.") from None
+    try:
+        dataset = minari.load_dataset(name, download=True)
+    except Exception as error:  # of the network, the host, the name or the files
+        raise UserError(
+            f"--dataset {MINARI}{name} is not in Minari's folder and cannot be downloaded ({error}): "
+            f"`minari list local` and `minari list remote` show what there is."
+        ) from None
+    low, high = action_range(dataset.action_space, name)
+    files = sorted(path for path in Path(dataset.storage.data_path).rglob("*") if path.is_file())
+    digest = hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in files).encode()).hexdigest()
+
+    def trajectories() -> Iterator[Trajectory]:
+        for episode in dataset.iterate_episodes():
+            yield Trajectory(
+                flat(dataset.observation_space, episode.observations, name),
+                np.reshape(episode.actions, (len(episode.rewards), -1)),
+                np.asarray(episode.rewards),
+                np.asarray(episode.terminations, bool),
+            )
+
+    env = dataset.env_spec.id if dataset.env_spec is not None else ""
+    yield Source(name, digest, env, low, high, int(dataset.total_episodes), trajectories())
+
+
+def action_range(space: gymnasium.Space, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest action of a `Box`.
+
+    Raises:
+        UserError: the actions are discrete, or not bounded.
+    """
+    if not isinstance(space, gymnasium.spaces.Box):
+        raise UserError(
+            f"{name} has actions of the kind {type(space).__name__}: only continuous ones (Box) are learned."
+        )
+    if not space.is_bounded("both"):
+        raise UserError(f"{name} has actions without bounds: they cannot be scaled to [-1, 1].")
+    return space.low.ravel(), space.high.ravel()
+
+
+def flat(space: gymnasium.Space, values: Any, name: str) -> Shaped[np.ndarray, "rows observation"]:
+    """Observations as rows of numbers; those of a dictionary in the alphabetical order of its keys, since a file does
+    not keep another one.
+
+    Raises:
+        UserError: they hold something else than numbers, or images.
+    """
+    if isinstance(space, gymnasium.spaces.Dict):
+        parts = [flat(part, values[key], name) for key, part in sorted(space.spaces.items())]
+        return np.concatenate(parts, axis=1)
+    if isinstance(space, gymnasium.spaces.Tuple):
+        return np.concatenate([flat(part, values[i], name) for i, part in enumerate(space.spaces)], axis=1)
+    if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) > 2:
+        what = "images" if isinstance(space, gymnasium.spaces.Box) else f"the kind {type(space).__name__}"
+        raise UserError(f"{name} has observations with {what}: only vectors of numbers are learned from.")
+    values = np.asarray(values)
+    return values.reshape(len(values), -1)
+
+
+# --- D4RL --------------------------------------------------------------------------------------------------------
+
+NDIM = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1, "timeouts": 1, "next_observations": 2}
+NEEDED = ("observations", "actions", "rewards", "terminals")
+
+
+@contextlib.contextmanager
+def open_d4rl(path: Path, env: str) -> Iterator[Source]:
+    """A file of rows that say what state followed (`next_observations`), or where they were cut (`timeouts`).
+
+    Raises:
+        UserError: it cannot be read, has other arrays, or its rows contradict each other.
+    """
+    arrays = read_d4rl(path)
+    ended = arrays["terminals"].astype(bool)
+    ends = ended | arrays["timeouts"].astype(bool) if "timeouts" in arrays else ended.copy()
+    ends[-1] = True
+    observations, after = arrays["observations"], arrays.get("next_observations")
+    says = []
+    if after is not None:
+        torn = np.append((after[:-1] != observations[1:]).any(axis=1), False) & ~ends
+        ends |= torn
+        if torn.any():
+            says.append(f"  {torn.sum():,} trajectories end where the next row is another state than next_observations")
+    low, high = _range_of_env(env, arrays["actions"].shape[1])
+    last = np.flatnonzero(ends)
+    first = np.concatenate([[0], last[:-1] + 1])
+
+    def trajectories() -> Iterator[Trajectory]:
+        for start, end in zip(first, last, strict=True):
+            rows = slice(start, end + 1)
+            states = observations[rows] if after is None else np.concatenate([observations[rows], after[end : end + 1]])
+            yield Trajectory(states, arrays["actions"][rows], arrays["rewards"][rows], ended[rows])
+
+    yield Source(path.stem, sha256(path), "", low, high, len(last), trajectories(), tuple(says))
+
+
+def read_d4rl(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of D4RL's layout, checked.
+
+    Raises:
+        UserError: the file is missing, cannot be read, or has other arrays or shapes.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no dataset file at {path}: check the path given to --dataset.")
+    try:
+        if path.suffix in HDF5:
+            import h5py
+
+            with h5py.File(path) as file:
+                arrays = {key: np.asarray(file[key]) for key in NDIM if key in file}
+        else:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: file[key] for key in NDIM if key in file.files}
+    except ImportError as error:
+        raise UserError(f"{path} needs h5py ({error}): pip install h5py.") from None
+    except Exception as error:  # a damaged file raises a dozen types
+        raise UserError(f"{path} cannot be read ({error}): make or fetch it anew.") from None
+    missing = [key for key in NEEDED if key not in arrays]
+    if missing:
+        raise UserError(f"{path} has no array {missing[0]!r}: D4RL's layout needs {', '.join(NEEDED)}.")
+    for key, array in arrays.items():
+        if key in ("rewards", "terminals", "timeouts") and array.ndim == 2 and array.shape[1] == 1:
+            array = arrays[key] = array[:, 0]
+        if array.ndim != NDIM[key] or array.dtype.kind not in "biuf" or len(array) != len(arrays["observations"]):
+            raise UserError(
+                f"{key} in {path} must be a {NDIM[key]}-D array of numbers with {len(arrays['observations'])} rows, "
+                f"as observations has, not {array.dtype} {array.shape}."
+            )
+    if len(arrays["rewards"]) == 0:
+        raise UserError(f"{path} has no rows.")
+    return arrays
+
+
+def _range_of_env(env: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the actions of a Gymnasium environment; [-1, 1] if there is none of this name."""
+    import_ogbench()  # MuJoCo without a display
+    try:
+        space = gymnasium.make(env).action_space
+    except Exception:  # no Gymnasium environment, or one whose package is missing
+        return -np.ones(size), np.ones(size)
+    low, high = action_range(space, env)
+    if len(low) != size:
+        raise UserError(f"--env {env} has {len(low)} actions, and the data {size}: name the data's environment.")
+    return low, high
+
+
+# --- Conversion --------------------------------------------------------------------------------------------------
+
+
+def in_our_layout(trajectory: Trajectory) -> dict[str, np.ndarray] | None:
+    """Rows of a trajectory, the last one a state alone; None if no transition is left."""
+    observations, actions, rewards, ended = trajectory
+    steps = len(rewards)
+    if len(observations) == steps and steps:
+        if ended[-1]:
+            observations = np.concatenate([observations, observations[-1:]])  # nothing looks at it
+        else:
+            steps -= 1
+    if steps < 1:
+        return None
+
+    def rows(values: np.ndarray) -> np.ndarray:
+        return np.concatenate([values[:steps], np.zeros((1, *values.shape[1:]), values.dtype)])
+
+    return dict(
+        observations=observations[: steps + 1],
+        actions=rows(actions),
+        rewards=rows(rewards),
+        masks=1.0 - rows(ended).astype(np.float32),
+        terminals=np.arange(steps + 1) == steps,
+    )
+
+
+def _convert(source: Source, path: Path) -> None:
+    """Writes the validation file, what there is to say, and the training file."""
+    parts: dict[Path, list[dict[str, np.ndarray]]] = {validation_path(path): [], path: []}
+    lost = short = ended = 0
+    bar = progress(
+        iterable=source.trajectories, desc=f"converting {source.name}", unit="trajectory", total=source.number
+    )
+    for i, trajectory in enumerate(bar):
+        rows = in_our_layout(trajectory)
+        lost += len(trajectory.rewards) - (0 if rows is None else len(rows["rewards"]) - 1)
+        short += rows is None
+        if rows is not None:
+            ended += bool(trajectory.ended[-1])
+            parts[validation_path(path) if i % VALIDATION == VALIDATION - 1 else path].append(rows)
+    if not parts[path]:
+        raise UserError(f"{source.name} has no trajectory with a transition in it.")
+    number = len(parts[path]) + len(parts[validation_path(path)])
+    says = [
+        f"converted {source.name}: {number:,} trajectories, {ended:,} ended and {number - ended:,} cut; "
+        f"{len(parts[validation_path(path)]):,} of them are for validation",
+        *source.says,
+    ]
+    if lost:
+        says.append(f"  {lost:,} last transitions are left out: the data do not keep the state after them")
+    if short:
+        says.append(f"  {short:,} trajectories are left out: no transition is left of them")
+    scaled = (source.low != -1).any() or (source.high != 1).any()
+    if scaled:
+        says.append(f"  actions within {source.low.tolist()} and {source.high.tolist()} are scaled to [-1, 1]")
+    about = dict(name=source.name, sha256=source.sha256, env=source.env, trajectories=number, says=says)
+    write_json(path.with_suffix(".json"), about)
+    for file, rows in parts.items():
+        if not rows:
+            continue
+        arrays = {key: np.concatenate([part[key] for part in rows]) for key in rows[0]}
+        if scaled:
+            unit = 2.0 * (arrays["actions"] - source.low) / (source.high - source.low) - 1.0
+            arrays["actions"] = np.where(arrays["terminals"][:, None], 0.0, unit).astype(np.float32)
+        with atomic(file) as temporary:
+            with open(temporary, "wb") as opened:  # savez would add an ending to a name
+                np.savez(opened, **arrays)
+            record_sha256(temporary, file)

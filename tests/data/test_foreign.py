@@ -1,0 +1,226 @@
+"""Minari datasets and D4RL's layout: every transition of the source, and nothing else, is one of ours."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import minari
+import numpy as np
+import pytest
+from gymnasium import spaces
+from minari.data_collector import EpisodeBuffer
+
+from common.data import download, files, foreign, transitions
+from common.data.names import validation_path
+from common.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache and an empty folder of Minari's."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    return tmp_path
+
+
+def steps(path: Path) -> set[tuple[float, ...]]:
+    """Transitions of a file: observation, action, reward, mask, next observation (all of one dimension)."""
+    data = files.load_trajectories(path, env="anything", tasks=(0,))
+    starts = transitions.transition_starts(data.terminals, 1)
+    columns = data.observations[starts, 0], data.actions[starts, 0], data.rewards[0, starts], data.masks[0, starts]
+    rows = zip(*columns, data.observations[starts + 1, 0], strict=True)
+    return {tuple(round(float(x), 5) for x in row) for row in rows}
+
+
+def write(path: Path, **arrays: Any) -> Path:
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+    else:
+        with h5py.File(path, "w") as file:
+            for key, array in arrays.items():
+                file[key] = array
+    return path
+
+
+def rows(number: int = 9) -> dict[str, np.ndarray]:
+    """Three trajectories of three steps; the first ends, the others are cut. Observation i, action i / 10, reward i."""
+    count = np.arange(number, dtype=np.float32)
+    return dict(
+        observations=count[:, None],
+        actions=count[:, None] / max(10, number),
+        rewards=count,
+        terminals=count == 2,
+        timeouts=count % 3 == 2,
+    )
+
+
+def step(i: int, mask: float = 1.0, after: float | None = None) -> tuple[float, ...]:
+    return float(i), round(i / 10, 5), float(i), mask, float(i + 1 if after is None else after)
+
+
+@pytest.mark.parametrize("name", ["rows.hdf5", "rows.h5", "rows.npz"])
+def test_d4rl_without_the_states_after_the_last_actions(home: Path, name: str, capsys: pytest.CaptureFixture):
+    """The reward of the step that ended is kept, with itself as the state that nothing looks at; the two cut
+    trajectories lose a transition each. Wrong if a transition leads from one trajectory into the next."""
+    path, source = download.find_files("robot", write(home / name, **rows()), episodes=None)
+    assert steps(path) == {step(0), step(1), step(2, 0.0, 2), step(3), step(4), step(6), step(7)}
+    assert source == "file" and path.parent == home / "home/.ogbench/data/converted"
+    said = capsys.readouterr().out
+    assert "3 trajectories, 1 ended and 2 cut; 0 of them are for validation" in said
+    assert "2 last transitions are left out: the data do not keep the state after them" in said
+
+
+def test_d4rl_with_next_observations_keeps_every_transition(home: Path, capsys: pytest.CaptureFixture):
+    """Without timeouts too: a row that is another state than the `next_observations` before it begins a trajectory."""
+    data = rows()
+    del data["timeouts"]
+    after = data["observations"] + 1
+    after[[5, 8], 0] = 50, 80
+    path = foreign.converted(write(home / "rows.hdf5", **data, next_observations=after), "robot")
+    assert steps(path) == {
+        *(step(0), step(1), step(2, 0.0, 3), step(3), step(4), step(5, after=50), step(6), step(7), step(8, after=80))
+    }
+    said = capsys.readouterr().out
+    assert "1 trajectories end where the next row is another state than next_observations" in said
+    assert "left out" not in said
+
+
+def test_a_trajectory_of_one_cut_step_is_counted(home: Path, capsys: pytest.CaptureFixture):
+    data = rows()
+    data["timeouts"][3] = True
+    path = foreign.converted(write(home / "rows.hdf5", **data), "robot")
+    assert steps(path) == {step(0), step(1), step(2, 0.0, 2), step(4), step(6), step(7)}
+    assert "1 trajectories are left out: no transition is left of them" in capsys.readouterr().out
+
+
+def test_actions_have_the_range_of_the_environment(home: Path, capsys: pytest.CaptureFixture):
+    """Pendulum's torque is within [-2, 2]."""
+    data = rows() | dict(actions=np.linspace(-2, 2, 9, dtype=np.float32)[:, None])
+    path = foreign.converted(write(home / "rows.hdf5", **data), "Pendulum-v1")
+    assert {action for _, action, *_ in steps(path)} == {-1.0, -0.75, -0.5, -0.25, 0.0, 0.5, 0.75}
+    assert "actions within [-2.0] and [2.0] are scaled to [-1, 1]" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--env Hopper-v5 has 3 actions, and the data 1"):
+        foreign.converted(home / "rows.hdf5", "Hopper-v5")
+
+
+def test_a_twentieth_is_for_validation_and_a_conversion_is_made_once(home: Path, capsys: pytest.CaptureFixture):
+    data = rows(120)
+    source = write(home / "rows.hdf5", **data)
+    path = foreign.converted(source, "robot")
+    assert "2 of them are for validation" in capsys.readouterr().out
+    assert len(steps(path)) == 38 * 2 + 1 and len(steps(validation_path(path))) == 2 * 2
+    before = path.stat().st_mtime_ns
+    assert foreign.converted(source, "robot") == path and path.stat().st_mtime_ns == before
+    assert "2 of them are for validation" in capsys.readouterr().out  # said each time
+    data["rewards"] += 1
+    assert foreign.converted(write(source, **data), "robot") != path
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(rewards=None), "no array 'rewards': D4RL's layout needs observations, actions, rewards, terminals"),
+        (dict(observations=np.zeros(9)), r"observations in .* must be a 2-D array of numbers with 9 rows"),
+        (dict(timeouts=np.zeros(8)), r"timeouts in .* must be a 1-D array of numbers with 9 rows"),
+        (dict(terminals=np.full(9, b"no")), r"terminals in .* must be a 1-D array of numbers"),
+        (dict(next_observations=np.zeros((9, 1, 1))), r"next_observations in .* must be a 2-D array"),
+        ({key: array[:0] for key, array in rows().items()}, "has no rows"),
+    ],
+)
+def test_what_is_not_d4rls_layout(home: Path, changes: dict[str, Any], says: str):
+    arrays = {key: array for key, array in (rows() | changes).items() if array is not None}
+    with pytest.raises(UserError, match=says):
+        foreign.converted(write(home / "rows.hdf5", **arrays), "robot")
+
+
+def test_files_that_are_none(home: Path):
+    with pytest.raises(UserError, match="there is no dataset file at"):
+        foreign.converted(home / "none.hdf5", "robot")
+    (home / "text.hdf5").write_text("text")
+    with pytest.raises(UserError, match=r"text\.hdf5 cannot be read"):
+        foreign.converted(home / "text.hdf5", "robot")
+    assert not foreign.is_foreign(write(home / "ours.npz", observations=np.zeros((2, 1))))
+
+
+def buffer(numbers: np.ndarray, ended: bool, observations: Any = None) -> EpisodeBuffer:
+    """Steps with the observations of `numbers`, actions and rewards as in `rows`."""
+    observed = numbers[:, None].astype(np.float32) if observations is None else observations
+    here = numbers[:-1]
+    last = np.arange(len(here)) == len(here) - 1
+    return EpisodeBuffer(
+        observations=observed,
+        actions=here[:, None].astype(np.float32) / 10,
+        rewards=here.astype(np.float32),
+        terminations=last & ended,
+        truncations=last & (not ended),
+        infos={},
+    )
+
+
+def make(name: str, buffers: list[EpisodeBuffer], observation: spaces.Space | None = None, **changes: Any) -> None:
+    settings = dict(
+        action_space=spaces.Box(-1, 1, (1,), np.float32),
+        observation_space=observation or spaces.Box(-np.inf, np.inf, (1,), np.float32),
+    )
+    with pytest.warns(UserWarning):  # no author, no code
+        minari.create_dataset_from_buffers(name, buffers, **settings | changes)
+
+
+def test_minari_keeps_every_transition(home: Path):
+    make("toy/steps-v0", [buffer(np.arange(0, 4), True), buffer(np.arange(4, 7), False)])
+    path, source = download.find_files("robot", Path("minari:toy/steps-v0"), episodes=None)
+    assert source == "minari" and path.name.startswith("toy-steps-v0-")
+    assert steps(path) == {step(0), step(1), step(2, 0.0), step(4), step(5)}
+    info = download.describe(path, source)
+    assert info["source"] == "minari" and info["name"] == path.name
+
+
+def test_minaris_actions_and_dictionaries(home: Path):
+    """Keys in alphabetical order, whatever the order in the environment; the range of the actions becomes [-1, 1]."""
+    space = spaces.Dict(position=spaces.Box(-9, 9, (1, 2)), angle=spaces.Box(-9, 9, (1,)))
+    values = np.arange(4, dtype=np.float32)
+    observed = dict(position=np.stack([values, values + 10], axis=1)[:, None], angle=values[:, None] + 100)
+    action_space = spaces.Box(0, 4, (1,), np.float32)
+    make("toy/dict-v0", [buffer(np.arange(4), True, observed)], space, action_space=action_space)
+    data = files.load_trajectories(foreign.converted(Path("minari:toy/dict-v0"), "robot"), env="robot", tasks=(0,))
+    np.testing.assert_array_equal(data.observations[2], [102.0, 2.0, 12.0])
+    np.testing.assert_allclose(data.actions[:, 0], [-1.0, -0.95, -0.9, 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("space", "says"),
+    [
+        (dict(action_space=spaces.Discrete(3)), "actions of the kind Discrete"),
+        (dict(action_space=spaces.Box(-np.inf, np.inf, (1,))), "actions without bounds"),
+        (dict(observation_space=spaces.Discrete(3)), "observations with the kind Discrete"),
+        (dict(observation_space=spaces.Box(0, 255, (8, 8, 3), np.uint8)), "observations with images"),
+    ],
+)
+def test_minari_spaces_that_no_network_here_takes(space: dict[str, spaces.Space], says: str):
+    actions = space.get("action_space", spaces.Box(-1, 1, (1,)))
+    observations = space.get("observation_space", spaces.Box(-1, 1, (1,)))
+    with pytest.raises(UserError, match=says):
+        foreign.action_range(actions, "toy")
+        foreign.flat(observations, np.zeros((2, *observations.shape)), "toy")
+
+
+def test_a_minari_dataset_that_is_nowhere(monkeypatch: pytest.MonkeyPatch):
+    def nowhere(*_: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(minari, "load_dataset", lambda *_, **__: nowhere())
+    with pytest.raises(UserError, match=r"minari:toy/none-v0 is not in Minari's folder .* \(no network\)"):
+        foreign.converted(Path("minari:toy/none-v0"), "robot")
+
+
+def test_minari_is_optional(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "minari", None)
+    with pytest.raises(UserError, match=r"needs Minari .*pip install 'minari\[hdf5\]'"):
+        foreign.converted(Path("minari:toy/none-v0"), "robot")
+
+
+def test_nested_observations_as_rows():
+    space = spaces.Dict(b=spaces.Box(0, 1, (2,)), a=spaces.Tuple([spaces.Box(0, 1, (1,)), spaces.Box(0, 1, (1, 2))]))
+    values = dict(b=np.array([[4, 5], [14, 15]]), a=(np.array([[1], [11]]), np.array([[[2, 3]], [[12, 13]]])))
+    np.testing.assert_array_equal(foreign.flat(space, values, "toy"), [[1, 2, 3, 4, 5], [11, 12, 13, 14, 15]])
