@@ -41,10 +41,11 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key, PRNGKeyArray
 from common import checkpoint, film
 from common.args import Count, Seed, at_least, check, each, not_negative
 from common.cli import run_cli
-from common.data.names import check_env, default_run_dir, parse_env
+from common.data.names import default_run_dir, run_name
+from common.environments import evaluation_id
 from common.episodes import Episodes
 from common.errors import UserError
-from common.evaluation import play
+from common.evaluation import play, reference_of
 from common.flow import Ode, Solver
 from common.networks import (
     Critic,
@@ -159,7 +160,7 @@ class Args:
     @property
     def directory(self) -> Path:
         """The run directory of stage 2."""
-        return self.run_dir or default_run_dir(parse_env(self.env).short, quick=self.quick)
+        return self.run_dir or default_run_dir(run_name(self.env), quick=self.quick)
 
 
 # --- Maths -------------------------------------------------------------------------------------------------------
@@ -460,21 +461,21 @@ def load_agent(run_dir: str | Path, *, task: int | None = None, seed: int | None
 # --- Sweeps ------------------------------------------------------------------------------------------------------
 
 
-def open_run(args: Args) -> tuple[dict[str, Any], list[tuple[int, int]], Agent]:
-    """Header, (task, seed) pairs and agents of the run to evaluate.
+def open_run(args: Args) -> tuple[dict[str, Any], list[tuple[int, int]], list[str], Agent]:
+    """Header, (task, seed) pairs, environments and agents of the run to evaluate.
 
     Raises:
         UserError: there is no such run, or no environment to evaluate it in, or no place for the sweep.
     """
     sweep_folder(args)  # before anything is loaded
-    name, run_dir = parse_env(args.env), args.directory
+    run_dir = args.directory
     seeds = () if args.seeds is None else range(args.first_seed, args.first_seed + args.seeds)
     header, pairs, agents = load_agents(run_dir, tasks=args.tasks, seeds=seeds)
-    checkpoint.require(header, run_dir / "value" / "model.eqx", env=name.short)
-    check_env(name)
-    if 0 in {task for task, _ in pairs}:
-        raise UserError(f"{run_dir} was trained on rewards of its own: there is no environment to evaluate it in.")
-    return header, pairs, agents
+    checkpoint.require(header, run_dir / "value" / "model.eqx", env=run_name(args.env))
+    gym_ids = [evaluation_id(args.env, task) for task, _ in pairs]
+    if None in gym_ids:
+        raise UserError(f"{run_dir} was trained on rewards of its own, and {args.env} is no environment of Gymnasium.")
+    return header, pairs, gym_ids, agents
 
 
 def combinations(args: Args) -> list[Extraction]:
@@ -489,18 +490,19 @@ def main(args: Args) -> list[dict[str, Any]]:
     check(args)
     if args.video is not None:
         film.prepare(args.video)  # now, rather than after the sweep
-    header, pairs, agents = open_run(args)
-    gym_ids = [parse_env(args.env).gym_id(task) for task, _ in pairs]
+    header, pairs, gym_ids, agents = open_run(args)
+    played = dict(pairs=pairs, seed=args.eval_seed, reference=reference_of(header["data"], gym_ids[0]))
     sweep = Sweep(args, header, settings=[field.name for field in dataclasses.fields(Extraction)])
     filmed = film.open_env(gym_ids[0], args.action_noise[-1]) if args.video is not None else None
     in_common = dict(num_episodes=args.eval_episodes, horizon=agents.horizon, seed=args.eval_seed)
     for noise in dict.fromkeys(args.action_noise):
         with Episodes(gym_ids, **in_common, action_noise=noise, workers=args.workers) as episodes:
             for settings in combinations(args):
-                sweep.add(play(agents, episodes, settings, pairs=pairs, seed=args.eval_seed, action_noise=noise))
+                sweep.add(play(agents, episodes, settings, **played, action_noise=noise))
     summary = sweep.finish()
     if filmed is not None:
-        title = f"{header['env']}, task {pairs[0][0]}, best of {settings.num_actions}"
+        of_task = f", task {pairs[0][0]}" if pairs[0][0] else ""
+        title = f"{header['env']}{of_task}, best of {settings.num_actions}"
         film.film_episode(first_of(agents), settings, filmed, args.video, seed=args.eval_seed, title=title)
     return summary
 

@@ -24,7 +24,8 @@ import evor_bc
 from common.cli import run_cli
 from common.data import download, files
 from common.data.names import default_run_dir, parse_env, validation_path
-from common.episodes import Episodes, make_env, seeded_reset
+from common.environments import make_env, seeded_reset
+from common.episodes import Episodes
 from common.errors import UserError
 from common.files import sha256, write_csv
 from common.flow import Ode

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from common import checkpoint
 from common.cli import run_cli
 from common.data.names import parse_env
-from common.episodes import episode_seed, make_env, seeded_reset
+from common.environments import episode_seed, make_env, seeded_reset
 from common.errors import UserError
 from common.files import sha256, write_csv
 from common.progress import progress

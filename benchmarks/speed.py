@@ -38,7 +38,8 @@ from benchmarks.flops import critic_macs, policy_macs, step_flops
 from common import figures
 from common.cli import run_cli
 from common.data import collect
-from common.episodes import Episodes, make_env, seeded_reset
+from common.environments import make_env, seeded_reset
+from common.episodes import Episodes
 from common.errors import UserError
 from common.evaluation import play
 from common.files import write_csv

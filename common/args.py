@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import optax
 
-from common.data.names import default_run_dir, run_name
+from common.data.foreign import environment_of
+from common.data.names import DEFAULT_ENV, default_run_dir, run_name
 from common.errors import UserError
 
 
@@ -117,8 +118,9 @@ class TrainArgs:
     """What both trainings take."""
 
     # --- experiment ---
-    env: str = unread("cube-double-play")
-    """OGBench dataset: a short name or a full id. With --dataset, only a name for the run."""
+    env: str = unread(DEFAULT_ENV)
+    """OGBench dataset: a short name or a full id. With --dataset also any environment of Gymnasium (Id-v0, or
+    module:Id-v0), by default that of a Minari dataset, or only a name for the run."""
     seeds: Count = unread(1)
     """Number of seeds, all trained in one program: base policies, or a reward model per task and seed."""
     first_seed: Seed = unread(0)
@@ -141,8 +143,8 @@ class TrainArgs:
 
     # --- data ---
     dataset: Path | None = unread(None)
-    """An .npz file in OGBench's layout to train on instead, or a folder of them, which take turns. Stage 2 needs
-    rewards in it (masks are optional), or qpos."""
+    """Other data to train on: an .npz file in OGBench's layout, or a folder of them, which take turns; a file in D4RL's
+    layout (.hdf5); minari:ID. Stage 2 needs rewards in it (masks are optional), or qpos."""
     episodes: Annotated[int | None, at_least(1)] = unread(None)
     """Episodes to collect if the data can neither be found nor downloaded; OGBench's number by default."""
     file_steps: Count = unread(10_000)
@@ -172,9 +174,14 @@ class TrainArgs:
     """Gradient steps between checkpoints, at most: more are made where they cost little time."""
 
     @property
+    def environment(self) -> str:
+        """What `--env` names, or a Minari dataset's own."""
+        return environment_of(self.env, self.dataset)
+
+    @property
     def name(self) -> str:
         """Of the run: the environment, or what --dataset calls it."""
-        return run_name(self.env, self.dataset)
+        return run_name(self.environment, self.dataset)
 
     @property
     def directory(self) -> Path:

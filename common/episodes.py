@@ -4,8 +4,9 @@ Gymnasium's `AsyncVectorEnv` runs one `EpisodeRunner` per process. A runner step
 replica and starts the next episode in one as soon as it is free, so no environment waits for the longest episode.
 
 Protocol (OGBench): `num_episodes` episodes per replica, an episode ends when the task is solved or its time is up, and
-counts as a success if the environment says so at its last step. Initial states depend on (seed, episode) alone: all
-replicas and all settings of a sweep see the same episodes, whatever the number of processes.
+counts as a success if the environment says so at its last step (`success` is NaN if it never says anything). Initial
+states depend on (seed, episode) alone: all replicas and all settings of a sweep see the same episodes, whatever the
+number of processes.
 """
 
 import contextlib
@@ -16,13 +17,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import gymnasium
 import numpy as np
 from gymnasium.vector.async_vector_env import AsyncState
 
-from common.data.names import import_ogbench
+from common.environments import episode_seed, make_env, reported_success, seeded_reset
 from common.errors import UserError
 from common.machine import free_memory, num_cores, trim_memory
 from common.progress import progress
@@ -33,59 +33,9 @@ ENVIRONMENTS = 32
 ENVIRONMENT_BYTES = 130e6
 
 
-class ActionNoise(gymnasium.ActionWrapper):
-    """Executes `clip(a + scale * n)` with `n ~ N(0, I)` instead of `a`: makes transitions stochastic.
-
-    The noise has a generator of its own, seeded at each reset: it does not change initial states, and all settings of a
-    sweep meet the same noise at the same step of an episode.
-    """
-
-    def __init__(self, env: gymnasium.Env, scale: float):
-        super().__init__(env)
-        self.scale, self.rng = scale, np.random.default_rng(0)
-        self.low, self.high = env.action_space.low, env.action_space.high  # OGBench makes a new space at each use
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        if seed is not None:
-            self.rng = np.random.default_rng([seed, 1])
-        return self.env.reset(seed=seed, options=options)
-
-    def action(self, action: np.ndarray) -> np.ndarray:
-        noisy = action + self.scale * self.rng.standard_normal(np.shape(action))
-        return np.clip(noisy, self.low, self.high).astype(np.float32)
-
-
-def make_env(gym_id: str, action_noise: float = 0.0) -> gymnasium.Env:
-    """One OGBench environment, with noise in its actions if asked for."""
-    import_ogbench()
-    env = gymnasium.make(gym_id)
-    return ActionNoise(env, action_noise) if action_noise else env
-
-
 def max_environments() -> int:
     """As many environments as fit into half of the memory that is free now."""
     return max(1, int(0.5 * free_memory() / ENVIRONMENT_BYTES))
-
-
-def episode_seed(seed: int, episode: int) -> int:
-    """The seed that an episode of an evaluation starts from."""
-    return int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])
-
-
-def seeded_reset(env: gymnasium.Env, seed: int) -> np.ndarray:
-    """Resets `env` so that the whole episode depends on `seed` alone; returns the first observation.
-
-    OGBench draws from three places: the environment's generator, NumPy's global one (mazes), and an unseeded action
-    space that it makes anew at each use (manipulation: the two random steps before an episode stay in the solver's
-    warm start).
-    """
-    np.random.seed(seed)
-    space = env.unwrapped.action_space
-    space.seed(seed)
-    if isinstance(getattr(type(env.unwrapped), "action_space", None), property):
-        with mock.patch.object(type(env.unwrapped), "action_space", space):
-            return env.reset(seed=seed)[0]
-    return env.reset(seed=seed)[0]
 
 
 class EpisodeRunner(gymnasium.Env):
@@ -168,7 +118,7 @@ class EpisodeRunner(gymnasium.Env):
                 record["probe"] += float(self.probe(info))
             self.state["step"][r, j] += 1
             if terminated or truncated:
-                record["success"] = float(info.get("success", 0.0))
+                record["success"] = reported_success(info)
                 self.state["episode"][r, j] += self.num_slots
                 self._begin(r, j)
                 return

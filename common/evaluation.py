@@ -12,13 +12,13 @@ from jaxtyping import Float
 
 from common import figures
 from common.data import transitions
-from common.data.names import parse_env
+from common.environments import reference_scores
 from common.episodes import Episodes
 from common.files import read_csv, write_csv
 from common.metrics import CALIBRATED
 from common.problem import ValueProblem, action_chunks
 from common.run import Run
-from common.statistics import calibration, success_interval
+from common.statistics import bootstrap_interval, calibration, success_interval
 
 LEVELS = np.linspace(0.1, 0.9, 9)  # of the quantiles that returns are compared with
 WORDS = ("env", "data_source", "data_sha256", "solver")  # columns of rows that are no numbers
@@ -35,6 +35,7 @@ def play(
     *,
     pairs: Sequence[tuple[int, int]],
     seed: int,
+    reference: tuple[float, float] | None = None,
     **columns: Any,
 ) -> list[dict[str, Any]]:
     """Runs all episodes of all replicas; one row per episode, with `columns`, task, seed and settings.
@@ -43,6 +44,8 @@ def play(
         agents: one `Agent` whose leaves have a leading axis of replicas.
         settings: the `Extraction` of its actions.
         pairs: task and seed of each replica.
+        reference: returns of a random and of an expert policy. With them a row has D4RL's normalised score, `100
+            (return - random) / (expert - random)`.
     """
     keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(seed), s))(np.array([s for _, s in pairs]))
 
@@ -60,6 +63,8 @@ def play(
         of_settings = dataclasses.asdict(settings)
         for name in ("return_temperature", "action_temperature"):
             of_settings[f"{name}_units"] = getattr(settings, name) * float(units[replica])
+        if reference is not None:
+            row["normalised"] = 100.0 * (row["total"] - reference[0]) / (reference[1] - reference[0])
         rows.append(columns | dict(task=task, seed=replica_seed) | of_settings | row)
     return rows
 
@@ -72,20 +77,42 @@ def read_episodes(path: Path, *, words: Sequence[str] = ()) -> list[dict[str, An
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
-    """Success rate, its 95% Wilson interval, and mean length of the episodes of each group."""
+    """Success rate or mean return of the episodes of each group, its 95% interval, and their mean length."""
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[k] for k in by), []).append(row)
     out = []
     for values, members in groups.items():
-        successes, number = sum(r["success"] for r in members), len(members)
-        low, high = success_interval(successes, number)
         lengths = float(np.mean([r["length"] for r in members]))
-        out.append(
-            dict(zip(by, values, strict=True))
-            | dict(success=successes / number, low=low, high=high, episodes=number, mean_length=lengths)
-        )
+        about = dict(zip(by, values, strict=True))
+        out.append(about | score(members) | dict(episodes=len(members), mean_length=lengths))
     return out
+
+
+def score(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`success` with Wilson's interval. Where the environment does not say it: `return`, the mean undiscounted return,
+    with a bootstrap interval, and the mean normalised score where rows have one."""
+    success = [row["success"] for row in rows]
+    if not np.isnan(success).any():
+        low, high = success_interval(sum(success), len(rows))
+        return dict(success=sum(success) / len(rows), low=low, high=high)
+    totals = np.array([[row["total"] for row in rows]], float)
+    low, high = bootstrap_interval([totals])
+    normalised = {"normalised": float(np.mean([row["normalised"] for row in rows]))} if "normalised" in rows[0] else {}
+    return {"return": float(totals.mean()), "low": low, "high": high} | normalised
+
+
+def score_text(row: Mapping[str, Any], digits: int = 0) -> str:
+    """What a row of `summarise` says, and its interval: `success 90% [79%, 96%]` or `return 930.2 [880.1, 975.0]`."""
+    if "success" in row:
+        return f"success {row['success']:.{digits}%} [{row['low']:.{digits}%}, {row['high']:.{digits}%}]"
+    normalised = f", normalised score {row['normalised']:.1f}" if "normalised" in row else ""
+    return f"return {row['return']:.1f} [{row['low']:.1f}, {row['high']:.1f}]{normalised}"
+
+
+def reference_of(info: Mapping[str, Any], gym_id: str) -> tuple[float, float] | None:
+    """Returns of a random and of an expert policy: of the dataset, or of D4RL's table, or nobody's."""
+    return tuple(info["reference"]) if info.get("reference") else reference_scores(gym_id)
 
 
 # --- Calibration -------------------------------------------------------------------------------------------------
@@ -158,7 +185,7 @@ class Evaluation:
         """`args.extraction` says how actions are extracted. The run has started."""
         self.args, self.problem, self.run = args, problem, run
         self.path = run.directory / "evaluation.csv"
-        self.plays = args.eval_episodes > 0 and not problem.own_rewards
+        self.plays = args.eval_episodes > 0 and None not in problem.gym_ids
         self.rows: list[dict[str, Any]] = []
         if run.resume_path is not None and self.path.is_file():
             # One at the run's step is done anew. Earlier ones with other settings would mix with it.
@@ -201,8 +228,8 @@ class Evaluation:
         if self.plays:
             title = f"{args.method}, {args.name} ({problem.info['source']} data)"
             figures.success(summary, directory / "evaluation.png", title=title)
-        elif problem.own_rewards:
-            print("evaluation skipped: the dataset brings its own rewards, so there is no environment to evaluate in.")
+        elif None in problem.gym_ids:
+            print(f"evaluation skipped: the data bring their own rewards, and Gymnasium has no {args.environment}.")
         for line in last_screen(args, problem, self.run, rows):
             print(line)
         return summary
@@ -225,17 +252,19 @@ class Evaluation:
         return calibrations
 
     def _play(self, agents: Any, sweep: Sequence[Any]) -> list[dict[str, Any]]:
-        gym_ids = [parse_env(self.args.env).gym_id(task) for task, _ in self.pairs]
+        gym_ids = [self.problem.gym_ids[self.problem.tasks.index(task)] for task, _ in self.pairs]
         columns = dict(env=self.args.name, data_source=self.problem.info["source"], step=self.run.step)
-        rows = []
+        reference, rows = reference_of(self.problem.info, gym_ids[0]), []
         with Episodes(gym_ids, num_episodes=self.args.eval_episodes, horizon=self.args.horizon) as episodes:
             for settings in sweep:
-                rows += [columns | row for row in play(agents, episodes, settings, pairs=self.pairs, seed=0)]
+                played = play(agents, episodes, settings, pairs=self.pairs, seed=0, reference=reference)
+                rows += [columns | row for row in played]
         self.rows += rows
         write_csv(self.path, list(self.rows[0]), self.rows)
         extracted = [row for row in rows if row["num_actions"] == self.args.num_actions]
-        success = [row["success"] for row in summarise(extracted, ("task", "seed"))]
-        self.run.metrics.log(self.run.step, self.pairs, {"success": success})
+        of_pairs = summarise(extracted, ("task", "seed"))
+        measure = "success" if "success" in of_pairs[0] else "return"
+        self.run.metrics.log(self.run.step, self.pairs, {measure: [row[measure] for row in of_pairs]})
         return rows
 
 
@@ -268,13 +297,11 @@ def last_screen(args: Any, problem: ValueProblem, run: Run, rows: Sequence[Mappi
 
 
 def success_lines(rows: Sequence[Mapping[str, Any]], *, by_seed: bool) -> Iterator[str]:
-    """A line for each task and number of actions, and below it one for each seed."""
+    """A line for each task and number of actions, and below it one for each seed; intervals of 95% over episodes."""
     for row in summarise(rows, ("task", "num_actions")):
         what = "base policy alone" if row["num_actions"] == 1 else f"best of {row['num_actions']}"
-        yield (
-            f"  task {row['task']}  {what:<20} success {row['success']:6.1%}  "
-            f"95% interval over episodes [{row['low']:.1%}, {row['high']:.1%}]  ({row['episodes']} episodes)"
-        )
+        task = f"task {row['task']}" if row["task"] else "        "
+        yield f"  {task}  {what:<20} {score_text(row, 1)} of {row['episodes']} episodes"
         same = [r for r in rows if (r["task"], r["num_actions"]) == (row["task"], row["num_actions"])]
         for seed in summarise(same, ("seed",)) if by_seed else ():
-            yield f"      seed {seed['seed']}: {seed['success']:6.1%}"
+            yield f"      seed {seed['seed']}: {score_text(seed, 1)}"

@@ -43,22 +43,29 @@ def training(metrics_csv: Path, path: Path, *, title: str) -> None:
     save(figure, path)
 
 
+def _scores(rows: Sequence[Mapping[str, Any]]) -> tuple[str, Float[np.ndarray, "3 n"]]:
+    """What the rows of a summary measure, and its value, low and high end: success in percent, or the return."""
+    name, scale = ("success", 100.0) if "success" in rows[0] else ("return", 1.0)
+    values = np.array([[row[key] for row in rows] for key in (name, "low", "high")], float)
+    return "success (%)" if name == "success" else "return of an episode", scale * values
+
+
 def success(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Success rates with 95% intervals: base policy alone beside the extracted policy, per task."""
+    """Success rates or returns with 95% intervals: base policy alone beside the extracted policy, per task."""
     tasks = sorted({row["task"] for row in summary})
     methods = sorted({row["num_actions"] for row in summary})
     figure, axes = subplots(1, 1, width=3.0 + 1.3 * len(tasks), height=3.0)
     axis: Axes = axes[0, 0]
     for i, number in enumerate(methods):
         rows = {row["task"]: row for row in summary if row["num_actions"] == number}
-        height = np.array([100 * rows[t]["success"] for t in tasks])
-        low = height - [100 * rows[t]["low"] for t in tasks]
-        high = [100 * rows[t]["high"] for t in tasks] - height
+        what, (height, low, high) = _scores([rows[task] for task in tasks])
         label = "base policy alone" if number == 1 else f"best of {number}"
         place = np.arange(len(tasks)) + 0.38 * (i - (len(methods) - 1) / 2)
-        axis.bar(place, height, 0.34, yerr=np.abs([low, high]), capsize=3, label=label)
-    axis.set(ylabel="success (%)", ylim=(0, 105), xticks=range(len(tasks)), title=title)
-    axis.set_xticklabels([f"task {t}" for t in tasks])
+        axis.bar(place, height, 0.34, yerr=np.abs([height - low, high - height]), capsize=3, label=label)
+    axis.set(ylabel=what, xticks=range(len(tasks)), title=title)
+    if what == "success (%)":
+        axis.set_ylim(0, 105)
+    axis.set_xticklabels([f"task {t}" if t else "" for t in tasks])
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)
 
@@ -133,10 +140,12 @@ def sweep(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str, by: S
                 v if isinstance(v, str) else f"{n} {v:g}" for n, v in zip(others, key, strict=True) if n in shown
             )
             x = [values.index(row[name]) for row in rows]
-            y = np.array([100 * row["success"] for row in rows])
-            error = np.abs(np.array([[100 * row["low"], 100 * row["high"]] for row in rows]).T - y)
+            what, (y, low, high) = _scores(rows)
+            error = np.abs([low - y, high - y])
             axis.errorbar(x, y, error, marker="o", ms=3, lw=1, capsize=2, label=label)
-        axis.set(xlabel=SAYS.get(name, name), ylabel="success (%)", ylim=(-3, 103), xticks=range(len(values)))
+        axis.set(xlabel=SAYS.get(name, name), ylabel=what, xticks=range(len(values)))
+        if what == "success (%)":
+            axis.set_ylim(-3, 103)
         axis.set_xticklabels([f"{v:g}" for v in values], rotation=30 if len(values) > 7 else 0)
         axis.grid(alpha=0.3)
         # Beside the axis: nothing is covered, however many lines there are.

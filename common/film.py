@@ -16,8 +16,7 @@ from jaxtyping import Float, UInt8
 from matplotlib import animation
 from matplotlib.figure import Figure
 
-from common.data.names import import_ogbench
-from common.episodes import ActionNoise, episode_seed, seeded_reset
+from common.environments import episode_seed, make_env, reported_success, seeded_reset
 from common.errors import UserError
 
 SIZE = 320  # pixels, of the environment's image
@@ -58,9 +57,11 @@ def open_env(gym_id: str, action_noise: float = 0.0) -> gymnasium.Env:
     Raises:
         UserError: it cannot.
     """
-    import_ogbench()
     try:
-        env = gymnasium.make(gym_id, render_mode="rgb_array", width=SIZE, height=SIZE)
+        try:
+            env = make_env(gym_id, action_noise, render_mode="rgb_array", width=SIZE, height=SIZE)
+        except TypeError:  # not of MuJoCo: it has a size of its own
+            env = make_env(gym_id, action_noise, render_mode="rgb_array")
         env.reset(seed=0)
         env.render()
     except Exception as error:  # a graphics library that fails raises any kind
@@ -68,7 +69,7 @@ def open_env(gym_id: str, action_noise: float = 0.0) -> gymnasium.Env:
             f"--video: {gym_id} cannot be drawn with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}): set MUJOCO_GL "
             f"to egl or osmesa, the one that works here."
         ) from None
-    return ActionNoise(env, action_noise) if action_noise else env
+    return env
 
 
 def make_writer(path: Path) -> animation.AbstractMovieWriter:
@@ -104,9 +105,9 @@ def film_episode(agent: Any, settings: Any, env: gymnasium.Env, path: Path, *, s
         return np.asarray(chunk[0]), np.asarray(draws[0]), np.asarray(means)
 
     bounds = float(agent.axis.low), float(agent.axis.high)
-    success = record(env, decide, path, seed=episode_seed(seed, 0), bounds=bounds, title=title)
+    how = record(env, decide, path, seed=episode_seed(seed, 0), bounds=bounds, title=title)
     env.close()
-    print(f"film: {path} ({'solved' if success else 'not solved'})")
+    print(f"film: {path} ({how})")
 
 
 def record(
@@ -118,8 +119,8 @@ def record(
     bounds: tuple[float, float],
     title: str,
     every: int = 2,
-) -> float:
-    """Films the episode that `seed` determines; returns its success.
+) -> str:
+    """Films the episode that `seed` determines; returns how it ended: `solved`, `not solved` or `return 930.2`.
 
     Args:
         decide: `(observation, step) -> (chunk, draws, others)`: actions (h, a), draws of their return law (n,),
@@ -134,7 +135,7 @@ def record(
     writer = make_writer(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(8.0, 4.0), layout="tight")
-    observation, step, done, success = seeded_reset(env, seed), 0, False, 0.0
+    observation, step, done, total, success = seeded_reset(env, seed), 0, False, 0.0, 0.0
     with writer.saving(figure, str(path), dpi=64):
         while not done:
             chunk, draws, others = decide(observation, step)
@@ -142,22 +143,16 @@ def record(
                 if step % every == 0:
                     draw(figure, env.render(), draws, others, bounds=bounds, title=f"{title}, step {step}")
                     writer.grab_frame()
-                observation, _, terminated, truncated, info = env.step(action)
-                step, done = step + 1, terminated or truncated
+                observation, reward, terminated, truncated, info = env.step(action)
+                step, done, total = step + 1, terminated or truncated, total + float(reward)
                 if done:
-                    success = float(info.get("success", 0.0))
+                    success = reported_success(info)
                     break
-        draw(
-            figure,
-            env.render(),
-            draws,
-            others,
-            bounds=bounds,
-            title=f"{title}, {'solved' if success else 'not solved'}",
-        )
+        how = f"return {total:.1f}" if np.isnan(success) else "solved" if success else "not solved"
+        draw(figure, env.render(), draws, others, bounds=bounds, title=f"{title}, {how}")
         for _ in range(FRAMES_PER_SECOND):
             writer.grab_frame()
-    return success
+    return how
 
 
 def draw(

@@ -13,7 +13,7 @@ FIELDS = ("stage", "env", "task", "seed", "step", "metric", "value")
 
 CALIBRATED = ("bias", "crps")  # of predictions, logged with each evaluation
 
-EVALUATED = ("success", *CALIBRATED)
+EVALUATED = ("success", "return", *CALIBRATED)
 
 
 class Metrics:

@@ -18,6 +18,7 @@ from common.bank import make_bank
 from common.data import describe, download, files, transitions
 from common.data.files import Trajectories
 from common.data.names import parse_env, validation_path
+from common.environments import check_sizes, evaluation_id
 from common.errors import UserError
 from common.networks import FlowPolicy, Sizes, Standardizer
 from common.replicas import copy_to_devices, first_host_first, spread
@@ -108,7 +109,9 @@ class Problem:
             UserError: the data cannot be found, are malformed, or too short for the horizon.
         """
         self.args = args
-        path, source = first_host_first(lambda: download.find_files(args.env, args.dataset, episodes=args.episodes))
+        path, source = first_host_first(
+            lambda: download.find_files(args.environment, args.dataset, episodes=args.episodes)
+        )
         self.info = download.describe(path, source)
         self.files = download.data_files(path)
         self._first = self._read_first()
@@ -120,7 +123,7 @@ class Problem:
         self._prepare()
 
     def _read_first(self) -> Trajectories:
-        trajectories = files.load_trajectories(self.files[0], env=self.args.env)
+        trajectories = files.load_trajectories(self.files[0], env=self.args.environment)
         describe.print_summary(trajectories, self.info, tasks=(), discount=0.0, num_files=len(self.files))
         return trajectories
 
@@ -152,7 +155,7 @@ class Problem:
         return starts, np.zeros((0, len(starts)), np.float32), np.zeros((0, len(starts)), np.float32)
 
     def _read(self, file: Path) -> Trajectories:
-        return self._first if file == self.files[0] else files.load_trajectories(file, env=self.args.env)
+        return self._first if file == self.files[0] else files.load_trajectories(file, env=self.args.environment)
 
     def _bank(
         self, observations: Float[np.ndarray, "rows d"], starts: Int[np.ndarray, " n"], file: Path, draw: int = 0
@@ -181,6 +184,7 @@ class ValueProblem(Problem):
 
     Further attributes:
         tasks, own_rewards: OGBench's tasks, or (0,) for the file's own rewards.
+        gym_ids: the environment of each task, None where there is none.
         base: the frozen base policies; None where a policy is trained with the reward model.
         axis: the return axis of each replica (leading axis).
         validation: trajectories that are not trained on, or None.
@@ -200,7 +204,10 @@ class ValueProblem(Problem):
         args, first = self.args, self.files[0]
         self.own_rewards = args.dataset is not None and files.has_rewards(first)
         self.tasks = choose_tasks(args, first, self.own_rewards)
+        self.gym_ids = [evaluation_id(args.environment, task) for task in self.tasks]
         trajectories = self._parse(first)
+        if self.own_rewards and self.gym_ids[0] is not None:
+            check_sizes(self.gym_ids[0], trajectories.observations.shape[1], trajectories.actions.shape[1])
         held_out = validation_path(first)
         self.validation = self._parse(held_out) if held_out.is_file() else None
         describe.print_summary(
@@ -211,7 +218,7 @@ class ValueProblem(Problem):
         return trajectories
 
     def _parse(self, file: Path) -> Trajectories:
-        return files.load_trajectories(file, env=self.args.env, tasks=self.tasks, reward=self.args.reward)
+        return files.load_trajectories(file, env=self.args.environment, tasks=self.tasks, reward=self.args.reward)
 
     def _read(self, file: Path) -> Trajectories:
         return self._first if file == self.files[0] else self._parse(file)
@@ -229,7 +236,7 @@ class ValueProblem(Problem):
         args, first = self.args, self._first
         in_transitions = first.rewards[:, ~first.terminals]
         span = transitions.reward_range(
-            self.files, in_transitions, env=args.env, own=self.own_rewards, reward=args.reward
+            self.files, in_transitions, env=args.environment, own=self.own_rewards, reward=args.reward
         )
         if self._load_policy is None:
             self.base = None
@@ -314,9 +321,9 @@ def choose_tasks(args: Any, path: Path, own_rewards: bool) -> tuple[int, ...]:
     if args.tasks:
         return args.tasks
     try:
-        return (parse_env(args.env).default_task,)
+        return (parse_env(args.environment).default_task,)
     except UserError:
         raise UserError(
-            f"{path} brings no rewards, and {args.env!r} is no OGBench environment to compute them with: "
+            f"{path} brings no rewards, and {args.environment!r} is no OGBench environment to compute them with: "
             f"add an array rewards."
         ) from None

@@ -7,7 +7,7 @@ from typing import Any
 
 from common import figures
 from common.errors import UserError
-from common.evaluation import summarise
+from common.evaluation import score_text, summarise
 from common.files import hold_directory, sha256, write_csv, write_json
 from common.provenance import git_revision, hardware, package_versions
 
@@ -75,7 +75,7 @@ class Sweep:
                 f"task {row['task']}  N_pi {row['num_actions']:<3} N {row['num_returns']:<3} "
                 f"tau_R {row['return_temperature']:<5g} tau_Q {row['action_temperature']:<5g} "
                 f"noise {row['action_noise']:<5g} "
-                f"success {row['success']:.0%} [{row['low']:.0%}, {row['high']:.0%}] of {row['episodes']} episodes"
+                f"{score_text(row)} of {row['episodes']} episodes"
             )
         for name, file in (("rows", "episodes.csv"), ("summary", "summary.csv"), ("figure", "sweep.png")):
             print(f"{name}: {self.out / file}")

@@ -17,7 +17,8 @@ from common import figures
 from common.args import check, each, within
 from common.data import download, files, transitions
 from common.data.collect import is_collectable
-from common.data.names import ENVIRONMENTS, NUM_TASKS, import_ogbench, parse_env, run_name
+from common.data.foreign import environment_of
+from common.data.names import DEFAULT_ENV, ENVIRONMENTS, NUM_TASKS, import_ogbench, parse_env, run_name
 from common.errors import UserError
 from common.files import write_csv
 
@@ -30,10 +31,10 @@ class Args:
 
     list: bool = False
     """List OGBench's state-based single-task environments instead."""
-    env: str = "cube-double-play"
-    """OGBench dataset; with --dataset FILE that brings rewards, only a name."""
+    env: str = DEFAULT_ENV
+    """OGBench dataset; with --dataset that brings rewards, a Gymnasium environment or only a name."""
     dataset: Path | None = None
-    """A file (.npz) or folder of your own in the layout of OGBench's."""
+    """Other data: an .npz file in OGBench's layout or a folder of them, a file in D4RL's layout (.hdf5), minari:ID."""
     tasks: Annotated[tuple[int, ...], each(within(1, NUM_TASKS, brackets="[]"))] = (1, 2, 3, 4, 5)
     """OGBench's single tasks."""
     discounts: Annotated[tuple[float, ...], each(within(0, 1, brackets="[)"))] = (0.99,)
@@ -50,12 +51,13 @@ def main(args: Args) -> list[dict[str, Any]]:
         print(listing())
         return []
     check(args)
-    name = run_name(args.env, args.dataset)
-    path, source = download.find_files(args.env, args.dataset, episodes=args.episodes)
+    env = environment_of(args.env, args.dataset)
+    name = run_name(env, args.dataset)
+    path, source = download.find_files(env, args.dataset, episodes=args.episodes)
     paths = download.data_files(path)
     own = args.dataset is not None and files.has_rewards(paths[0])
     tasks = (0,) if own else args.tasks
-    trajectories = files.load_trajectories(paths[0], env=args.env, tasks=tasks)
+    trajectories = files.load_trajectories(paths[0], env=env, tasks=tasks)
     print_summary(trajectories, download.describe(path, source), tasks=tasks, discount=args.discounts[0])
     if len(paths) > 1:
         print(f"  the first of {len(paths)} files is described here: {paths[0].name}")
@@ -64,7 +66,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         print(f"  {row['subject']:<28} " + "  ".join(f"{q:>4.0%} {row[f'q{q:g}']:10.4g}" for q in QUANTILES))
     out = args.out or Path("runs") / name / "data"
     write_csv(out / "report.csv", list(rows[0]), rows)
-    draw(trajectories, tasks, args.discounts, out / "report.png", title=f"{paths[0].name} ({source})", env=args.env)
+    draw(trajectories, tasks, args.discounts, out / "report.png", title=f"{paths[0].name} ({source})", env=env)
     print(f"rows: {out / 'report.csv'}\nfigure: {out / 'report.png'}")
     return rows
 
@@ -107,15 +109,20 @@ def print_summary(
         solved = (trajectories.masks[i] == 0) & ~terminals
         ever = len(np.unique(episode_of[solved]))
         label = f"task {task}" if task else "own rewards"
-        print(
-            f"  {label}: returns within [{bounds[i, 0]:.4g}, {bounds[i, 1]:.4g}] at discount {discount}; "
-            f"solved in {solved[~terminals].mean():.2%} of the transitions, in {ever:,} of {episodes:,} episodes"
-        )
-        last = (trajectories.masks[i] == 0) & terminals
-        if ever == 0 and last.any():
+        if task:
+            what = f"solved in {solved[~terminals].mean():.2%} of the transitions, in {ever:,} of {episodes:,} episodes"
+        else:
+            totals = np.bincount(episode_of[~terminals], trajectories.rewards[i, ~terminals], minlength=episodes)
+            what = f"of an episode, undiscounted, {totals.mean():.4g} on average and {totals.max():.4g} at best; "
+            what += f"{ever:,} of {episodes:,} episodes ended by a mask of 0"
+        print(f"  {label}: returns within [{bounds[i, 0]:.4g}, {bounds[i, 1]:.4g}] at discount {discount}; {what}")
+        rewards, last = trajectories.rewards[i, ~terminals], trajectories.rewards[i, terminals]
+        unused = (last < rewards.min()) | (last > rewards.max())
+        unused |= (trajectories.masks[i, terminals] == 0) & (ever == 0)
+        if unused.any():
             print(
-                f"  WARNING: {label} is solved in last rows alone ({last.sum():,}). A last row is no transition: its "
-                f"reward and mask are not used. Append the final observation as one more row."
+                f"  WARNING: {label}: {unused.sum():,} last rows have rewards or masks that no other row has. A last "
+                f"row is no transition: they are not used. Append the final observation as one more row."
             )
         elif ever == 0 and (task or np.ptp(trajectories.rewards[i, ~terminals]) == 0):
             print(f"  WARNING: {label} is never solved in this data: its rewards cannot tell actions apart.")

@@ -25,7 +25,7 @@ from common.data.collect import collect, recipe_of, why_not_collectable
 from common.data.foreign import converted, is_foreign, is_minari
 from common.data.names import check_env, collected_path, data_dir, parse_env, validation_path
 from common.errors import UserError
-from common.files import locked, record_sha256, sha256, sha256_path
+from common.files import locked, read_json, record_sha256, sha256, sha256_path
 from common.progress import progress
 
 HOSTS = (
@@ -368,7 +368,9 @@ def describe(path: Path, source: str) -> dict[str, Any]:
         for file in (path, validation_path(path)):
             if file.is_file():
                 _compare_with_first_use(file, source)
-    return {"name": path.name, "source": source, "sha256": sha256(path)}
+    info = {"name": path.name, "source": source, "sha256": sha256(path)}
+    reference = (read_json(path.with_suffix(".json")) or {}).get("reference")  # of a dataset of Minari
+    return info | ({"reference": reference} if reference else {})
 
 
 def _compare_with_first_use(path: Path, source: str) -> None:

@@ -14,6 +14,7 @@ One that ended needs no such state: with a mask of 0 nothing looks at it.
 """
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ import gymnasium
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from common.data.names import data_dir, import_ogbench, validation_path
+from common.data.names import DEFAULT_ENV, data_dir, import_ogbench, validation_path
 from common.errors import UserError
 from common.files import atomic, locked, read_json, record_sha256, sha256, write_json
 from common.progress import progress
@@ -31,7 +32,7 @@ from common.progress import progress
 MINARI = "minari:"
 HDF5 = (".hdf5", ".h5")
 VALIDATION = 20  # each twentieth trajectory is kept for the comparison with Monte-Carlo returns
-VERSION = 1  # of what is made of a source
+VERSION = 2  # of what is made of a source
 
 
 class Trajectory(NamedTuple):
@@ -54,10 +55,32 @@ class Source(NamedTuple):
     number: int
     trajectories: Iterator[Trajectory]
     says: tuple[str, ...] = ()
+    reference: tuple[float, float] | None = None  # returns of a random and of an expert policy
 
 
-def is_minari(dataset: Path) -> bool:
+def is_minari(dataset: Path | None) -> bool:
     return str(dataset).startswith(MINARI)
+
+
+def environment_of(env: str, dataset: Path | None) -> str:
+    """What `--env` names; where it is left out, the environment that a Minari dataset was made in.
+
+    Raises:
+        UserError: the dataset does not say it, or cannot be opened.
+    """
+    if env != DEFAULT_ENV or not is_minari(dataset):
+        return env
+    name = str(dataset).removeprefix(MINARI)
+    made_in = minari_env(name)
+    if not made_in:
+        raise UserError(f"{dataset} does not say in which environment it was made: name it, or the run, with --env.")
+    return made_in
+
+
+@functools.cache
+def minari_env(name: str) -> str:
+    with open_minari(name) as source:
+        return source.env
 
 
 def is_foreign(dataset: Path) -> bool:
@@ -124,14 +147,16 @@ def open_minari(name: str) -> Iterator[Source]:
     def trajectories() -> Iterator[Trajectory]:
         for episode in dataset.iterate_episodes():
             yield Trajectory(
-                flat(dataset.observation_space, episode.observations, name),
+                flat(dataset.observation_space, episode.observations, name, batched=True),
                 np.reshape(episode.actions, (len(episode.rewards), -1)),
                 np.asarray(episode.rewards),
                 np.asarray(episode.terminations, bool),
             )
 
     env = dataset.env_spec.id if dataset.env_spec is not None else ""
-    yield Source(name, digest, env, low, high, int(dataset.total_episodes), trajectories())
+    scores = tuple(dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
+    reference = None if None in scores else (float(scores[0]), float(scores[1]))
+    yield Source(name, digest, env, low, high, int(dataset.total_episodes), trajectories(), reference=reference)
 
 
 def action_range(space: gymnasium.Space, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -144,28 +169,28 @@ def action_range(space: gymnasium.Space, name: str) -> tuple[np.ndarray, np.ndar
         raise UserError(
             f"{name} has actions of the kind {type(space).__name__}: only continuous ones (Box) are learned."
         )
-    if not space.is_bounded("both"):
-        raise UserError(f"{name} has actions without bounds: they cannot be scaled to [-1, 1].")
-    return space.low.ravel(), space.high.ravel()
+    if not space.is_bounded("both") or len(space.shape) != 1:
+        raise UserError(f"{name} has actions that are no bounded vector ({space}): they cannot be scaled to [-1, 1].")
+    return space.low, space.high
 
 
-def flat(space: gymnasium.Space, values: Any, name: str) -> Shaped[np.ndarray, "rows observation"]:
-    """Observations as rows of numbers; those of a dictionary in the alphabetical order of its keys, since a file does
-    not keep another one.
+def flat(space: gymnasium.Space, values: Any, name: str, *, batched: bool) -> Shaped[np.ndarray, "*rows observation"]:
+    """An observation as a vector of numbers, or `batched` ones as rows. Those of a dictionary come in the alphabetical
+    order of its keys, since a file keeps no other.
 
     Raises:
         UserError: they hold something else than numbers, or images.
     """
     if isinstance(space, gymnasium.spaces.Dict):
-        parts = [flat(part, values[key], name) for key, part in sorted(space.spaces.items())]
-        return np.concatenate(parts, axis=1)
+        parts = [flat(part, values[key], name, batched=batched) for key, part in sorted(space.spaces.items())]
+        return np.concatenate(parts, axis=-1)
     if isinstance(space, gymnasium.spaces.Tuple):
-        return np.concatenate([flat(part, values[i], name) for i, part in enumerate(space.spaces)], axis=1)
+        parts = [flat(part, values[i], name, batched=batched) for i, part in enumerate(space.spaces)]
+        return np.concatenate(parts, axis=-1)
     if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) > 2:
         what = "images" if isinstance(space, gymnasium.spaces.Box) else f"the kind {type(space).__name__}"
         raise UserError(f"{name} has observations with {what}: only vectors of numbers are learned from.")
-    values = np.asarray(values)
-    return values.reshape(len(values), -1)
+    return np.reshape(values, (len(values), -1) if batched else -1)
 
 
 # --- D4RL --------------------------------------------------------------------------------------------------------
@@ -311,8 +336,8 @@ def _convert(source: Source, path: Path) -> None:
     scaled = (source.low != -1).any() or (source.high != 1).any()
     if scaled:
         says.append(f"  actions within {source.low.tolist()} and {source.high.tolist()} are scaled to [-1, 1]")
-    about = dict(name=source.name, sha256=source.sha256, env=source.env, trajectories=number, says=says)
-    write_json(path.with_suffix(".json"), about)
+    about = dict(name=source.name, sha256=source.sha256, env=source.env, reference=source.reference)
+    write_json(path.with_suffix(".json"), about | dict(trajectories=number, says=says))
     for file, rows in parts.items():
         if not rows:
             continue

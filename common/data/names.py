@@ -13,6 +13,8 @@ from common.errors import UserError
 KINDS = "play|noisy|navigate|stitch|explore"
 DEFAULT_TASKS = {"cube": 2, "scene": 2, "puzzle-3x3": 4, "puzzle-4x4": 4, "puzzle": 2, "antsoccer": 4}  # mazes: 1
 NUM_TASKS = 5
+DEFAULT_ENV = "cube-double-play"
+GYM_ID = r"([\w.]+:)?([\w-]+/)?[\w.-]+-v\d+"  # Gymnasium's: module:namespace/Name-v0
 
 
 class Environment(NamedTuple):
@@ -79,7 +81,8 @@ def parse_env(env: str) -> EnvName:
     if match is None:
         raise UserError(
             f"unknown environment {env!r}: name an OGBench dataset, such as cube-double-play or "
-            f"cube-double-play-singletask-task2-v0 (one of {KINDS.replace('|', ', ')} belongs to the name)."
+            f"cube-double-play-singletask-task2-v0 (one of {KINDS.replace('|', ', ')} belongs to the name), or bring "
+            f"data with --dataset."
         )
     prefix, kind = match["prefix"], match["kind"]
     if prefix.startswith("visual-"):
@@ -91,16 +94,18 @@ def parse_env(env: str) -> EnvName:
     return EnvName(f"{prefix}-{kind}", f"{prefix}-{kind}-v0", prefix, task)
 
 
-def run_name(env: str, dataset: Path | None) -> str:
-    """The name of a run: the environment's short name, or, with a dataset of one's own, `env` as it is."""
+def run_name(env: str, dataset: Path | None = None) -> str:
+    """The name of a run: OGBench's short name; `Id-v0` of Gymnasium's `module:Id-v0`, with `-` for `/`; or, with a
+    dataset of one's own, `env` as it is."""
     try:
         return parse_env(env).short
     except UserError:
-        if dataset is None:
+        if dataset is None and not re.fullmatch(GYM_ID, env):
             raise
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", env):
+    name = env.rpartition(":")[2].replace("/", "-")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise UserError(f"--env {env!r} cannot name a run: use letters, digits, '-', '_' and '.'.")
-    return env
+    return name
 
 
 def default_run_dir(name: str, *, quick: bool) -> Path:

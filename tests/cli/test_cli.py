@@ -450,7 +450,7 @@ MISTAKES_OF_INFERENCE = {
     "no kind of data": (dict(env="nonsense", run_dir=None), "unknown environment 'nonsense'"),
     "no run": (dict(run_dir=None, env="scene-play"), "runs/scene-play/value/model.eqx|evor_value.py first"),
     "another environment": (dict(env="cube-double-play"), "made with env 'cube-single-play'|'cube-double-play'"),
-    "own rewards": (dict(), "was trained on rewards of its own|no environment"),
+    "own rewards": (dict(), "was trained on rewards of its own|cube-single-play is no environment"),
     "a task not trained": (dict(tasks=(0, 3)), "has no task 3|[0]|evor_value.py"),
     "a seed not trained": (dict(seeds=1, first_seed=7), "has no seed 7|[0]|evor_value.py"),
     "nothing to sweep": (dict(num_actions=()), "--num-actions needs at least one number"),
@@ -560,7 +560,7 @@ def test_resuming_with_another_base_policy(here: Path):
         again = evor_infer.load_agent("run")
         for a, b in zip(jax.tree.leaves(agent), jax.tree.leaves(again), strict=True):
             np.testing.assert_array_equal(a, b)
-        fails_cleanly(infer(), here, "was trained on rewards of its own|no environment")
+        fails_cleanly(infer(), here, "was trained on rewards of its own|cube-single-play is no environment")
 
 
 def test_a_base_policy_that_was_not_trained_to_its_end(here: Path):

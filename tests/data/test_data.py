@@ -82,6 +82,10 @@ def test_run_name():
     for bad in ("../escape", "", ".hidden", "two words"):
         with pytest.raises(UserError, match="use letters"):
             names.run_name(bad, Path("data.npz"))
+    for env, name in (("Hopper-v5", "Hopper-v5"), ("my.module:team/Robot-v0", "team-Robot-v0")):
+        assert names.run_name(env) == names.run_name(env, Path("data.npz")) == name
+    with pytest.raises(UserError, match="bring data with --dataset"):
+        names.run_name("my_robot.v2")
 
 
 # --- Reading -----------------------------------------------------------------------------------------------------
@@ -650,9 +654,23 @@ def test_success_in_last_rows_alone_is_no_success(capsys: pytest.CaptureFixture)
     )
     describe.print_summary(trajectories, {"name": "a", "source": "file", "sha256": "0" * 64}, tasks=(0,), discount=0.9)
     printed = capsys.readouterr().out
-    assert "solved in 0.00% of the transitions, in 0 of 2 episodes" in printed
-    assert "returns within [0, 0]" in printed
-    assert "solved in last rows alone (2)" in printed
+    assert "returns within [0, 0] at discount 0.9; of an episode, undiscounted, 0 on average and 0 at best" in printed
+    assert "0 of 2 episodes ended by a mask of 0" in printed
+    assert "own rewards: 2 last rows have rewards or masks that no other row has" in printed
+
+
+def test_rewards_of_last_rows_are_counted_where_no_other_row_has_them(capsys: pytest.CaptureFixture):
+    """100 at the end of one of two episodes, which would be the goal; -1 at the end of the other is nothing new."""
+    terminals = ends_at([4, 4])
+    rewards = np.full((1, 8), -1, np.float32)
+    rewards[0, 3] = 100
+    trajectories = files.Trajectories(
+        np.zeros((8, 3), np.float32), np.zeros((8, 2), np.float32), terminals, rewards, np.ones((1, 8), np.float32)
+    )
+    describe.print_summary(trajectories, {"name": "a", "source": "file", "sha256": "0" * 64}, tasks=(0,), discount=0.9)
+    printed = capsys.readouterr().out
+    assert "own rewards: 1 last rows have rewards or masks that no other row has" in printed
+    assert "-3 on average and -3 at best" in printed
 
 
 def test_rows_with_complete_returns_are_chosen_by_their_place_alone():
@@ -688,7 +706,8 @@ def test_report_of_ones_own_data(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert rows[1]["solved_transitions"] == 0.25 and rows[1]["solved_episodes"] == 0.5
     assert (tmp_path / "out" / "report.png").stat().st_size > 10_000
     assert len((tmp_path / "out" / "report.csv").read_text().splitlines()) == 4
-    assert "solved in 25.00% of the transitions, in 1 of 2 episodes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "undiscounted, -1.5 on average and -1 at best; 1 of 2 episodes ended by a mask of 0" in said
 
 
 def test_report_of_a_maze_draws_its_map(tmp_path: Path):

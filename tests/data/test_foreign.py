@@ -192,7 +192,8 @@ def test_minaris_actions_and_dictionaries(home: Path):
     ("space", "says"),
     [
         (dict(action_space=spaces.Discrete(3)), "actions of the kind Discrete"),
-        (dict(action_space=spaces.Box(-np.inf, np.inf, (1,))), "actions without bounds"),
+        (dict(action_space=spaces.Box(-1, 1, (1, 2))), "actions that are no bounded vector"),
+        (dict(action_space=spaces.Box(-np.inf, np.inf, (1,))), "actions that are no bounded vector"),
         (dict(observation_space=spaces.Discrete(3)), "observations with the kind Discrete"),
         (dict(observation_space=spaces.Box(0, 255, (8, 8, 3), np.uint8)), "observations with images"),
     ],
@@ -202,7 +203,7 @@ def test_minari_spaces_that_no_network_here_takes(space: dict[str, spaces.Space]
     observations = space.get("observation_space", spaces.Box(-1, 1, (1,)))
     with pytest.raises(UserError, match=says):
         foreign.action_range(actions, "toy")
-        foreign.flat(observations, np.zeros((2, *observations.shape)), "toy")
+        foreign.flat(observations, np.zeros((2, *observations.shape)), "toy", batched=True)
 
 
 def test_a_minari_dataset_that_is_nowhere(monkeypatch: pytest.MonkeyPatch):
@@ -223,4 +224,7 @@ def test_minari_is_optional(monkeypatch: pytest.MonkeyPatch):
 def test_nested_observations_as_rows():
     space = spaces.Dict(b=spaces.Box(0, 1, (2,)), a=spaces.Tuple([spaces.Box(0, 1, (1,)), spaces.Box(0, 1, (1, 2))]))
     values = dict(b=np.array([[4, 5], [14, 15]]), a=(np.array([[1], [11]]), np.array([[[2, 3]], [[12, 13]]])))
-    np.testing.assert_array_equal(foreign.flat(space, values, "toy"), [[1, 2, 3, 4, 5], [11, 12, 13, 14, 15]])
+    rows = foreign.flat(space, values, "toy", batched=True)
+    np.testing.assert_array_equal(rows, [[1, 2, 3, 4, 5], [11, 12, 13, 14, 15]])
+    one = dict(b=np.array([4, 5]), a=(np.array([1]), np.array([[2, 3]])))
+    np.testing.assert_array_equal(foreign.flat(space, one, "toy", batched=False), [1, 2, 3, 4, 5])

@@ -15,8 +15,10 @@ import mujoco
 import numpy as np
 import pytest
 
+from common import environments
 from common import episodes as roll_outs
-from common.episodes import EpisodeRunner, Episodes, seeded_reset
+from common.environments import seeded_reset
+from common.episodes import EpisodeRunner, Episodes
 from common.errors import UserError
 from tests import processes
 from tests.helpers import mostly_slow
@@ -88,7 +90,7 @@ def test_number_of_processes_changes_nothing(make_episodes, rows: list[dict]):
 def test_episodes_equal_a_loop_by_hand(rows: list[dict]):
     """Chunks of five are executed open loop: `act` sees only every fifth observation."""
     for replica, episode in ((0, 2), (1, 0)):
-        env = roll_outs.make_env(GYM_IDS[replica])
+        env = environments.make_env(GYM_IDS[replica])
         observation, step, total, done = seeded_reset(env, seed_of(7, episode)), 0, 0.0, False
         while not done:
             if step % HORIZON == 0:
@@ -118,7 +120,7 @@ def test_noise_in_the_actions():
             executed.append(action)
             return self.np_random.uniform(-1, 1, 1).astype(np.float32), 0.0, False, False, {}
 
-    env, plain = roll_outs.ActionNoise(Recorder(), 0.5), Recorder()
+    env, plain = environments.ActionNoise(Recorder(), 0.5), Recorder()
     action = np.array([0.0, 0.25, -0.25, 0.9, -1.0], np.float32)
     observations = [env.reset(seed=3)[0], *(env.step(action)[0] for _ in range(2_000))]
     without = [plain.reset(seed=3)[0], *(plain.step(action)[0] for _ in range(2_000))]
@@ -148,7 +150,7 @@ def test_noise_is_asked_for(make_episodes, rows: list[dict]):
 def test_seeded_reset_determines_the_roll_out(gym_id: str):
     """OGBench takes random steps in `reset` with an action space it never seeds. Fails if they leave a trace in the
     simulator: the start of its contact solver is part of the state that the next step depends on."""
-    env = roll_outs.make_env(gym_id)
+    env = environments.make_env(gym_id)
     actions = np.random.default_rng(0).uniform(-1, 1, (40, *env.action_space.shape)).astype(np.float32)
 
     def roll_out(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -286,7 +288,7 @@ import sys
 started = []
 events = {"subprocess.Popen", "os.posix_spawn", "os.system", "os.fork"}
 sys.addaudithook(lambda event, args: started.append(args) if event in events else None)
-from common.episodes import make_env
+from common.environments import make_env
 
 make_env("pointmaze-medium-singletask-task1-v0")
 make_env("cube-single-singletask-task1-v0")

@@ -1,0 +1,141 @@
+"""Environments of Gymnasium: units, limits, what they say of success, and what of them does not fit."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import h5py
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+import evor_bc
+import evor_infer
+import evor_value
+from common import environments
+from common.errors import UserError
+from common.evaluation import score, score_text, summarise
+from common.files import read_csv
+
+
+class Line(gymnasium.Env):
+    """Moves a point by its action, in [0, 4]; the observation is a dictionary in no order."""
+
+    observation_space = spaces.Dict(where=spaces.Box(-np.inf, np.inf, (1, 2)), age=spaces.Box(0, np.inf, (1,)))
+    action_space = spaces.Box(0.0, 4.0, (1,))
+
+    def observe(self) -> dict[str, np.ndarray]:
+        return dict(where=np.array([[self.x, -self.x]], np.float32), age=np.array([self.age], np.float32))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self.x, self.age = 0.0, 0
+        return self.observe(), {}
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        self.x, self.age = self.x + float(action[0]), self.age + 1
+        return self.observe(), self.x, False, False, {}
+
+
+gymnasium.register("Line-v0", Line)
+gymnasium.register("Discrete-v0", lambda: gymnasium.make("CartPole-v1").unwrapped)
+
+
+def test_actions_are_in_units_and_observations_vectors():
+    """-1, 0 and 1 are 0, 2 and 4; keys in alphabetical order; cut after 10,000 steps where nobody says when."""
+    env = environments.make_env("Line-v0")
+    assert env.action_space == spaces.Box(-1.0, 1.0, (1,)) and env.observation_space.shape == (3,)
+    assert env.reset(seed=0)[0].tolist() == [0.0, 0.0, 0.0]
+    seen = [env.step(np.array([a], np.float32))[0].tolist() for a in (-1, 0, 1)]
+    assert seen == [[1.0, 0.0, 0.0], [2.0, 2.0, -2.0], [3.0, 6.0, -6.0]]
+    truncated = [env.step(np.zeros(1, np.float32))[3] for _ in range(9_997)]
+    assert truncated[-1] and not any(truncated[:-1])
+
+
+def test_noise_is_in_units_too():
+    env = environments.make_env("Line-v0", 100.0)
+    env.reset(seed=0)
+    moved = {env.step(np.zeros(1, np.float32))[1] for _ in range(2)}
+    assert moved <= {0.0, 4.0, 8.0}, "noise of 100 ends at one of the two ends"
+
+
+def test_discrete_actions_are_refused():
+    with pytest.raises(UserError, match=r"Discrete-v0 has actions of the kind Discrete: only continuous ones"):
+        environments.make_env("Discrete-v0")
+
+
+def test_what_an_agent_is_evaluated_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert environments.evaluation_id("cube-single-play", 3) == "cube-single-singletask-task3-v0"
+    assert environments.evaluation_id("Pendulum-v1", 0) == "Pendulum-v1"
+    assert environments.evaluation_id("my-robot", 0) is None
+    assert environments.evaluation_id("cube-single-play", 0) is None
+    (tmp_path / "robots_of_mine.py").write_text(
+        "import gymnasium\ngymnasium.register('Mine-v0', 'gymnasium.envs.classic_control:PendulumEnv')\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert environments.evaluation_id("robots_of_mine:Mine-v0", 0) == "robots_of_mine:Mine-v0"
+    environments.check_sizes("robots_of_mine:Mine-v0", 3, 1)
+    with pytest.raises(UserError, match=r"no_such_module cannot be imported .*No module named"):
+        environments.evaluation_id("no_such_module:Mine-v0", 0)
+
+
+def test_an_environment_of_other_sizes_than_the_data():
+    with pytest.raises(
+        UserError, match=r"Pendulum-v1 has 3 numbers in an observation and 1 in an action, and the data 4"
+    ):
+        environments.check_sizes("Pendulum-v1", 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("info", "success"), [(dict(success=True), 1.0), (dict(is_success=0.0), 0.0), (dict(distance=3.0), np.nan)]
+)
+def test_what_is_said_of_success(info: dict[str, Any], success: float):
+    assert environments.reported_success(info) == pytest.approx(success, nan_ok=True)
+
+
+def test_reference_scores_are_d4rls():
+    assert environments.reference_scores("Hopper-v5") == (-20.272305, 3234.3)
+    assert environments.reference_scores("gymnasium:HalfCheetah-v4") == (-280.178953, 12135.0)
+    assert environments.reference_scores("Pendulum-v1") is None
+
+
+def test_without_success_returns_are_summarised():
+    """Mean 3 of the returns 1 to 5; a bootstrap of five numbers stays within them. With success, success alone."""
+    rows = [dict(task=0, success=np.nan, total=float(i), length=9, normalised=10.0 * i) for i in range(1, 6)]
+    (row,) = summarise(rows, ("task",))
+    assert row["return"] == 3.0 and row["normalised"] == 30.0 and row["episodes"] == 5
+    assert 1.0 < row["low"] < 2.2 and 3.8 < row["high"] < 5.0 and "success" not in row
+    assert score_text(row).startswith("return 3.0 [") and score_text(row).endswith("], normalised score 30.0")
+    solved = score([dict(success=1.0, total=5.0), dict(success=0.0, total=1.0)])
+    assert solved.keys() == {"success", "low", "high"} and score_text(solved) == "success 50% [9%, 91%]"
+
+
+def test_a_file_of_d4rl_is_trained_on_and_evaluated_in_its_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Torques of [-2, 2] in the file, episodes of 200 steps without a word of success: returns everywhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rng = np.random.default_rng(0)
+    arrays = dict(observations=rng.normal(size=(40, 3)), actions=rng.uniform(-2, 2, (40, 1)), rewards=-rng.random(40))
+    arrays |= dict(terminals=np.zeros(40), timeouts=np.arange(40) % 20 == 19)
+    with h5py.File("rows.hdf5", "w") as file:
+        for key, array in arrays.items():
+            file[key] = array
+    tiny = dict(env="Pendulum-v1", dataset=Path("rows.hdf5"), steps=2, steps_per_call=2, width=8, depth=2, batch_size=4)
+    evor_bc.main(evor_bc.Args(**tiny))
+    few = dict(num_next_actions=1, num_actions=2, num_returns=2, flow_steps=1, eval_episodes=2)
+    (alone, best) = evor_value.main(evor_value.Args(**tiny, **few))
+    assert (alone["num_actions"], best["num_actions"]) == (1, 2) and best["mean_length"] == 200
+    assert -1_800 < best["low"] <= best["return"] <= best["high"] < 0 and "success" not in best
+    said = capsys.readouterr().out
+    assert f"best of 2            {score_text(best, 1)} of 2 episodes" in said
+    metrics = read_csv(Path("runs/Pendulum-v1/value/metrics.csv"))
+    assert [float(row["value"]) for row in metrics if row["metric"] == "return"] == [best["return"]]
+    sweep = dict(num_actions=(1, 2), num_returns=(2,), flow_steps=1, eval_episodes=2, workers=1)
+    again = evor_infer.main(evor_infer.Args(env="Pendulum-v1", **sweep))
+    assert [row["return"] for row in again] == pytest.approx([alone["return"], best["return"]])
+    assert f"{score_text(again[1])} of 2 episodes" in capsys.readouterr().out
+    assert {path.name for path in Path("runs/Pendulum-v1").glob("*/*.png")} == {
+        *("training.png", "evaluation.png", "sweep.png")
+    }
