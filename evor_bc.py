@@ -158,7 +158,7 @@ def load(path: Path) -> tuple[dict[str, Any], TrainedPolicy]:
     """
 
     def build(header):
-        spec = checkpoint.read_spec(PolicySpec, header["model"], path)
+        spec = checkpoint.read_spec(PolicySpec, header["model"])
         keys = jax.random.split(jax.random.key(0), len(header["seeds"]))
         standardizer = Standardizer(jnp.zeros(spec.observation), jnp.ones(spec.observation))
         return TrainedPolicy(jax.vmap(lambda key: make_policy(spec, key=key))(keys), standardizer)

@@ -434,7 +434,7 @@ def load_agents(
     path = run_dir / "value" / "model.eqx"
 
     def build(header):
-        spec = checkpoint.read_spec(AgentSpec, header["model"], path)
+        spec = checkpoint.read_spec(AgentSpec, header["model"])
         keys = jax.random.split(jax.random.key(0), len(header["replicas"]))
         return eqx.filter_eval_shape(jax.vmap(lambda key: init_agent(spec, key=key)), keys)
 

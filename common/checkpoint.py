@@ -6,6 +6,7 @@ in it is run, its header's sizes are checked before a model is built from them, 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -16,7 +17,6 @@ from typing import Any, BinaryIO, TypeVar, get_type_hints
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from common.args import check
@@ -87,7 +87,11 @@ def _read_header(file: BinaryIO, path: Path, stage: str) -> dict[str, Any]:
         header = json.loads(line)
         actual = header["stage"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path} is not a checkpoint of this project: delete it and train again.") from None
+        if line.startswith(b'{"stage"'):
+            raise unusable(path, "its header is no JSON") from None
+        raise UserError(
+            f"{path} is not a checkpoint of this project: move it away, or pass another --run-dir."
+        ) from None
     if actual != stage:
         raise UserError(f"{path} is a checkpoint of stage {actual!r}, not {stage!r}: pass the other run directory.")
     for field in REQUIRED.get(stage, ()):
@@ -95,8 +99,22 @@ def _read_header(file: BinaryIO, path: Path, stage: str) -> dict[str, Any]:
             raise UserError(f"{path} has no {field}, as those of an older revision: use that one, or train again.")
     for field, value in header.items():
         if not _makes_sense(field, value, stage):
-            raise UserError(f"{path} is damaged ({field} is {value!r:.50}): delete it and train again.")
+            raise unusable(path, f"{field} is {value!r:.50}")
     return header
+
+
+def unusable(path: Path, what: Any) -> UserError:
+    """The sentence for a checkpoint with `what` in it: whether it is damaged says its SHA-256 alone."""
+    try:
+        verify(path)
+    except ValueError as error:
+        return UserError(f"{path} is damaged, {error}: delete it and train again.")
+    except OSError as error:
+        return UserError(f"{path} cannot be read ({error}).")
+    return UserError(
+        f"{path} is whole, and not of this revision of the project ({what}): use the one that wrote it, or train again "
+        f"with another --run-dir."
+    )
 
 
 def _is_seed(value: Any) -> bool:
@@ -138,26 +156,28 @@ def load(path: Path, build: Callable[[dict[str, Any]], Any], *, stage: str, reme
             _verify(file)
             file.seek(first)
             template = eqx.filter_eval_shape(build, header)
-            tree = eqx.tree_deserialise_leaves(file, template, filter_spec=_read_leaf)
+            tree = jax.tree.map(functools.partial(_read_leaf, file), template)
             if file.tell() != os.fstat(file.fileno()).st_size - TRAILER_BYTES:
                 raise ValueError("it has more arrays than its header says")
         return header, tree
     except UserError:
         raise
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged or of another version ({error}): delete it and train again.") from None
+    except (OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        raise UserError(f"{path} cannot be read ({str(error) or 'not enough memory'}).") from None
+    except Exception as error:  # arrays and sizes that make no sense raise a dozen types
+        raise unusable(path, error) from None
 
 
-def read_spec(cls: type[Spec], content: Any, path: Path) -> Spec:
+def read_spec(cls: type[Spec], content: Any) -> Spec:
     """The frozen dataclass `cls`, whose fields are sizes or such dataclasses again, from a header's dictionary.
 
     Raises:
-        UserError: a field is missing, unknown, or of a size that nobody means.
+        ValueError: a field is missing, unknown, or of a size that nobody means.
     """
     try:
         hints = get_type_hints(cls)
         fields = {
-            name: read_spec(hints[name], value, path) if dataclasses.is_dataclass(hints[name]) else value
+            name: read_spec(hints[name], value) if dataclasses.is_dataclass(hints[name]) else value
             for name, value in content.items()
         }
         if None in fields.values():  # which fulfils all constraints
@@ -166,7 +186,7 @@ def read_spec(cls: type[Spec], content: Any, path: Path) -> Spec:
         check(spec)
         return spec
     except (UserError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{path} is damaged (model is {content!r:.50}): delete it and train again.") from None
+        raise ValueError(f"model is {content!r:.50}") from None
 
 
 def newest(path: Path, previous: Path, *, stage: str, remedy: str) -> Path:
@@ -179,7 +199,7 @@ def newest(path: Path, previous: Path, *, stage: str, remedy: str) -> Path:
         read_header(path, stage=stage, remedy=remedy)
         verify(path)
         return path
-    except (UserError, ValueError, OSError) as error:
+    except (UserError, ValueError) as error:
         try:
             header = read_header(previous, stage=stage, remedy=remedy)
             verify(previous)
@@ -228,19 +248,21 @@ def _verify(file: BinaryIO) -> None:
 
 
 def _read_leaf(file: BinaryIO, like: Any) -> Any:
-    """An array as `np.load` reads it, if it has the shape and type of `like` and the file has as many bytes."""
+    """An array as `np.load` reads it, if it has the shape and type of `like` and the file has as many bytes. It keeps
+    the file's type where `like` is twice as wide, as with jax_enable_x64."""
     if not isinstance(like, jax.Array | jax.ShapeDtypeStruct | np.ndarray):
         return eqx.default_deserialise_filter_spec(file, like)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("an array of another format")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    if shape != like.shape or dtype != like.dtype:
+    wider = np.dtype(f"{dtype.kind}8") if dtype.itemsize == 4 else dtype
+    if shape != like.shape or like.dtype not in (dtype, wider):
         raise ValueError(f"an array is {dtype}{list(shape)} and should be {like.dtype}{list(like.shape)}")
     count = int(np.prod(shape, dtype=object))
     if count * dtype.itemsize > os.fstat(file.fileno()).st_size - file.tell():
         raise ValueError("an array is cut")
     array = np.fromfile(file, dtype, count).reshape(shape, order="F" if fortran else "C")
-    return array if isinstance(like, np.ndarray) else jnp.asarray(array)
+    return array if isinstance(like, np.ndarray) else jax.device_put(array)
 
 
 def require(header: dict[str, Any], path: Path, **expected: Any) -> None:

@@ -47,7 +47,7 @@ def arguments(config: dict[str, Any]) -> evor_value.Args:
 def describe(run: Path) -> dict[str, Any]:
     """What the table says of a run beside its results."""
     config, key = json.loads((run / "value" / "config.json").read_text()), jax.random.key(0)
-    args, spec = arguments(config), read_spec(AgentSpec, config["model"], run / "value" / "config.json")
+    args, spec = arguments(config), read_spec(AgentSpec, config["model"])
     critic = eqx.filter_eval_shape(make_critic, spec.critic, key=key)
     policy = eqx.filter_eval_shape(make_policy, spec.policy, key=key) if config["policy_run_dir"] is None else None
     backup = args.next_action
