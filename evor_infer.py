@@ -39,7 +39,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PRNGKeyArray
 
 from common import checkpoint, film
-from common.args import Count, Seed, at_least, check, each, not_negative
+from common.args import Count, Paths, Seed, at_least, check, each, not_negative
 from common.cli import run_cli
 from common.data.names import default_run_dir, run_name
 from common.environments import evaluation_id
@@ -105,7 +105,7 @@ class Settings(TypedDict, total=False):
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(Paths):
     """Stage 3: evaluate the extracted policy; lists are a sweep."""
 
     # --- experiment ---
@@ -454,7 +454,7 @@ def load_agent(run_dir: str | Path, *, task: int | None = None, seed: int | None
         UserError: stage 2 is missing, or the task or seed was not trained.
     """
     tasks, seeds = (() if number is None else (number,) for number in (task, seed))
-    _, _, agents = load_agents(Path(run_dir), tasks=tasks, seeds=seeds)
+    _, _, agents = load_agents(Path(run_dir).expanduser(), tasks=tasks, seeds=seeds)
     return jax.tree.map(lambda x: x[0], agents)
 
 

@@ -85,6 +85,16 @@ def unread(default: Any) -> Any:
     return dataclasses.field(default=default, compare=False)
 
 
+class Paths:
+    """Arguments whose fields of type `Path` may be given as text, and begin with `~` for the home directory."""
+
+    def __post_init__(self) -> None:
+        for field, hint in get_type_hints(type(self)).items():
+            value = getattr(self, field)
+            if Path in (hint, *get_args(hint)) and isinstance(value, str | Path):
+                object.__setattr__(self, field, Path(value).expanduser())
+
+
 def flag_of(field: str) -> str:
     """The field's name on the command line."""
     return f"--{field.replace('_', '-')}"
@@ -114,7 +124,7 @@ def learning_rate(peak: float, schedule: str, steps: int) -> optax.ScalarOrSched
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainArgs:
+class TrainArgs(Paths):
     """What both trainings take."""
 
     # --- experiment ---

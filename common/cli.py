@@ -39,6 +39,9 @@ def run_cli(main: Callable, args_type: type, presets: Mapping[str, Mapping[str, 
     the command line the traceback is shown too."""
     argv = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(argv) < len(sys.argv) - 1
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not cost a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     # Cleans up, which the default action does not: worker processes end, temporary files go.
     before = signal.getsignal(signal.SIGTERM)
     if before not in (signal.SIG_IGN, None):

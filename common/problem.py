@@ -115,7 +115,9 @@ class Problem:
         self.info = download.describe(path, source)
         self.files = download.data_files(path)
         self._first = self._read_first()
-        self.longest = max(files.check_headers(file, like=self._first) for file in self.files)
+        held_out = validation_path(self.files[0])
+        lengths = [files.check_headers(file, like=self._first) for file in (*self.files, held_out) if file.is_file()]
+        self.longest = max(lengths[: len(self.files)])
         observation, action = self._first.observations.shape[1], self._first.actions.shape[1]
         self.sizes = Sizes(observation, action, args.horizon)
         self._transitions(self._first, self.files[0])  # an error comes before an old run is deleted
@@ -124,7 +126,9 @@ class Problem:
 
     def _read_first(self) -> Trajectories:
         trajectories = files.load_trajectories(self.files[0], env=self.args.environment)
-        describe.print_summary(trajectories, self.info, tasks=(), discount=0.0, num_files=len(self.files))
+        describe.print_summary(
+            trajectories, self.info, tasks=(), discount=0.0, num_files=len(self.files), horizon=self.args.horizon
+        )
         return trajectories
 
     def _prepare(self) -> None:
@@ -206,13 +210,14 @@ class ValueProblem(Problem):
         self.tasks = choose_tasks(args, first, self.own_rewards)
         self.gym_ids = [evaluation_id(args.environment, task) for task in self.tasks]
         trajectories = self._parse(first)
-        if self.own_rewards and self.gym_ids[0] is not None:
+        if args.eval_episodes and self.gym_ids[0] is not None:
             check_sizes(self.gym_ids[0], trajectories.observations.shape[1], trajectories.actions.shape[1])
         held_out = validation_path(first)
         self.validation = self._parse(held_out) if held_out.is_file() else None
         describe.print_summary(
-            trajectories, self.info, tasks=self.tasks, discount=args.discount, num_files=len(self.files)
-        )
+            trajectories, self.info, tasks=self.tasks, discount=args.discount, num_files=len(self.files),
+            horizon=args.horizon,
+        )  # fmt: skip
         if len(self.files) > 1 and args.redraw_bank:
             raise UserError("--redraw-bank: each file of a folder has one bank: leave it out.")
         return trajectories

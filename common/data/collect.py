@@ -41,7 +41,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from common.args import Seed, at_least, check, not_negative, within
+from common.args import Paths, Seed, at_least, check, not_negative, within
 from common.cli import run_cli
 from common.data.names import collected_path, import_ogbench, parse_env, validation_path
 from common.errors import UserError
@@ -127,7 +127,7 @@ def why_not_collectable(dataset_name: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(Paths):
     """Collect OGBench data with OGBench's scripted behaviours."""
 
     env: str = "cube-double-play"

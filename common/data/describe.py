@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 
 from common import figures
-from common.args import check, each, within
+from common.args import Paths, check, each, within
 from common.data import download, files, transitions
 from common.data.collect import is_collectable
 from common.data.foreign import environment_of
@@ -26,7 +26,7 @@ QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(Paths):
     """Describe a dataset, or list OGBench's."""
 
     list: bool = False
@@ -89,9 +89,16 @@ def listing() -> str:
 
 
 def print_summary(
-    trajectories: files.Trajectories, info: dict[str, Any], *, tasks: Sequence[int], discount: float, num_files: int = 1
+    trajectories: files.Trajectories,
+    info: dict[str, Any],
+    *,
+    tasks: Sequence[int],
+    discount: float,
+    num_files: int = 1,
+    horizon: int = 1,
 ) -> None:
-    """Prints transitions, episodes, and per task return bounds and success; warns where a task is never solved."""
+    """Prints transitions, episodes, and per task return bounds and success; warns where a task is never solved, and
+    where episodes are too short for a chunk of `horizon` actions."""
     terminals = trajectories.terminals
     episodes, steps = int(terminals.sum()), int((~terminals).sum())
     print(f"data: {info['name']} (source: {info['source']}, sha256 {info['sha256'][:12]})")
@@ -101,6 +108,12 @@ def print_summary(
         f"  {steps:,} transitions in {episodes:,} episodes, "
         f"observations {trajectories.observations.shape[1]}-D, actions {trajectories.actions.shape[1]}-D"
     )
+    lengths = episode_lengths(terminals)
+    if (short := lengths < horizon).any():
+        print(
+            f"  WARNING: {short.sum():,} episodes are shorter than {horizon} steps and not used; chunks of {horizon} "
+            f"actions start in {np.maximum(lengths - horizon + 1, 0).sum():,} rows"
+        )
     if trajectories.rewards is None:
         return
     episode_of = np.searchsorted(np.flatnonzero(terminals), np.arange(len(terminals)))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
 from common.data.names import import_ogbench, parse_env
 from common.errors import UserError
@@ -129,9 +129,7 @@ def read_arrays(path: Path, skip: Collection[str] = ()) -> dict[str, np.ndarray]
             for key in (key for key in NDIM if key in file.files and key not in skip):
                 arrays[key] = file[key]
     except Exception as error:
-        raise UserError(
-            f"{key} in {path} cannot be read ({error}): the file is damaged, make or fetch it anew."
-        ) from None
+        raise UserError(f"{key} in {path} cannot be read ({error}): make or fetch it anew.") from None
     for key, array in arrays.items():
         row = first_row(array, _not_finite) if array.dtype.kind == "f" else None
         if row is not None:
@@ -141,6 +139,9 @@ def read_arrays(path: Path, skip: Collection[str] = ()) -> dict[str, np.ndarray]
         raise UserError(
             f"terminals in {path} must be true at the last row of each trajectory, so also at the last row."
         )
+    for key in ("observations", "rewards"):
+        if key in arrays:
+            warn_of_rounding(arrays[key].reshape(len(terminals), -1), f"{key} in {path}")
     row = first_row(terminals, lambda part: (part != 0) & (part != 1))
     if row is not None:
         raise UserError(f"terminals in {path} must be 0 or 1 everywhere, unlike at row {row}.")
@@ -155,6 +156,20 @@ def read_arrays(path: Path, skip: Collection[str] = ()) -> dict[str, np.ndarray]
     if "masks" in arrays and first_row(arrays["masks"], lambda part: (part != 0) & (part != 1)) is not None:
         raise UserError(f"masks in {path} must be 0 (the bootstrap stops) or 1 everywhere.")
     return arrays
+
+
+def warn_of_rounding(columns: Shaped[np.ndarray, "rows columns"], what: str) -> None:
+    """Says which columns single precision, in which everything is computed, rounds by more than a hundredth of their
+    standard deviation: those that vary little around a large number."""
+    if columns.dtype.itemsize < 4 or columns.dtype == np.float32:
+        return  # which lose nothing
+    error = np.abs(columns - columns.astype(np.float32)).max(axis=0)
+    bad = np.flatnonzero(error > 0.01 * columns.std(axis=0, dtype=np.float64))
+    if len(bad):
+        print(
+            f"WARNING: {what}: single precision rounds columns {bad[:10].tolist()} by up to {error.max():.3g}, more than "
+            f"a hundredth of what they vary by: subtract their mean, or scale them."
+        )
 
 
 def _not_finite(part: np.ndarray) -> np.ndarray:

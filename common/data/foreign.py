@@ -32,7 +32,7 @@ from common.progress import progress
 MINARI = "minari:"
 HDF5 = (".hdf5", ".h5")
 VALIDATION = 20  # each twentieth trajectory is kept for the comparison with Monte-Carlo returns
-VERSION = 2  # of what is made of a source
+VERSION = 3  # of what is made of a source
 
 
 class Trajectory(NamedTuple):
@@ -55,6 +55,7 @@ class Source(NamedTuple):
     number: int
     trajectories: Iterator[Trajectory]
     says: tuple[str, ...] = ()
+    rewarded: bool = True  # False: the data have no rewards, for behaviour cloning alone
     reference: tuple[float, float] | None = None  # returns of a random and of an expert policy
 
 
@@ -196,7 +197,7 @@ def flat(space: gymnasium.Space, values: Any, name: str, *, batched: bool) -> Sh
 # --- D4RL --------------------------------------------------------------------------------------------------------
 
 NDIM = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1, "timeouts": 1, "next_observations": 2}
-NEEDED = ("observations", "actions", "rewards", "terminals")
+NEEDED = ("observations", "actions", "terminals")
 
 
 @contextlib.contextmanager
@@ -207,7 +208,8 @@ def open_d4rl(path: Path, env: str) -> Iterator[Source]:
         UserError: it cannot be read, has other arrays, or its rows contradict each other.
     """
     arrays = read_d4rl(path)
-    ended = arrays["terminals"].astype(bool)
+    ended, rewarded = arrays["terminals"].astype(bool), "rewards" in arrays
+    rewards = arrays["rewards"] if rewarded else np.zeros(len(ended), np.float32)
     ends = ended | arrays["timeouts"].astype(bool) if "timeouts" in arrays else ended.copy()
     ends[-1] = True
     observations, after = arrays["observations"], arrays.get("next_observations")
@@ -225,9 +227,9 @@ def open_d4rl(path: Path, env: str) -> Iterator[Source]:
         for start, end in zip(first, last, strict=True):
             rows = slice(start, end + 1)
             states = observations[rows] if after is None else np.concatenate([observations[rows], after[end : end + 1]])
-            yield Trajectory(states, arrays["actions"][rows], arrays["rewards"][rows], ended[rows])
+            yield Trajectory(states, arrays["actions"][rows], rewards[rows], ended[rows])
 
-    yield Source(path.stem, sha256(path), "", low, high, len(last), trajectories(), tuple(says))
+    yield Source(path.stem, sha256(path), "", low, high, len(last), trajectories(), tuple(says), rewarded)
 
 
 def read_d4rl(path: Path) -> dict[str, np.ndarray]:
@@ -262,7 +264,7 @@ def read_d4rl(path: Path) -> dict[str, np.ndarray]:
                 f"{key} in {path} must be a {NDIM[key]}-D array of numbers with {len(arrays['observations'])} rows, "
                 f"as observations has, not {array.dtype} {array.shape}."
             )
-    if len(arrays["rewards"]) == 0:
+    if len(arrays["terminals"]) == 0:
         raise UserError(f"{path} has no rows.")
     return arrays
 
@@ -341,7 +343,8 @@ def _convert(source: Source, path: Path) -> None:
     for file, rows in parts.items():
         if not rows:
             continue
-        arrays = {key: np.concatenate([part[key] for part in rows]) for key in rows[0]}
+        written = [key for key in rows[0] if source.rewarded or key not in ("rewards", "masks")]
+        arrays = {key: np.concatenate([part[key] for part in rows]) for key in written}
         if scaled:
             unit = 2.0 * (arrays["actions"] - source.low) / (source.high - source.low) - 1.0
             arrays["actions"] = np.where(arrays["terminals"][:, None], 0.0, unit).astype(np.float32)

@@ -1,6 +1,8 @@
 """Constraints declared beside a field."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,6 +30,7 @@ from common.args import (
 from common.cli import parse_args
 from common.errors import UserError
 from common.replicas import chunked
+from tests.processes import ROOT
 
 Width = Annotated[int, size(100)]
 
@@ -124,3 +127,19 @@ def test_runs_that_differ_in_a_path_share_a_program():
     assert step._cache_size() == 1
     other, _ = step(dataclasses.replace(args, tau=0.5), jnp.ones(1), jnp.ones(1), jnp.ones(1))
     assert step._cache_size() == 2 and float(other[0]) == 0.25 and float(state[0]) == pytest.approx(0.005**2)
+
+
+def test_paths_are_given_as_text_too_and_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Without the checks of types that are active in tests alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code = (
+        "import evor_value, evor_infer; from pathlib import Path; "
+        "args = evor_value.Args(run_dir='~/runs', dataset='~/my.npz', policy_run_dir=Path('~/policies')); "
+        "print(args.directory, args.dataset, args.policy_run_dir, evor_infer.Args(run_dir='~/x').directory)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == [str(tmp_path / name) for name in ("runs", "my.npz", "policies", "x")]
+    args = dataclasses.replace(
+        evor_value.Args(), run_dir=Path("~/runs"), dataset=Path("minari:mujoco/hopper/expert-v0")
+    )
+    assert args.directory == tmp_path / "runs" and str(args.dataset) == "minari:mujoco/hopper/expert-v0"

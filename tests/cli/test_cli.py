@@ -279,6 +279,15 @@ def test_nobody_reads_what_is_printed(
     assert both or done.stderr == ("" if unbuffered else said)
 
 
+def test_a_name_that_the_terminal_cannot_show():
+    code = "from common.cli import run_cli; import dataclasses\n" + (
+        "run_cli(lambda args: print('gr\\u00fc\\u00dfe'), dataclasses.make_dataclass('Args', []))"
+    )
+    settings = dict(capture_output=True, text=True, cwd=ROOT, env=os.environ | dict(PYTHONIOENCODING="ascii"))
+    done = subprocess.run([sys.executable, "-c", code], **settings)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "gr\\xfc\\xdfe\n", "")
+
+
 def test_a_simulator_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As where MUJOCO_GL names a graphics library that is not installed, which shows in MuJoCo's import alone."""
     monkeypatch.setenv("MUJOCO_GL", "nonsense")
@@ -498,6 +507,15 @@ def test_a_malformed_dataset(here: Path, command: Callable):
 def test_a_dataset_of_other_dimensions(here: Path):
     tiny_dataset(here / "wide.npz", observation_dim=4)
     fails_cleanly(value(dataset=Path("wide.npz")), here, "observation 3, this run has 4|--run-dir")
+
+
+@pytest.mark.parametrize("command", [bc, value])
+def test_a_validation_file_of_other_dimensions(here: Path, command: Callable):
+    with np.load("data.npz") as file:
+        arrays = dict(file)
+    arrays["observations"] = np.pad(arrays["observations"], ((0, 0), (0, 1)))
+    np.savez("data-val.npz", **arrays)
+    fails_cleanly(command(overwrite=True), here, "data-val.npz have 4 columns|3")
 
 
 def test_a_dataset_without_rewards(here: Path):

@@ -673,6 +673,41 @@ def test_rewards_of_last_rows_are_counted_where_no_other_row_has_them(capsys: py
     assert "-3 on average and -3 at best" in printed
 
 
+def test_episodes_that_are_shorter_than_a_chunk_are_counted(capsys: pytest.CaptureFixture):
+    """One of 29 steps and 19 of three, in chunks of five: 25 chunks of the long one."""
+    terminals = ends_at([30, *[4] * 19])
+    rows = np.zeros((len(terminals), 1), np.float32)
+    info = {"name": "a", "source": "file", "sha256": "0" * 64}
+    describe.print_summary(files.Trajectories(rows, rows, terminals), info, tasks=(), discount=0.0, horizon=5)
+    expected = "19 episodes are shorter than 5 steps and not used; chunks of 5 actions start in 25 rows"
+    assert expected in capsys.readouterr().out and len(transitions.transition_starts(terminals, 5)) == 25
+    describe.print_summary(files.Trajectories(rows, rows, terminals), info, tasks=(), discount=0.0, horizon=3)
+    assert "shorter" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("column", "lost"),
+    [
+        (1.6e9 + np.arange(6.0), True),  # seconds since 1970: every 128th of them has a number
+        (np.array([2**40 + i for i in range(6)]), True),
+        (1e-44 * np.arange(6.0), True),
+        (1e3 + np.arange(6.0), False),
+        (np.full(6, 1.6e9), False),
+        ((1.6e9 + np.arange(6.0)).astype(np.float32), False),  # lost before it came here
+        (np.arange(6), False),
+    ],
+)
+@pytest.mark.parametrize("array", ["observations", "rewards"])
+def test_what_single_precision_rounds_off_is_said(
+    tmp_path: Path, column: np.ndarray, lost: bool, array: str, capsys: pytest.CaptureFixture
+):
+    values = np.stack([np.zeros(6), column], axis=1) if array == "observations" else column
+    files.load_trajectories(write(tmp_path / "data.npz", **{array: values}), env="robot", tasks=(0,))
+    said = capsys.readouterr().out
+    assert (f"{array} in {tmp_path / 'data.npz'}: single precision rounds columns" in said) == lost
+    assert not lost or f"columns [{int(array == 'observations')}] by up to" in said
+
+
 def test_rows_with_complete_returns_are_chosen_by_their_place_alone():
     """0.5^7 < 0.01: seven steps after a row are enough; the last seven rows of each trajectory are out."""
     terminals = ends_at([20, 5, 12])

@@ -120,7 +120,7 @@ def test_a_twentieth_is_for_validation_and_a_conversion_is_made_once(home: Path,
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (dict(rewards=None), "no array 'rewards': D4RL's layout needs observations, actions, rewards, terminals"),
+        (dict(terminals=None), "no array 'terminals': D4RL's layout needs observations, actions, terminals"),
         (dict(observations=np.zeros(9)), r"observations in .* must be a 2-D array of numbers with 9 rows"),
         (dict(timeouts=np.zeros(8)), r"timeouts in .* must be a 1-D array of numbers with 9 rows"),
         (dict(terminals=np.full(9, b"no")), r"terminals in .* must be a 1-D array of numbers"),
@@ -132,6 +132,20 @@ def test_what_is_not_d4rls_layout(home: Path, changes: dict[str, Any], says: str
     arrays = {key: array for key, array in (rows() | changes).items() if array is not None}
     with pytest.raises(UserError, match=says):
         foreign.converted(write(home / "rows.hdf5", **arrays), "robot")
+
+
+def test_rewards_are_not_needed_for_behaviour_cloning(home: Path):
+    """Ends of trajectories in `timeouts`, one `terminals` at the file's end: four transitions of each five rows, and
+    none of the 99 that would lead from one trajectory into the next."""
+    count = np.arange(500)
+    arrays = dict(observations=(count % 5)[:, None], actions=np.zeros((500, 1)), terminals=count == 499)
+    path = write(home / "rows.npz", **arrays, timeouts=count % 5 == 4)
+    data = files.load_trajectories(foreign.converted(path, "robot"), env="robot")
+    starts = transitions.transition_starts(data.terminals, 1)
+    ends = data.observations[starts + 1, 0] - data.observations[starts, 0]
+    assert len(starts) == 4 * 95 and set(ends.tolist()) == {1.0}
+    with pytest.raises(UserError, match="has no array 'rewards'"):
+        files.load_trajectories(foreign.converted(path, "robot"), env="robot", tasks=(0,))
 
 
 def test_files_that_are_none(home: Path):
