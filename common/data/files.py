@@ -167,8 +167,8 @@ def warn_of_rounding(columns: Shaped[np.ndarray, "rows columns"], what: str) -> 
     bad = np.flatnonzero(error > 0.01 * columns.std(axis=0, dtype=np.float64))
     if len(bad):
         print(
-            f"WARNING: {what}: single precision rounds columns {bad[:10].tolist()} by up to {error.max():.3g}, more than "
-            f"a hundredth of what they vary by: subtract their mean, or scale them."
+            f"WARNING: {what}: single precision rounds columns {bad[:10].tolist()} by up to {error.max():.3g}, more "
+            f"than a hundredth of what they vary by: subtract their mean, or scale them."
         )
 
 

@@ -12,7 +12,7 @@ from tests import kill
 from tests.helpers import arrays, mostly_slow, tiny_dataset
 
 ROOT = Path(__file__).parents[2]
-KILLS = [("bc", 8), ("value", 4), ("bc", 35), ("value", 10), ("qc", 5)]
+KILLS = [("bc", 4), ("value", 2), ("bc", 35), ("value", 10), ("qc", 5)]
 
 
 @pytest.mark.parametrize(("stage", "kills"), mostly_slow(KILLS, but=KILLS[:2]))

@@ -517,6 +517,7 @@ def stripped(rows):
     return sorted({(row["step"], row["seed"], row["num_actions"], row["num_returns"]) for row in rows})
 
 
+@pytest.mark.slow
 def test_evaluations_of_a_resumed_run_are_those_of_one_that_never_stopped(tmp_path, maze, monkeypatch):
     """Stopped in the chunk after the evaluation of step 40, and in the middle of that: once more from there, each row
     once. Of a run that is complete only the evaluation is done again, with other settings if these are given."""
