@@ -85,6 +85,8 @@ def bc_loss_one(
     t: Float[Array, ""],
 ) -> Float[Array, ""]:
     """Flow-matching loss of one example: mean over coordinates of `(v(a_t, t | x) - (a_1 - a_0))^2`."""
+    if a_0.shape != a_1.shape or t.shape != ():
+        raise ValueError(f"a_0 and a_1 must have one shape and t none, not {a_0.shape}, {a_1.shape}, {t.shape}.")
     a_t = (1.0 - t) * a_0 + t * a_1
     velocity = policy.velocity(policy.features(observation), a_t, t)
     return jnp.mean((velocity - (a_1 - a_0)) ** 2)
@@ -116,7 +118,7 @@ def train_step(args: Args, state: TrainState, dataset: Dataset, replica: Replica
     batch_key, loss_key = jax.random.split(jax.random.fold_in(replica.key, state.step))
     batch = sample_batch(dataset, args.batch_size, args.horizon, key=batch_key)
     loss, gradient = jax.value_and_grad(bc_loss)(state.policy, batch.observations, batch.actions, key=loss_key)
-    updates, opt_state = make_optimizer(args).update(gradient, state.opt_state)
+    updates, opt_state = make_optimizer(args).update(gradient, state.opt_state, state.policy)
     state = TrainState(optax.apply_updates(state.policy, updates), opt_state, state.step + 1)
     return state, {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
 

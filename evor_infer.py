@@ -179,6 +179,8 @@ def log_mean_exp(
     Written as `max + tau log1p(mean(expm1((r - max) / tau)))`, which neither overflows at a small tau nor loses its
     digits at a large one. Increasing in every return, decreasing in tau, between mean and maximum.
     """
+    if weights is not None and weights.shape != returns.shape:
+        raise ValueError(f"weights must have the shape of the returns, {returns.shape}, not {weights.shape}.")
     largest = jnp.max(returns, axis=-1)
     limit = (temperature == 0) | jnp.isinf(temperature)
     finite = jnp.where(limit, 1.0, temperature)
@@ -218,6 +220,8 @@ def select(
     scores: Float[Array, " num_actions"], temperature: Float[ArrayLike, ""], *, key: PRNGKeyArray
 ) -> Int[Array, ""]:
     """An index with probability `softmax(scores / temperature)`; temperature 0: the largest score, inf: uniform."""
+    if scores.ndim != 1:
+        raise ValueError(f"scores must be those of one observation's actions, not of the shape {scores.shape}.")
     above = scores - jnp.max(scores)  # keeps the digits of scores that are all far from zero
     drawn = jax.random.categorical(key, above / jnp.where(temperature == 0, 1.0, temperature))
     return jnp.where(temperature == 0, jnp.argmax(scores), drawn)

@@ -233,6 +233,8 @@ def td_target(
     No gradient flows into either result.
     """
     r, g, z_0, t = reward, bootstrap, noise.z_0, noise.t
+    if any(x.shape != r.shape for x in (g, *noise)):
+        raise ValueError(f"reward, bootstrap and noise must have one shape: {[x.shape for x in (r, g, *noise)]}.")
     low, high = axis.bounds(margin)
     if kind in SAMPLING_TARGETS:
         next_z = next_flow(z_0 if kind == "shared-noise" else noise.z_next, 1.0)
@@ -263,6 +265,8 @@ def value_loss_one(
     target: Float[Array, ""],
 ) -> Float[Array, ""]:
     """Flow-matching loss of one example: `(s_theta(z_t, t | x, a) - target)^2`."""
+    if not z_t.shape == t.shape == target.shape == ():
+        raise ValueError(f"z_t, t and target must be numbers, not {z_t.shape}, {t.shape}, {target.shape}.")
     return (critic.velocity(critic.features(observation, action), z_t, t) - target) ** 2
 
 
@@ -372,7 +376,7 @@ def train_step(
         return jnp.mean(losses)
 
     loss, gradient = jax.value_and_grad(loss_fn)(state.critic)
-    updates, opt_state = make_optimizer(args).update(gradient, state.opt_state)
+    updates, opt_state = make_optimizer(args).update(gradient, state.opt_state, state.critic)
     critic = optax.apply_updates(state.critic, updates)
     # The average takes the parameters after this update, so the target network is not one step late.
     target_critic = optax.incremental_update(critic, state.target, args.tau)

@@ -173,7 +173,7 @@ def train_step(
         return jnp.mean(losses), jnp.mean(targets)
 
     (loss, target), gradient = jax.value_and_grad(loss_fn, has_aux=True)(online)
-    updates, opt_state = make_optimizer(args).update(gradient, state.opt_state)
+    updates, opt_state = make_optimizer(args).update(gradient, state.opt_state, online)
     critic = with_atoms(optax.apply_updates(online, updates), low, high)
     # The average takes the parameters after this update, so the target network is not one step late.
     target_critic = optax.incremental_update(critic, target_critic, args.tau)

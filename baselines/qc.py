@@ -145,7 +145,7 @@ def train_step(
 
     online = state.critic, state.policy
     gradient, (loss, bc_loss, target) = jax.grad(loss_fn, has_aux=True)(online)
-    updates, opt_state = evor_value.make_optimizer(args).update(gradient, state.opt_state)
+    updates, opt_state = evor_value.make_optimizer(args).update(gradient, state.opt_state, online)
     critic, policy = optax.apply_updates(online, updates)
     # The average takes the parameters after this update, so the target network is not one step late.
     target_critic = optax.incremental_update(critic, state.target, args.tau)

@@ -12,6 +12,7 @@ number of processes.
 import contextlib
 import functools
 import math
+import multiprocessing
 import multiprocessing.connection
 import signal
 import time
@@ -156,6 +157,11 @@ class Episodes:
         Raises:
             UserError: a process died, here or in `run`.
         """
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise UserError(
+                "this program evaluates as soon as it is imported, and its worker processes import it: put what it "
+                "does under `if __name__ == '__main__':`."
+            )
         workers = min(workers or num_cores(), num_episodes, max(1, max_environments() // len(gym_ids)))
         self.num_replicas, self.num_episodes = len(gym_ids), num_episodes
         per_worker = math.ceil(num_episodes / workers)
@@ -238,7 +244,8 @@ class Episodes:
                 how = ", ".join(signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes) or "no status"
             raise UserError(
                 f"a process of the evaluation died ({how}): if memory ran out, free some, or pass fewer --workers to "
-                f"evor_infer.py; then run it again, a training with --resume."
+                f"evor_infer.py; then run it again, a training with --resume. A program of your own needs its "
+                f"`if __name__ == '__main__':`."
             ) from None
 
     def close(self) -> None:

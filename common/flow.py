@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import diffrax
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Num
 
 Solver = Literal["euler", "midpoint"]
 SOLVERS = {"euler": diffrax.Euler, "midpoint": diffrax.Midpoint}
@@ -36,7 +36,7 @@ class Ode(NamedTuple):
 
 def integrate(
     velocity: Callable[[Array, Array], Array],
-    z_0: Float[Array, "*shape"],
+    z_0: Num[Array | np.ndarray, "*shape"],
     ode: Ode,
     *,
     end_time: Float[Array, "*times"] | float = 1.0,
@@ -49,8 +49,14 @@ def integrate(
         ode: the solver and its number of steps.
         end_time: where to stop. An array gives each element its own end: in the clock `u = t / end_time` all stop at
             `u = 1`, so one loop serves them all.
+
+    Returns z with the shape and type of `z_0`, which is float32 for whole numbers.
     """
+    z_0 = jnp.asarray(z_0)
+    z_0 = z_0 if jnp.issubdtype(z_0.dtype, jnp.floating) else z_0.astype(jnp.float32)
     end_time = jnp.asarray(end_time, z_0.dtype)
+    if end_time.shape != z_0.shape[: end_time.ndim]:
+        raise ValueError(f"end_time must have the first axes of z_0, {z_0.shape}, not {end_time.shape}.")
     scale = end_time.reshape(end_time.shape + (1,) * (z_0.ndim - end_time.ndim))
 
     def field(u, z, args):
@@ -70,4 +76,4 @@ def integrate(
         # The loop has a fixed length and cannot fail; checking for failure would cost a host call.
         throw=False,
     )
-    return jax.tree.map(lambda z: z[0], solution.ys)
+    return solution.ys[0].astype(z_0.dtype)

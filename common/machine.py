@@ -31,6 +31,8 @@ def free_memory() -> int:
 def trim_memory() -> None:
     """Gives unused memory back to the system (glibc only): compiling a MuJoCo model leaves a lot."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, TypeError, OSError):  # another system
+        return
+    trim(0)

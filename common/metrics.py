@@ -62,12 +62,12 @@ def import_wandb() -> Any:
     """Weights & Biases; imported here and nowhere else.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed, or cannot be imported.
     """
     try:
         import wandb
-    except ImportError:
-        raise UserError("--track needs Weights & Biases: install it with `pip install wandb`.") from None
+    except Exception as error:  # what a broken installation raises
+        raise UserError(f"--track needs Weights & Biases ({error}): install it with `pip install wandb`.") from None
     return wandb
 
 
@@ -79,12 +79,20 @@ def start_tracking(
     Args:
         directory: that of the run, where `tracking.json` keeps the id: a run that goes on here is one run there, too.
         anew: whether it is a new run, whatever stands there.
+
+    Raises:
+        UserError: it does not start, without a key for instance.
     """
     wandb = import_wandb()
     settings = dict(project=project, name=name, config=plain(config), reinit="finish_previous")
-    if directory is None:
-        return wandb.init(**settings)
-    kept = (None if anew else read_json(directory / "tracking.json")) or {"id": secrets.token_hex(8)}
-    run = wandb.init(**settings, id=kept["id"], resume="allow")
-    write_json(directory / "tracking.json", kept)  # after what may fail
+    kept = (None if anew or directory is None else read_json(directory / "tracking.json")) or {}
+    kept.setdefault("id", secrets.token_hex(8))
+    try:
+        run = wandb.init(**settings, id=kept["id"], resume="allow")
+    except Exception as error:  # of the network, the key or the service
+        raise UserError(
+            f"--track: Weights & Biases does not start ({error}): `wandb login`, or set WANDB_MODE=offline."
+        ) from None
+    if directory is not None:
+        write_json(directory / "tracking.json", kept)  # after what may fail
     return run

@@ -95,6 +95,8 @@ class Standardizer(eqx.Module):
         return cls(jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32))
 
     def __call__(self, observation: Float[Array, " observation"]) -> Float[Array, " observation"]:
+        if observation.shape != self.mean.shape:
+            raise ValueError(f"an observation must have the shape {self.mean.shape}, not {observation.shape}.")
         return jnp.clip((observation - self.mean) / self.std, -BOUND, BOUND)
 
     def rows(self, observations: Float[np.ndarray, "rows observation"]) -> Float[np.ndarray, "rows observation"]:
@@ -385,7 +387,7 @@ class DirectCritic(Critic):
 def stratified_normal(num: int) -> Float[Array, " num"]:
     """Midpoint quantiles of N(0, 1): `Phi^-1((i + 1/2) / num)`. Deterministic, so shared by all candidates; for a
     one-dimensional law, averages over them have far less error than over as many independent draws."""
-    return jax.scipy.special.ndtri((jnp.arange(num) + 0.5) / num)
+    return jax.scipy.special.ndtri(jnp.arange(0.5, num) / num)
 
 
 def make_policy(spec: PolicySpec, *, key: PRNGKeyArray) -> FlowPolicy:

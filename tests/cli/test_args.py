@@ -1,6 +1,7 @@
 """Constraints declared beside a field."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -143,3 +144,39 @@ def test_paths_are_given_as_text_too_and_begin_at_home(monkeypatch: pytest.Monke
         evor_value.Args(), run_dir=Path("~/runs"), dataset=Path("minari:mujoco/hopper/expert-v0")
     )
     assert args.directory == tmp_path / "runs" and str(args.dataset) == "minari:mujoco/hopper/expert-v0"
+
+
+SHAPES = """
+import jax, jax.numpy as jnp
+import evor_bc, evor_infer, evor_value
+from common.networks import FlowCritic, FlowPolicy, Standardizer
+from common.returns import affine_axis
+
+key, ones = jax.random.key(0), jnp.ones
+policy, critic = FlowPolicy(3, 2, width=8, depth=2, key=key), FlowCritic(3, 2, width=8, depth=2, key=key)
+axis = affine_axis(0.0, 1.0, low=-1.0, high=1.0)
+noise = evor_value.Noise(ones(4), ones(4), ones(4), ones((4, 1)))
+same = lambda z, t: z
+calls = dict(
+    bc_loss_one=lambda: evor_bc.bc_loss_one(policy, ones(3), ones(2), ones(()), ones(())),
+    bc_time=lambda: evor_bc.bc_loss_one(policy, ones(3), ones(2), ones(2), ones(1)),
+    value_loss_one=lambda: evor_value.value_loss_one(critic, ones(3), ones(2), ones(()), ones(()), ones(4)),
+    td_target=lambda: evor_value.td_target("shared-noise", ones(4), ones(4), noise, same, same, axis),
+    log_mean_exp=lambda: evor_infer.log_mean_exp(ones((4, 5)), 1.0, ones(5)),
+    select=lambda: evor_infer.select(ones((2, 3)), 0.0, key=key),
+    standardizer=lambda: Standardizer(ones(3), ones(3))(ones((3, 1))),
+)
+for name, call in calls.items():
+    try:
+        print(name, call())
+    except ValueError as error:
+        print(name, "refused")
+"""
+
+
+def test_shapes_that_would_broadcast_are_refused_without_the_checks_of_the_tests():
+    """In a process of its own: neither beartype nor JAX's rank promotion is there to help."""
+    env = {key: value for key, value in os.environ.items() if key != "JAX_NUMPY_RANK_PROMOTION"}
+    done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, cwd=ROOT, env=env, check=True)
+    answers = [line.split() for line in done.stdout.splitlines()]
+    assert len(answers) == 7 and all(answer[1:] == ["refused"] for answer in answers), done.stdout

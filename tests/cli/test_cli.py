@@ -121,6 +121,9 @@ def test_run_cli_says_a_mistake_in_the_presets_too(monkeypatch: pytest.MonkeyPat
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"), 2,
          "out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.): use a smaller --batch-size, fewer "
          "--seeds or --num-next-actions."),
+        (RuntimeError("Unable to initialize backend 'cuda': no GPU was found."), 2,
+         "JAX cannot start (Unable to initialize backend 'cuda': no GPU was found.): install "
+         "JAX for this accelerator, or change JAX_PLATFORMS."),
         (FloatingPointError("loss is not finite."), 1, "loss is not finite."),
         (UserError("wrong: mend it."), 2, "wrong: mend it."),
     ],

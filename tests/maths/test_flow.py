@@ -4,8 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from common.flow import SOLVERS, Ode, integrate
+from common.networks import stratified_normal
+from common.returns import affine_axis
+from evor_infer import log_mean_exp, select
+from evor_value import Noise as TdNoise
+from evor_value import td_target
 
 
 def test_equals_a_hand_written_euler_loop():
@@ -88,3 +94,45 @@ def test_vmap_and_jit_change_nothing():
     z_0 = jax.random.normal(jax.random.key(0), (5, 3))
     solve = lambda z: integrate(lambda z, t: -z * t, z, Ode(6))  # noqa: E731
     np.testing.assert_allclose(jax.jit(jax.vmap(solve))(z_0), solve(z_0), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("z_0", "dtype"),
+    [
+        (jnp.array([1, 2]), jnp.float32),
+        (np.array([1, 2]), jnp.float32),
+        (np.array([1.0, 2.0]), jnp.float32),
+        (jnp.array([1, 2], jnp.bfloat16), jnp.bfloat16),
+        (jnp.array([1, 2], jnp.float16), jnp.float16),
+    ],
+)
+def test_any_type_of_start(z_0, dtype):
+    """Half of a field of ones moves by a half, whatever the type; fails if whole numbers swallow it, or if NumPy's
+    double precision brings a warning."""
+    out = integrate(lambda z, t: jnp.ones_like(z), z_0, Ode(4), end_time=0.5)
+    assert out.dtype == dtype
+    np.testing.assert_array_equal(out.astype(jnp.float32), [1.5, 2.5])
+
+
+@pytest.mark.parametrize("shape", [(2,), (1,), (3, 1), (3, 2, 1)])
+def test_an_end_time_that_would_broadcast_is_refused(shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match="end_time must have the first axes of z_0"):
+        integrate(lambda z, t: z, jnp.ones((3, 2)), Ode(4), end_time=jnp.ones(shape))
+
+
+def test_strict_promotion_of_types_and_ranks():
+    """What is copied into a code base with JAX's strictest settings works there."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        noise = stratified_normal(5)
+        out = integrate(lambda z, t: z, noise, Ode(4), end_time=0.5)
+        score = log_mean_exp(out, 0.3) + log_mean_exp(out, jnp.float32(0.3), jnp.full(5, 0.2))
+        choice = select(jnp.stack([score, 2 * score]), jnp.float32(0.1), key=jax.random.key(0))
+        law = TdNoise(noise, noise, jnp.linspace(0, 0.9, 5), noise)
+        for kind in ("shared-noise", "independent-noise", "velocity", "paper"):
+            axis = affine_axis(-1.0, 2.0, low=-10.0, high=0.0)
+            z_t, target = td_target(
+                kind, noise, jnp.full(5, 0.9), law, lambda z, t: z, lambda z, t: z, axis, margin=0.1
+            )
+            assert z_t.shape == target.shape == (5,)
+    np.testing.assert_allclose(noise, scipy.stats.norm.ppf((np.arange(5) + 0.5) / 5), rtol=1e-5)
+    assert choice.shape == ()

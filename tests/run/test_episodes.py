@@ -280,6 +280,12 @@ def test_no_exit_leaves_processes_behind(tmp_path: Path, number: int):
         assert "Traceback" not in processes.said(tmp_path) or number == signal.SIGKILL
 
 
+def test_a_program_that_evaluates_when_it_is_imported_is_told_so(tmp_path: Path):
+    with processes.start(SCRIPT.replace('if __name__ == "__main__":\n    run_cli', "run_cli"), tmp_path) as process:
+        assert process.wait(120) == 2
+    assert "put what it does under `if __name__ == '__main__':`" in processes.said(tmp_path)
+
+
 def test_the_simulator_starts_no_processes(tmp_path: Path):
     """Fails if one of its packages does, as glfw would, to try libraries: it prints a traceback if its parent ends."""
     (tmp_path / "script.py").write_text("""

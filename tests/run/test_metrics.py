@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import gc
+import importlib.abc
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ import pytest
 from common import files, metrics, provenance
 from common.errors import UserError
 from common.files import plain, write_csv, write_json
-from common.metrics import Metrics, start_tracking
+from common.metrics import Metrics, import_wandb, start_tracking
 from tests.helpers import contents
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +32,7 @@ REPLICAS = [(1, 0), (1, 3), (2, 0), (2, 3)]
 def log_steps(path: Path, steps: list[int], *, resume_step: int | None = None) -> None:
     log = Metrics(path, stage="value", env="toy", resume_step=resume_step)
     for step in steps:
-        log.log(step, REPLICAS, {"loss": [step + 0.1, 1 / 3, 1e-30, -2.5e7], "return": np.full(4, step / 7)})
+        log.log(step, REPLICAS, {"loss": [step + 0.1, 1 / 3, 1e-30, -2.5e7], "target_return": np.full(4, step / 7)})
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -47,7 +49,7 @@ def test_one_row_per_step_metric_and_replica(tmp_path: Path):
     assert keys == [
         ("value", "toy", str(task), str(seed), str(step), metric)
         for step in (10, 20)
-        for metric in ("loss", "return")
+        for metric in ("loss", "target_return")
         for task, seed in REPLICAS
     ]
     assert [float(r["value"]) for r in rows[:4]] == [10.1, 1 / 3, 1e-30, -2.5e7]
@@ -115,6 +117,30 @@ def test_tracking_without_the_package_is_a_users_mistake(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         start_tracking("evor", "name", {})
+
+
+def test_tracking_that_does_not_start_is_a_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without a key, or without a network; the words of the service are in the sentence, and no id is kept."""
+
+    def init(**_: Any) -> None:
+        raise RuntimeError("api_key not configured (no-tty)")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(UserError, match=r"does not start \(api_key not configured \(no-tty\)\): `wandb login`"):
+        start_tracking("evor", "run", {}, directory=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_package_shows_its_cause(monkeypatch: pytest.MonkeyPatch):
+    class Broken(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "wandb":
+                raise TypeError("Descriptors cannot be created directly.")
+
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(UserError, match=r"Weights & Biases \(Descriptors cannot be created directly\.\)"):
+        import_wandb()
 
 
 def test_a_run_that_goes_on_is_tracked_as_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
