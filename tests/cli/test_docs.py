@@ -9,9 +9,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+import evor_infer
+from common import checkpoint
+from common.networks import CriticSpec, PolicySpec
 from examples import one_page
 from tests.helpers import tiny_dataset
 
@@ -73,6 +77,25 @@ def test_changes_that_the_docs_show(tmp_path: Path, change: str, says: str):
         subprocess.run([sys.executable, "-m", *command.split()], cwd=tmp_path, check=True, capture_output=True)
     done = subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == says
+
+
+def test_a_program_elsewhere_with_a_package_common_of_its_own(tmp_path: Path):
+    """The lines of docs/running.md: the agent acts, and `common` is the program's again."""
+    spec = evor_infer.AgentSpec(PolicySpec(3, 2, 8, 2), CriticSpec(3, 2, "mlp", 8, 2), horizon=1, knots=5)
+    agents = jax.tree.map(lambda x: x[None], evor_infer.init_agent(spec, key=jax.random.key(0)))
+    header = dict(stage="value", env="robot", horizon=1, step=1, args=dict(steps=1), seeds=[0], replicas=[[0, 0]])
+    header |= dict(data=dict(name="a", source="file", sha256="c"), model=spec, policy_sha256="")
+    checkpoint.save(tmp_path / "run" / "value" / "model.eqx", header, agents)
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "__init__.py").write_text("NAME = 'mine'\n")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "running.md").read_text(), re.DOTALL)
+    block = block.replace("/path/to/evor/runs/cube-single-play", str(tmp_path / "run"))
+    program = f"import common\n{block.replace('/path/to/evor', str(ROOT))}" + (
+        "import jax, numpy as np\nimport common as again\n"
+        "print(again.NAME, again is common, agent.act(np.zeros((2, 3)), key=jax.random.key(0)).shape)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "mine True (2, 1, 2)"
 
 
 def test_what_is_to_be_copied_stands_alone():
