@@ -15,6 +15,7 @@ import optax
 from common.data.foreign import environment_of
 from common.data.names import DEFAULT_ENV, default_run_dir, run_name
 from common.errors import UserError
+from common.tracking import Tracker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +143,8 @@ class TrainArgs(Paths):
     that is complete, only the evaluation is done again."""
     overwrite: bool = unread(False)
     """Start anew where a run stands already."""
-    track: bool = unread(False)
-    """Also log to Weights & Biases."""
+    track: Tracker | None = unread(None)
+    """Also log to Weights & Biases, TensorBoard or Trackio (a package of its own)."""
     distributed: bool = unread(False)
     """One of several processes that train together (jax.distributed); see `common.replicas.join_hosts`."""
     quick: bool = unread(False)

@@ -1,13 +1,11 @@
-"""Numbers that a run logs: `metrics.csv`, and with `--track` a Weights & Biases run."""
+"""Numbers that a run logs: `metrics.csv`, and what `--track` names."""
 
 import csv
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from common.files import plain, read_json, write_csv, write_json
+from common.files import write_csv
 
 FIELDS = ("stage", "env", "task", "seed", "step", "metric", "value")
 
@@ -56,43 +54,3 @@ class Metrics:
                     writer.writerow([self.stage, self.env, task, seed, step, metric, repr(float(value))])
                     if self.track is not None:
                         self.track.log({f"{self.stage}/task{task}/seed{seed}/{metric}": float(value)}, step=step)
-
-
-def import_wandb() -> Any:
-    """Weights & Biases; imported here and nowhere else.
-
-    Raises:
-        UserError: it is not installed, or cannot be imported.
-    """
-    try:
-        import wandb
-    except Exception as error:  # what a broken installation raises
-        raise UserError(f"--track needs Weights & Biases ({error}): install it with `pip install wandb`.") from None
-    return wandb
-
-
-def start_tracking(
-    project: str, name: str, config: Mapping[str, Any], *, directory: Path | None = None, anew: bool = False
-) -> Any:
-    """A Weights & Biases run.
-
-    Args:
-        directory: that of the run, where `tracking.json` keeps the id: a run that goes on here is one run there, too.
-        anew: whether it is a new run, whatever stands there.
-
-    Raises:
-        UserError: it does not start, without a key for instance.
-    """
-    wandb = import_wandb()
-    settings = dict(project=project, name=name, config=plain(config), reinit="finish_previous")
-    kept = (None if anew or directory is None else read_json(directory / "tracking.json")) or {}
-    kept.setdefault("id", secrets.token_hex(8))
-    try:
-        run = wandb.init(**settings, id=kept["id"], resume="allow")
-    except Exception as error:  # of the network, the key or the service
-        raise UserError(
-            f"--track: Weights & Biases does not start ({error}): `wandb login`, or set WANDB_MODE=offline."
-        ) from None
-    if directory is not None:
-        write_json(directory / "tracking.json", kept)  # after what may fail
-    return run

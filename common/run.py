@@ -29,10 +29,11 @@ from common import checkpoint
 from common.args import check
 from common.errors import UserError
 from common.files import hold_directory, read_json, write_json
-from common.metrics import Metrics, import_wandb, start_tracking
+from common.metrics import Metrics
 from common.progress import progress
 from common.provenance import git_revision, hardware, package_versions
 from common.replicas import fetch, join_hosts, leave_hosts, noted_anywhere, spread, stack_replicas
+from common.tracking import import_tracker, start_tracking
 
 SAVING_SHARE = 0.05  # of the time: a run saves more often than it has to where that costs less
 # Arguments that say where and how a run is made, and not what comes out.
@@ -131,8 +132,8 @@ class Run:
         self._loop: Iterator[int] | None = None
         if args.distributed:
             join_hosts()
-        if args.track and jax.process_index() == 0:
-            import_wandb()
+        if args.track is not None and jax.process_index() == 0:
+            import_tracker(args.track)
         self._seen = self._look()
         if args.resume and self._seen:
             self.resume_path = state_to_resume(self.directory, stage)
@@ -205,13 +206,13 @@ class Run:
         """Removes what an earlier run left, and opens the log."""
         first_host, track = jax.process_index() == 0, None
         fresh = self.resume_path is None
-        if first_host and self.args.track:
+        if first_host and self.args.track is not None:
             name, config = f"{self.header['env']}-{self.stage}", checkpoint.plain(self.args)
-            track = start_tracking("evor", name, config, directory=self.directory, anew=fresh)
+            track = start_tracking(self.args.track, name, config, directory=self.directory, anew=fresh)
         if first_host and fresh:
             # Nothing of an earlier run may be taken for this one's. (The bank says itself what it was made of.) A model
             # alone, which --resume does not go on from, stays until the first checkpoint takes its place.
-            kept = ("tracking.json",) * self.args.track + ("model.eqx",) * self.args.resume
+            kept = ("tracking.json",) * (track is not None) + ("model.eqx",) * self.args.resume
             for path in self.directory.glob("*"):
                 ours = path.suffix in (".json", ".csv", ".eqx", ".png") and "bank-" not in path.name
                 if ours and path.name not in kept:

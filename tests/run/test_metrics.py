@@ -3,26 +3,22 @@
 import csv
 import dataclasses
 import gc
-import importlib.abc
 import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
 import types
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from common import files, metrics, provenance
-from common.errors import UserError
 from common.files import plain, write_csv, write_json
-from common.metrics import Metrics, import_wandb, start_tracking
+from common.metrics import Metrics
 from tests.helpers import contents
 
 ROOT = Path(__file__).parents[2]
@@ -111,50 +107,6 @@ def test_tracking_gets_the_same_numbers(tmp_path: Path):
     log = Metrics(tmp_path / "m.csv", stage="value", env="toy", track=track)
     log.log(10, REPLICAS[:2], {"loss": [0.25, 0.5]})
     assert calls == [({"value/task1/seed0/loss": 0.25}, 10), ({"value/task1/seed3/loss": 0.5}, 10)]
-
-
-def test_tracking_without_the_package_is_a_users_mistake(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        start_tracking("evor", "name", {})
-
-
-def test_tracking_that_does_not_start_is_a_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Without a key, or without a network; the words of the service are in the sentence, and no id is kept."""
-
-    def init(**_: Any) -> None:
-        raise RuntimeError("api_key not configured (no-tty)")
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    with pytest.raises(UserError, match=r"does not start \(api_key not configured \(no-tty\)\): `wandb login`"):
-        start_tracking("evor", "run", {}, directory=tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_broken_package_shows_its_cause(monkeypatch: pytest.MonkeyPatch):
-    class Broken(importlib.abc.MetaPathFinder):
-        def find_spec(self, name: str, *_: Any) -> None:
-            if name == "wandb":
-                raise TypeError("Descriptors cannot be created directly.")
-
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    with pytest.raises(UserError, match=r"Weights & Biases \(Descriptors cannot be created directly\.\)"):
-        import_wandb()
-
-
-def test_a_run_that_goes_on_is_tracked_as_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Fails if a resumed run begins another run of Weights & Biases, or if two runs share theirs."""
-    calls = []
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: calls.append(settings)))
-    for directory in ("a", "a", "b"):
-        start_tracking("evor", "name", {"steps": 5}, directory=tmp_path / directory)
-    first, resumed, other = calls
-    assert first["config"] == {"steps": 5} and first["resume"] == "allow" and re.fullmatch(r"\w{8,64}", first["id"])
-    assert resumed == first and other["id"] != first["id"]
-    (tmp_path / "a" / "tracking.json").unlink()  # as a run does that starts over
-    start_tracking("evor", "name", {}, directory=tmp_path / "a")
-    assert calls[-1]["id"] not in (first["id"], other["id"])
 
 
 def test_write_csv_and_json_replace_whole_files_or_nothing(tmp_path: Path):

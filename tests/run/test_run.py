@@ -131,7 +131,7 @@ class Args:
     rate: float = 0.1
     resume: bool = False
     overwrite: bool = False
-    track: bool = False
+    track: str | None = None
     distributed: bool = False
     run_dir: Path | None = None
     policy_run_dir: Path | None = None
@@ -339,10 +339,10 @@ def test_tracking_gets_every_replica(tmp_path: Path, monkeypatch: pytest.MonkeyP
     track = types.SimpleNamespace(log=lambda values, step: logged.append((step, *values)))
     wandb = types.SimpleNamespace(init=lambda **settings: ids.append(settings["id"]) or track)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    train(tmp_path, Args(steps=2, save_every=2, track=True))
+    train(tmp_path, Args(steps=2, save_every=2, track="wandb"))
     assert logged == [(2, "toy/task1/seed0/loss"), (2, "toy/task2/seed0/loss")]
-    train(tmp_path, Args(steps=2, save_every=2, track=True, resume=True))
-    train(tmp_path, Args(steps=2, save_every=2, track=True, overwrite=True))
+    train(tmp_path, Args(steps=2, save_every=2, track="wandb", resume=True))
+    train(tmp_path, Args(steps=2, save_every=2, track="wandb", overwrite=True))
     assert ids[0] == ids[1] != ids[2]  # one run, gone on with, and a new one
 
 
@@ -519,7 +519,7 @@ def test_an_old_run_stays_until_the_new_one_can_begin(tmp_path: Path, monkeypatc
     """Without Weights & Biases, or without memory for the data, `--overwrite` removes and changes nothing."""
     wandb = types.SimpleNamespace(init=lambda **settings: types.SimpleNamespace(log=lambda values, step: None))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    train(tmp_path, Args(track=True))
+    train(tmp_path, Args(track="wandb"))
     before = contents(tmp_path)
     assert "toy/tracking.json" in before
     if missing == "the package":
@@ -529,7 +529,7 @@ def test_an_old_run_stays_until_the_new_one_can_begin(tmp_path: Path, monkeypatc
     else:
         monkeypatch.setattr(Problem, "data", mock.Mock(side_effect=MemoryError))
     with pytest.raises((UserError, RuntimeError, MemoryError)):
-        train(tmp_path, Args(overwrite=True, track=True))
+        train(tmp_path, Args(overwrite=True, track="wandb"))
     assert contents(tmp_path) == before
 
 
