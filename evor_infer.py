@@ -59,6 +59,7 @@ from common.networks import (
     make_policy,
     stratified_normal,
 )
+from common.publish import HUB, from_hub
 from common.replicas import in_blocks, over_replicas
 from common.returns import ReturnAxis, blank_axis
 from common.sweep import Sweep, sweep_folder
@@ -449,7 +450,8 @@ def load_agents(
 
 
 def load_agent(run_dir: str | Path, *, task: int | None = None, seed: int | None = None) -> Agent:
-    """The agent of a run directory, for one task and seed (by default the first that was trained).
+    """The agent of a run directory, or of `hf://USER/NAME` on the Hugging Face hub, for one task and seed (by default
+    the first that was trained).
 
         agent = load_agent("runs/cube-double-play", task=2, seed=0)
         actions = agent.act(observations, key=jax.random.key(0))
@@ -457,8 +459,9 @@ def load_agent(run_dir: str | Path, *, task: int | None = None, seed: int | None
     Raises:
         UserError: stage 2 is missing, or the task or seed was not trained.
     """
+    run_dir = from_hub(str(run_dir)) if str(run_dir).startswith(HUB) else Path(run_dir).expanduser()
     tasks, seeds = (() if number is None else (number,) for number in (task, seed))
-    _, _, agents = load_agents(Path(run_dir).expanduser(), tasks=tasks, seeds=seeds)
+    _, _, agents = load_agents(run_dir, tasks=tasks, seeds=seeds)
     return jax.tree.map(lambda x: x[0], agents)
 
 
