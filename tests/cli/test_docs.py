@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
@@ -96,6 +97,22 @@ def test_a_program_elsewhere_with_a_package_common_of_its_own(tmp_path: Path):
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "mine True (2, 1, 2)"
+
+
+def test_the_array_script_of_a_cluster(tmp_path: Path):
+    """With a `python` that writes down what it is called with: the commands of the third environment, in order."""
+    (script,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "running.md").read_text(), re.DOTALL)
+    calls = tmp_path / "calls"
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/bash\ncase $2 in experiments.run) exec {sys.executable} "$@";; *) echo "$@" >> {calls};; esac\n'
+    )
+    python.chmod(0o755)
+    env = os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_ARRAY_TASK_ID="2")
+    subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, check=True)
+    called = [line.split() for line in calls.read_text().splitlines()]
+    assert [words[0] for words in called] == ["evor_bc.py", "evor_value.py"]
+    assert all(words[-1] == "--resume" and "cube-double-play" in words for words in called)
 
 
 def test_what_is_to_be_copied_stands_alone():

@@ -68,7 +68,7 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(b"{}", 404)
 
     def do_GET(self) -> None:
-        name = self.path.partition("/resolve/")[2].partition("/")[2]
+        name = self.path.partition("/me/robot/resolve/")[2].partition("/")[2]
         if name in Hub.files:
             content = Hub.files[name]
             self.answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit="a" * 40)
