@@ -601,7 +601,7 @@ def test_a_replica_that_diverges_is_not_evaluated(tmp_path, maze, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    ("changes", "own_rewards", "held_out", "due"),
+    ("changes", "nowhere", "held_out", "due"),
     [
         (dict(), False, False, [20, 40]),
         (dict(), True, False, []),
@@ -613,11 +613,12 @@ def test_a_replica_that_diverges_is_not_evaluated(tmp_path, maze, monkeypatch, c
         (dict(eval_every=30), False, True, [30]),
     ],
 )
-def test_evaluations_lie_between_the_first_and_the_last_step(tmp_path, changes, own_rewards, held_out, due):
+def test_evaluations_lie_between_the_first_and_the_last_step(tmp_path, changes, nowhere, held_out, due):
     """The one after the last step also reports. None is made where there is nothing to evaluate."""
     args = evor_value.Args(**dict(steps_per_call=10, steps=60, eval_every=20) | changes)
     run = mock.Mock(spec=Run, directory=tmp_path, resume_path=None)
-    data = mock.Mock(spec=problem.ValueProblem, own_rewards=own_rewards, validation="some" if held_out else None)
+    held_out = "some" if held_out else None
+    data = mock.Mock(spec=problem.ValueProblem, gym_ids=[None if nowhere else "Id-v0"], validation=held_out)
     evaluation = Evaluation(args, data, run)
     assert [step for step in range(0, 70, 10) if evaluation.is_due(step)] == due
 
