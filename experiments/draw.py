@@ -23,7 +23,19 @@ import tyro
 from benchmarks import return_law
 from common.cli import run_cli
 from common.errors import UserError
-from experiments import axes, base_policy, baselines, candidates, rows, saturation, sweeps, targets, tasks, training
+from experiments import (
+    axes,
+    base_policy,
+    baselines,
+    candidates,
+    returns,
+    rows,
+    saturation,
+    sweeps,
+    targets,
+    tasks,
+    training,
+)
 from experiments.rows import Place
 
 # The module of each table. It has FILES, the names of its row files, and `draw`; and, where rows are made of runs,
@@ -44,6 +56,7 @@ DRAWN: dict[str, ModuleType] = {
         sweeps,
     ),
     "axes": axes,
+    "beyond-ogbench": returns,
     "base_policy": base_policy,
     "candidates": candidates,
     "saturation": saturation,

@@ -117,6 +117,23 @@ def axis_temperatures(env: str, table: str) -> list[str]:
     ]
 
 
+def beyond_ogbench(env: str) -> list[str]:
+    """Two seeds of critics on one base policy of data that does not come from OGBench."""
+    run, small = f"beyond/{env}", "--width 128" if env == "Pendulum-v1" else ""
+    data = f"--dataset minari:evor/{env.rpartition('-')[0].lower()}-v0 --env {env} --preview {small}"
+    about = f"{data} --policy-run-dir runs/{run} --policy-seed 0 --seeds 2"
+    critics = {
+        "default": "evor_value.py",
+        "paper": "evor_value.py --td-target paper",
+        "scalar": "baselines.critics --critic scalar",
+    }
+    return [
+        f"experiments.gym_data --env {env} --out runs/tables/beyond-ogbench/{env}.json",
+        f"evor_bc.py {data} --steps 30000 --run-dir runs/{run}",
+        *(f"{command} {about} --run-dir runs/{run}-{name}" for name, command in critics.items()),
+    ]
+
+
 def targets() -> list[str]:
     """The published target and the default one, each with the base and the softmax backup."""
     commands = []
@@ -205,6 +222,10 @@ EXPERIMENTS: dict[str, list[str]] = {
         draw("axes", *(f"axis-{name}/{env}" for name in AXES for env in AXES_ON)),
     ],
     "axis_temperatures": [*axis_temperatures(SINGLE, "single_data"), *axis_temperatures(SCENE, "scene_data")],
+    "beyond-ogbench": [
+        *beyond_ogbench("Pendulum-v1"),
+        draw("beyond-ogbench", *(f"beyond/Pendulum-v1-{name}" for name in ("default", "paper", "scalar"))),
+    ],
     "schedule": [
         *(preview(CUBE, name, f"{flags} --eval-every 10000 {GREEDY}") for name, flags in SCHEDULES.items()),
         draw("schedule", *(f"{name}/{CUBE}" for name in SCHEDULES)),
