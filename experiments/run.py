@@ -76,7 +76,7 @@ def progress(command: str) -> str:
     module, args = parse(command)
     if module == "experiments.draw":
         return "drawn anew"
-    if module.startswith("benchmarks."):
+    if module not in (*TRAINED, "evor_infer"):  # a benchmark, or what makes data
         return "done" if (args.out if args.out.suffix else args.out / "speed.csv").is_file() else "not begun"
     run_dir = args.run_dir or default_run_dir(run_name(args.env, getattr(args, "dataset", None)), quick=args.quick)
     policy = (args.policy_run_dir or run_dir) / "bc" / "model.eqx" if hasattr(args, "policy_run_dir") else None
