@@ -198,16 +198,23 @@ def main(args: Args) -> list[dict[str, Any]]:
     if args.every < 0 or (args.every and args.steps % args.every):
         raise UserError(f"--steps {args.steps} is no multiple of --every {args.every}: change one of them.")
     old = read_rows(args.out) if args.append and args.out.is_file() else []
-    rows: list[dict[str, Any]] = []
+    rows = write_rows(args.out, old, [])
+    new: list[dict[str, Any]] = []
     for probe in (p for p in probes.PROBES if p.name in args.probes):
         for method in args.methods:
-            rows += rows_of(args, method, probe)
-    measured = {identity(row) for row in rows}
-    rows = [row for row in old if identity(row) not in measured] + rows
-    fields = list(dict.fromkeys(field for row in rows for field in row))
-    write_csv(args.out, fields, rows)
+            new += rows_of(args, method, probe)
+            rows = write_rows(args.out, old, new)  # what is measured stays if the rest is stopped
     report(rows, args.out)
     print(f"rows: {args.out}\ntable: {args.out.with_suffix('.md')}")
+    return rows
+
+
+def write_rows(path: Path, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Writes the new rows, and those old ones that they do not replace; returns them all."""
+    measured = {identity(row) for row in new}
+    rows = [row for row in old if identity(row) not in measured] + new
+    if rows:
+        write_csv(path, list(dict.fromkeys(field for row in rows for field in row)), rows)
     return rows
 
 

@@ -107,13 +107,18 @@ def axis_temperatures(env: str, table: str) -> list[str]:
     """On 400 episodes, with the steps of the presets: a reward model for each task and two seeds, and its sweep."""
     run, flags = f"episodes-400/{env}", AXES_ON[env][0]
     about = f"--env {env} --run-dir runs/{run}"
+    readout = f"--num-actions 16 --num-returns 8 --eval-episodes {25 if env == SCENE else 100}"
+    of_tau_r = [
+        f"evor_infer.py {about} {readout} --return-temperature 0.03 0.1 0.3 1 --out tau_r",
+        draw(f"axis_temperatures/{table}_tau_r", f"{run}/tau_r"),
+    ]
     return [
-        policy(env, f"--preview --episodes 400 --run-dir runs/{run}" + " --steps 200000" * (env == CUBE)),
+        policy(env, f"--preview --episodes 400 --run-dir runs/{run}"),
         f"evor_value.py {about} --preview --episodes 400 {HORIZON.get(env, '')} {flags} --seeds 2 --policy-seed 0 "
         f"--policy-run-dir runs/{run} --eval-episodes 0",
-        f"evor_infer.py {about} --num-actions 16 --num-returns 8 --eval-episodes {25 if env == SCENE else 100} "
-        "--action-temperature 0 0.003 0.01 0.03 --out tau_q",
+        f"evor_infer.py {about} {readout} --action-temperature 0.003 0 0.03 0.01 --out tau_q",
         draw(f"axis_temperatures/{table}", f"{run}/tau_q"),
+        *(of_tau_r if env == CUBE else []),
     ]
 
 
@@ -221,7 +226,11 @@ EXPERIMENTS: dict[str, list[str]] = {
         *(command for env in AXES_ON for command in axes(env)),
         draw("axes", *(f"axis-{name}/{env}" for name in AXES for env in AXES_ON)),
     ],
-    "axis_temperatures": [*axis_temperatures(SINGLE, "single_data"), *axis_temperatures(SCENE, "scene_data")],
+    "axis_temperatures": [
+        *axis_temperatures(SINGLE, "single_data"),
+        *axis_temperatures(SCENE, "scene_data"),
+        *axis_temperatures(CUBE, "double_data"),
+    ],
     "beyond-ogbench": [
         *beyond_ogbench("Pendulum-v1"),
         draw("beyond-ogbench", *(f"beyond/Pendulum-v1-{name}" for name in ("default", "paper", "scalar"))),
