@@ -360,8 +360,11 @@ class Agent(eqx.Module):
 
 
 def _extraction(settings: Settings, **given: int) -> Extraction:
-    numbers = {name: x.item() if isinstance(x, np.generic) else x for name, x in (*settings.items(), *given.items())}
-    extraction = Extraction(**numbers)
+    def number(x):
+        on_host = isinstance(x, np.generic) or (isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer))
+        return x.item() if on_host else x
+
+    extraction = Extraction(**{name: number(x) for name, x in (*settings.items(), *given.items())})
     check(extraction)
     return extraction
 

@@ -6,10 +6,12 @@
 """
 
 import dataclasses
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import optax
 
 from common.data.foreign import environment_of
@@ -101,14 +103,33 @@ def flag_of(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
+def _is_of(hint: Any, value: Any) -> bool:
+    """Whether a value is of the type of a field; numbers of NumPy are numbers, and True is none."""
+    if get_origin(hint) is Annotated:
+        return _is_of(get_args(hint)[0], value)
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_is_of(kind, value) for kind in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_of(get_args(hint)[0], x) for x in value)
+    if hint in (int, float):
+        kinds = (int, np.integer) if hint is int else (int, float, np.number)
+        return isinstance(value, kinds) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (bool, str, Path, types.NoneType) else True
+
+
 def check(args: Any) -> None:
-    """Holds the fields of `args` against their constraints; None fulfils all of them.
+    """Holds the fields of `args` against their types and constraints; None fulfils all of these.
 
     Raises:
-        UserError: one does not hold, or `args.conflicts()` names settings that cannot work together.
+        UserError: one is of another type or does not hold, or `args.conflicts()` names settings that cannot work
+            together.
     """
     for field, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, field)
+        if hasattr(value, "aval"):  # traced by `jit`, or on the device: nobody looks at it here
+            continue
+        if not _is_of(hint, value):
+            raise UserError(f"{flag_of(field)} {value!r:.50} is of another type than it should be.")
         for kind in (hint, *get_args(hint)):  # also of `Literal[...] | None`
             if get_origin(kind) is Literal and value is not None and value not in get_args(kind):
                 raise UserError(f"{flag_of(field)} must be one of {', '.join(get_args(kind))}, not {value!r:.50}.")

@@ -248,15 +248,15 @@ def _verify(file: BinaryIO) -> None:
 
 
 def _read_leaf(file: BinaryIO, like: Any) -> Any:
-    """An array as `np.load` reads it, if it has the shape and type of `like` and the file has as many bytes. It keeps
-    the file's type where `like` is twice as wide, as with jax_enable_x64."""
+    """An array as `np.load` reads it, if it has the shape and type of `like` and the file has as many bytes. The file
+    may have been written with jax_enable_x64 and be read without it, or the other way round."""
     if not isinstance(like, jax.Array | jax.ShapeDtypeStruct | np.ndarray):
         return eqx.default_deserialise_filter_spec(file, like)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("an array of another format")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    wider = np.dtype(f"{dtype.kind}8") if dtype.itemsize == 4 else dtype
-    if shape != like.shape or like.dtype not in (dtype, wider):
+    other = np.dtype(f"{dtype.kind}{({4: 8, 8: 4}).get(dtype.itemsize, dtype.itemsize)}")
+    if shape != like.shape or like.dtype not in (dtype, other):
         raise ValueError(f"an array is {dtype}{list(shape)} and should be {like.dtype}{list(like.shape)}")
     count = int(np.prod(shape, dtype=object))
     if count * dtype.itemsize > os.fstat(file.fileno()).st_size - file.tell():

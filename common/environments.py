@@ -1,6 +1,7 @@
 """Environments: OGBench's, or any that Gymnasium knows, with vectors for observations and actions in [-1, 1]."""
 
 import importlib
+import re
 from typing import Any
 from unittest import mock
 
@@ -56,10 +57,15 @@ def make_env(gym_id: str, action_noise: float = 0.0, **settings: Any) -> gymnasi
         settings: of `gymnasium.make`.
 
     Raises:
-        UserError: it has other observations or actions than a network takes.
+        UserError: it cannot be made, or has other observations or actions than a network takes.
     """
     import_ogbench()
-    env = gymnasium.make(gym_id, **settings)
+    try:
+        env = gymnasium.make(gym_id, **settings)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise UserError(
+            f"{gym_id} cannot be made ({error}): install what it needs, or name another environment with --env."
+        ) from None
     if env.spec.max_episode_steps is None:
         env = gymnasium.wrappers.TimeLimit(env, LONGEST)
     low, high = action_range(env.action_space, gym_id)
@@ -100,14 +106,16 @@ def evaluation_id(env: str, task: int) -> str | None:
 
 
 def check_sizes(gym_id: str, observation: int, action: int) -> None:
-    """Whether an environment fits the data.
+    """Whether an environment fits the data; says how its actions are scaled.
 
     Raises:
         UserError: its observations or actions have other sizes.
     """
     env = make_env(gym_id)
-    sizes = env.observation_space.shape[0], env.action_space.shape[0]
+    sizes, inner = (env.observation_space.shape[0], env.action_space.shape[0]), env.unwrapped.action_space
     env.close()
+    if (inner.low != -1).any() or (inner.high != 1).any():
+        print(f"  actions in [-1, 1] are executed as {inner.low.tolist()} to {inner.high.tolist()} in {gym_id}")
     if sizes != (observation, action):
         raise UserError(
             f"{gym_id} has {sizes[0]} numbers in an observation and {sizes[1]} in an action, and the data "
@@ -117,7 +125,7 @@ def check_sizes(gym_id: str, observation: int, action: int) -> None:
 
 def reference_scores(gym_id: str) -> tuple[float, float] | None:
     """Undiscounted returns of a random and of an expert policy, where D4RL has them."""
-    return REFERENCE.get(gym_id.rpartition(":")[2].partition("-")[0])
+    return REFERENCE.get(re.sub(r"-v\d+$", "", gym_id.rpartition(":")[2]))
 
 
 def episode_seed(seed: int, episode: int) -> int:
@@ -142,5 +150,6 @@ def seeded_reset(env: gymnasium.Env, seed: int) -> np.ndarray:
 
 
 def reported_success(info: dict[str, Any]) -> float:
-    """What a step's `info` says of success; NaN where it says nothing."""
-    return float(info.get("success", info.get("is_success", np.nan)))
+    """What a step's `info` says of success, of all its parts if there are several; NaN where it says nothing."""
+    said = info.get("success", info.get("is_success"))
+    return np.nan if said is None else float(np.min(said))

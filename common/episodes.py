@@ -4,7 +4,7 @@ Gymnasium's `AsyncVectorEnv` runs one `EpisodeRunner` per process. A runner step
 replica and starts the next episode in one as soon as it is free, so no environment waits for the longest episode.
 
 Protocol (OGBench): `num_episodes` episodes per replica, an episode ends when the task is solved or its time is up, and
-counts as a success if the environment says so at its last step (`success` is NaN if it never says anything). Initial
+counts as a success if the environment says so at its last step (`success` is NaN if that says nothing). Initial
 states depend on (seed, episode) alone: all replicas and all settings of a sweep see the same episodes, whatever the
 number of processes.
 """

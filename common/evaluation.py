@@ -79,6 +79,8 @@ def read_episodes(path: Path, *, words: Sequence[str] = ()) -> list[dict[str, An
 def summarise(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
     """Success rate or mean return of the episodes of each group, its 95% interval, and their mean length."""
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    if not np.isnan([row["success"] for row in rows]).all():  # an environment may say it only where it is one
+        rows = [{**row, "success": 0.0 if np.isnan(row["success"]) else row["success"]} for row in rows]
     for row in rows:
         groups.setdefault(tuple(row[k] for k in by), []).append(row)
     out = []
@@ -93,7 +95,7 @@ def score(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """`success` with Wilson's interval. Where the environment does not say it: `return`, the mean undiscounted return,
     with a bootstrap interval, and the mean normalised score where rows have one."""
     success = [row["success"] for row in rows]
-    if not np.isnan(success).any():
+    if not np.isnan(success).all():
         low, high = success_interval(sum(success), len(rows))
         return dict(success=sum(success) / len(rows), low=low, high=high)
     totals = np.array([[row["total"] for row in rows]], float)
@@ -229,7 +231,7 @@ class Evaluation:
             title = f"{args.method}, {args.name} ({problem.info['source']} data)"
             figures.success(summary, directory / "evaluation.png", title=title)
         elif None in problem.gym_ids:
-            print(f"evaluation skipped: the data bring their own rewards, and Gymnasium has no {args.environment}.")
+            print(f"evaluation skipped: Gymnasium has no {args.environment}.")
         for line in last_screen(args, problem, self.run, rows):
             print(line)
         return summary
@@ -261,8 +263,8 @@ class Evaluation:
                 rows += [columns | row for row in played]
         self.rows += rows
         write_csv(self.path, list(self.rows[0]), self.rows)
-        extracted = [row for row in rows if row["num_actions"] == self.args.num_actions]
-        of_pairs = summarise(extracted, ("task", "seed"))
+        number = ("task", "seed", "num_actions")
+        of_pairs = [row for row in summarise(rows, number) if row["num_actions"] == self.args.num_actions]
         measure = "success" if "success" in of_pairs[0] else "return"
         self.run.metrics.log(self.run.step, self.pairs, {measure: [row[measure] for row in of_pairs]})
         return rows
@@ -288,7 +290,7 @@ def last_screen(args: Any, problem: ValueProblem, run: Run, rows: Sequence[Mappi
         yield f"base policy:  {problem.base.path}"
     yield f"reward model: {run.directory / 'model.eqx'}"
     if rows:
-        yield f"a sweep:      python evor_infer.py --env {args.name} --run-dir {run.directory.parent} " + (
+        yield f"a sweep:      python evor_infer.py --env {args.environment} --run-dir {run.directory.parent} " + (
             "--num-actions 1 4 16 64"
         )
     for file in sorted(run.directory.glob("*.csv")) + sorted(run.directory.glob("*.png")):

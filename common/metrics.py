@@ -1,6 +1,7 @@
 """Numbers that a run logs: `metrics.csv`, and what `--track` names."""
 
 import csv
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,5 +53,13 @@ class Metrics:
             for metric, numbers in values.items():
                 for (task, seed), value in zip(replicas, numbers, strict=True):
                     writer.writerow([self.stage, self.env, task, seed, step, metric, repr(float(value))])
-                    if self.track is not None:
-                        self.track.log({f"{self.stage}/task{task}/seed{seed}/{metric}": float(value)}, step=step)
+                    self._send(f"{self.stage}/task{task}/seed{seed}/{metric}", float(value), step)
+
+    def _send(self, name: str, value: float, step: int) -> None:
+        """To what `--track` names; if that fails, the run goes on without it."""
+        try:
+            if self.track is not None:
+                self.track.log({name: value}, step=step)
+        except Exception as error:  # of the network or the service
+            print(f"warning: --track failed and is left out from here on ({error}).", file=sys.stderr)
+            self.track = None

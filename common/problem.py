@@ -5,6 +5,7 @@ next-action bank, and return axes. `problem.data(step)` is what a gradient step 
 alone, so that a resumed run goes on as it was.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ from jaxtyping import Array, Float, Float16, Int, Key, PRNGKeyArray
 from common.bank import make_bank
 from common.data import describe, download, files, transitions
 from common.data.files import Trajectories
-from common.data.names import parse_env, validation_path
+from common.data.foreign import is_minari
+from common.data.names import GYM_ID, parse_env, validation_path
 from common.environments import check_sizes, evaluation_id
 from common.errors import UserError
 from common.networks import FlowPolicy, Sizes, Standardizer
@@ -118,6 +120,10 @@ class Problem:
         held_out = validation_path(self.files[0])
         lengths = [files.check_headers(file, like=self._first) for file in (*self.files, held_out) if file.is_file()]
         self.longest = max(lengths[: len(self.files)])
+        have = [sorted({"rewards", "masks", "qpos"} & files.read_headers(file).keys()) for file in self.files]
+        for file, arrays in zip(self.files, have, strict=True):
+            if arrays != have[0]:
+                raise UserError(f"{file} has {arrays}, and {self.files[0].name} {have[0]}: they must have the same.")
         observation, action = self._first.observations.shape[1], self._first.actions.shape[1]
         self.sizes = Sizes(observation, action, args.horizon)
         self._transitions(self._first, self.files[0])  # an error comes before an old run is deleted
@@ -210,17 +216,29 @@ class ValueProblem(Problem):
         self.tasks = choose_tasks(args, first, self.own_rewards)
         self.gym_ids = [evaluation_id(args.environment, task) for task in self.tasks]
         trajectories = self._parse(first)
-        if args.eval_episodes and self.gym_ids[0] is not None:
+        if args.eval_episodes and self.gym_ids[0] is None:
+            if is_minari(args.dataset) or re.fullmatch(GYM_ID, args.environment):
+                raise UserError(
+                    f"Gymnasium has no {args.environment}: name an environment that is installed (module:Id-v0 imports "
+                    f"what registers it), or pass --eval-episodes 0."
+                )
+            print(f"  not to be evaluated: Gymnasium has no {args.environment}")
+        elif args.eval_episodes:
             check_sizes(self.gym_ids[0], trajectories.observations.shape[1], trajectories.actions.shape[1])
         held_out = validation_path(first)
         self.validation = self._parse(held_out) if held_out.is_file() else None
         describe.print_summary(
             trajectories, self.info, tasks=self.tasks, discount=args.discount, num_files=len(self.files),
-            horizon=args.horizon,
+            horizon=args.horizon + self._beyond,
         )  # fmt: skip
         if len(self.files) > 1 and args.redraw_bank:
             raise UserError("--redraw-bank: each file of a folder has one bank: leave it out.")
         return trajectories
+
+    @property
+    def _beyond(self) -> int:
+        """Rows beyond a chunk that have to be of its trajectory: those of the data's own next chunk."""
+        return self.args.horizon - 1 if self.args.next_action == "dataset" else 0
 
     def _parse(self, file: Path) -> Trajectories:
         return files.load_trajectories(file, env=self.args.environment, tasks=self.tasks, reward=self.args.reward)
@@ -229,8 +247,7 @@ class ValueProblem(Problem):
         return self._first if file == self.files[0] else self._parse(file)
 
     def _transitions(self, trajectories, file):
-        args = self.args
-        extra = args.horizon - 1 if args.next_action == "dataset" else 0  # the next chunk has to be in the data too
+        args, extra = self.args, self._beyond
         starts = transitions.transition_starts(trajectories.terminals, args.horizon, extra=extra, where=file.name)
         rewards, bootstraps = transitions.chunk_rewards(
             trajectories.rewards, trajectories.masks, starts, horizon=args.horizon, discount=args.discount

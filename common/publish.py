@@ -98,6 +98,13 @@ def card(header: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]], repos
     )
 
 
+def last_episodes(folder: Path) -> list[dict[str, Any]]:
+    """Of the last evaluation of a training."""
+    path = folder / "evaluation.csv"
+    rows = read_episodes(path) if path.is_file() else []
+    return [row for row in rows if row["step"] == max(row["step"] for row in rows)]
+
+
 def main(args: Args) -> str:
     """Uploads; returns and prints the address.
 
@@ -108,7 +115,7 @@ def main(args: Args) -> str:
     header = checkpoint.read_header(folder / "model.eqx", stage="value", remedy="train it with evor_value.py first.")
     if not checkpoint.complete(folder / "model.eqx"):
         raise checkpoint.unusable(folder / "model.eqx", "its SHA-256")
-    episodes = read_episodes(folder / "evaluation.csv") if (folder / "evaluation.csv").is_file() else []
+    episodes = last_episodes(folder)
     hub = import_hub()
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary)

@@ -10,6 +10,7 @@ with Run(args, stage="value") as run:
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -92,7 +93,9 @@ def state_to_resume(directory: Path, stage: str) -> Path:
 
 def differences(header: dict[str, Any], args: Any) -> Iterator[str]:
     """In what the arguments of a run that is to be resumed differ from those that its checkpoint names."""
-    may_differ = (*NOT_RESULTS, "dataset", *getattr(args, "evaluation_only", ()))
+    may_differ = (*NOT_RESULTS, "env", "dataset", *getattr(args, "evaluation_only", ()))
+    if header.get("env", args.name) != args.name:  # whatever --env and --dataset called it
+        yield f"env {header['env']!r}, not {args.name!r}"
     for field, value in checkpoint.plain(args).items():
         if field in may_differ:
             continue
@@ -209,6 +212,8 @@ class Run:
         if first_host and self.args.track is not None:
             name, config = f"{self.header['env']}-{self.stage}", checkpoint.plain(self.args)
             track = start_tracking(self.args.track, name, config, directory=self.directory, anew=fresh)
+        if first_host and fresh and self.args.track != "tensorboard":
+            shutil.rmtree(self.directory / "tensorboard", ignore_errors=True)
         if first_host and fresh:
             # Nothing of an earlier run may be taken for this one's. (The bank says itself what it was made of.) A model
             # alone, which --resume does not go on from, stays until the first checkpoint takes its place.

@@ -52,7 +52,10 @@ DRAWN: dict[str, ModuleType] = {
         sweeps,
     ),
     **dict.fromkeys(
-        [f"axis_temperatures/{part}" for part in ("double", "single", "single_absolute", "single_data", "scene_data")],
+        [
+            f"axis_temperatures/{part}"
+            for part in ("double", "single", "single_absolute", "single_data", "scene_data", "double_data")
+        ],
         sweeps,
     ),
     "axes": axes,

@@ -98,7 +98,7 @@ def print_summary(
     horizon: int = 1,
 ) -> None:
     """Prints transitions, episodes, and per task return bounds and success; warns where a task is never solved, and
-    where episodes are too short for a chunk of `horizon` actions."""
+    where episodes have fewer than the `horizon` steps that a transition takes."""
     terminals = trajectories.terminals
     episodes, steps = int(terminals.sum()), int((~terminals).sum())
     print(f"data: {info['name']} (source: {info['source']}, sha256 {info['sha256'][:12]})")
@@ -111,8 +111,8 @@ def print_summary(
     lengths = episode_lengths(terminals)
     if (short := lengths < horizon).any():
         print(
-            f"  WARNING: {short.sum():,} episodes are shorter than {horizon} steps and not used; chunks of {horizon} "
-            f"actions start in {np.maximum(lengths - horizon + 1, 0).sum():,} rows"
+            f"  WARNING: {short.sum():,} episodes are shorter than {horizon} steps and not used; transitions of "
+            f"{horizon} steps start in {np.maximum(lengths - horizon + 1, 0).sum():,} rows"
         )
     if trajectories.rewards is None:
         return

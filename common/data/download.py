@@ -56,8 +56,8 @@ class Unavailable(Exception):
 
 
 def find_files(env: str, dataset: Path | None, *, episodes: int | None) -> tuple[Path, str]:
-    """The training file, or a folder of several, and its source: `file` (the user's), `minari`, `ogbench` or
-    `collected`.
+    """The training file, or a folder of several, and its source: `file` (the user's), `minari`, `d4rl`, `ogbench`
+    or `collected`.
 
     Args:
         episodes: how many to collect, if it comes to that; OGBench's own number by default.
@@ -66,7 +66,7 @@ def find_files(env: str, dataset: Path | None, *, episodes: int | None) -> tuple
         UserError: there is none, and none can be made.
     """
     if dataset is not None and is_foreign(dataset):
-        return converted(dataset, env), "minari" if is_minari(dataset) else "file"
+        return converted(dataset, env), "minari" if is_minari(dataset) else "d4rl"
     if dataset is not None:
         return own_file(env, dataset), "file"
     name = parse_env(env)
@@ -369,7 +369,8 @@ def describe(path: Path, source: str) -> dict[str, Any]:
             if file.is_file():
                 _compare_with_first_use(file, source)
     info = {"name": path.name, "source": source, "sha256": sha256(path)}
-    reference = (read_json(path.with_suffix(".json")) or {}).get("reference")  # of a dataset of Minari
+    about = read_json(path.with_suffix(".json")) if source in ("minari", "d4rl") else None
+    reference = (about or {}).get("reference")
     return info | ({"reference": reference} if reference else {})
 
 

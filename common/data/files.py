@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
+from common.data.foreign import SIGNS
 from common.data.names import import_ogbench, parse_env
 from common.errors import UserError
 from common.machine import free_memory, trim_memory
@@ -49,6 +50,11 @@ def read_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 key = info.filename.removesuffix(".npy")
+                if key in SIGNS:
+                    raise UserError(
+                        f"{path} has an array {key}, which is D4RL's layout: pass it to --dataset alone, not in a "
+                        f"folder or as validation data."
+                    )
                 if key not in NDIM or info.filename == key:
                     continue
                 with archive.open(info) as file:
@@ -60,6 +66,8 @@ def read_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
                 if size > info.file_size:
                     raise ValueError(f"its header promises {size:,} bytes, and there are {info.file_size:,}")
                 total += size
+    except UserError:
+        raise
     except Exception as error:  # a damaged archive raises a dozen types, from zlib's to zipfile's
         raise UserError(
             f"{key} in {path} cannot be read ({error}): make the .npz file with numpy.savez, without objects."
@@ -164,7 +172,8 @@ def warn_of_rounding(columns: Shaped[np.ndarray, "rows columns"], what: str) -> 
     if columns.dtype.itemsize < 4 or columns.dtype == np.float32:
         return  # which lose nothing
     error = np.abs(columns - columns.astype(np.float32)).max(axis=0)
-    bad = np.flatnonzero(error > 0.01 * columns.std(axis=0, dtype=np.float64))
+    varies = columns.max(axis=0) > columns.min(axis=0)
+    bad = np.flatnonzero(varies & (error > 0.01 * columns.std(axis=0, dtype=np.float64)))
     if len(bad):
         print(
             f"WARNING: {what}: single precision rounds columns {bad[:10].tolist()} by up to {error.max():.3g}, more "

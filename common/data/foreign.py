@@ -16,6 +16,7 @@ One that ended needs no such state: with a mask of 0 nothing looks at it.
 import contextlib
 import functools
 import hashlib
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,9 @@ from common.progress import progress
 MINARI = "minari:"
 HDF5 = (".hdf5", ".h5")
 VALIDATION = 20  # each twentieth trajectory is kept for the comparison with Monte-Carlo returns
-VERSION = 3  # of what is made of a source
+VERSION = 4  # of what is made of a source
+ALIASES = {"truncations": "timeouts", "terminations": "terminals"}  # Gymnasium's names
+SIGNS = {"timeouts", "next_observations", *ALIASES}  # arrays that OGBench's layout does not have
 
 
 class Trajectory(NamedTuple):
@@ -60,7 +63,7 @@ class Source(NamedTuple):
 
 
 def is_minari(dataset: Path | None) -> bool:
-    return str(dataset).startswith(MINARI)
+    return dataset is not None and dataset.as_posix().startswith(MINARI)
 
 
 def environment_of(env: str, dataset: Path | None) -> str:
@@ -71,7 +74,7 @@ def environment_of(env: str, dataset: Path | None) -> str:
     """
     if env != DEFAULT_ENV or not is_minari(dataset):
         return env
-    name = str(dataset).removeprefix(MINARI)
+    name = dataset.as_posix().removeprefix(MINARI)
     made_in = minari_env(name)
     if not made_in:
         raise UserError(f"{dataset} does not say in which environment it was made: name it, or the run, with --env.")
@@ -91,7 +94,7 @@ def is_foreign(dataset: Path) -> bool:
     if dataset.suffix != ".npz" or not dataset.is_file():
         return False
     with contextlib.suppress(Exception), np.load(dataset, allow_pickle=False) as file:  # damage is reported elsewhere
-        return bool({"timeouts", "next_observations"} & set(file.files))
+        return bool(SIGNS & set(file.files))
     return False
 
 
@@ -105,7 +108,7 @@ def converted(dataset: Path, env: str) -> Path:
     Raises:
         UserError: the data are not there, of another layout, or need a package that is missing.
     """
-    name = str(dataset).removeprefix(MINARI)
+    name = dataset.as_posix().removeprefix(MINARI)
     with open_minari(name) if is_minari(dataset) else open_d4rl(dataset, env) as source:
         scale = np.stack([source.low, source.high]).astype(np.float64)
         made_of = f"{VERSION} {source.sha256} {scale.tolist()}".encode()
@@ -113,10 +116,13 @@ def converted(dataset: Path, env: str) -> Path:
         path = data_dir() / "converted" / f"{stem}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f".{path.name}.lock")):
-            if not path.is_file():
-                _convert(source, path)
-    for line in read_json(path.with_suffix(".json"))["says"]:
+            about = read_json(path.with_suffix(".json"))
+            if about is None or not all((path.parent / file).is_file() for file in about["files"]):
+                about = _convert(source, path)
+    for line in about["says"]:
         print(line, flush=True)
+    if not is_minari(dataset) and validation_path(dataset).is_file():
+        print(f"  {validation_path(dataset)} is not used: validation data are taken from {dataset}")
     return path
 
 
@@ -154,10 +160,21 @@ def open_minari(name: str) -> Iterator[Source]:
                 np.asarray(episode.terminations, bool),
             )
 
-    env = dataset.env_spec.id if dataset.env_spec is not None else ""
+    env, says = "", ()
+    if dataset.env_spec is not None:
+        env, says = dataset.env_spec.id, tuple(of_another_kind(dataset.env_spec))
     scores = tuple(dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
     reference = None if None in scores else (float(scores[0]), float(scores[1]))
-    yield Source(name, digest, env, low, high, int(dataset.total_episodes), trajectories(), reference=reference)
+    yield Source(name, digest, env, low, high, int(dataset.total_episodes), trajectories(), says, reference=reference)
+
+
+def of_another_kind(spec: Any) -> Iterator[str]:
+    """What of an environment differs from the registered one of its name, in which agents are evaluated."""
+    registered = gymnasium.registry.get(spec.id)
+    for name in ("kwargs", "max_episode_steps") if registered is not None else ():
+        theirs, ours = getattr(spec, name), getattr(registered, name)
+        if theirs != ours:
+            yield f"  WARNING: made in {spec.id} with {name} {theirs!r}, and evaluated in the one with {ours!r}"
 
 
 def action_range(space: gymnasium.Space, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -170,7 +187,8 @@ def action_range(space: gymnasium.Space, name: str) -> tuple[np.ndarray, np.ndar
         raise UserError(
             f"{name} has actions of the kind {type(space).__name__}: only continuous ones (Box) are learned."
         )
-    if not space.is_bounded("both") or len(space.shape) != 1:
+    whole = not np.issubdtype(space.dtype, np.floating)
+    if not space.is_bounded("both") or len(space.shape) != 1 or whole or (space.low >= space.high).any():
         raise UserError(f"{name} has actions that are no bounded vector ({space}): they cannot be scaled to [-1, 1].")
     return space.low, space.high
 
@@ -197,6 +215,8 @@ def flat(space: gymnasium.Space, values: Any, name: str, *, batched: bool) -> Sh
 # --- D4RL --------------------------------------------------------------------------------------------------------
 
 NDIM = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1, "timeouts": 1, "next_observations": 2}
+NDIM |= {"masks": 1}
+FLAGS = ("terminals", "timeouts", "masks")
 NEEDED = ("observations", "actions", "terminals")
 
 
@@ -208,17 +228,23 @@ def open_d4rl(path: Path, env: str) -> Iterator[Source]:
         UserError: it cannot be read, has other arrays, or its rows contradict each other.
     """
     arrays = read_d4rl(path)
-    ended, rewarded = arrays["terminals"].astype(bool), "rewards" in arrays
-    rewards = arrays["rewards"] if rewarded else np.zeros(len(ended), np.float32)
-    ends = ended | arrays["timeouts"].astype(bool) if "timeouts" in arrays else ended.copy()
+    terminals, rewarded = arrays["terminals"].astype(bool), "rewards" in arrays
+    rewards = arrays["rewards"] if rewarded else np.zeros(len(terminals), np.float32)
+    ended = arrays["masks"] == 0 if "masks" in arrays else terminals  # with masks, terminals are ends of any kind
+    ends = terminals | arrays["timeouts"].astype(bool) if "timeouts" in arrays else terminals.copy()
     ends[-1] = True
     observations, after = arrays["observations"], arrays.get("next_observations")
     says = []
     if after is not None:
-        torn = np.append((after[:-1] != observations[1:]).any(axis=1), False) & ~ends
+        torn = np.append(differ(after[:-1], observations[1:]), False) & ~ends
         ends |= torn
         if torn.any():
             says.append(f"  {torn.sum():,} trajectories end where the next row is another state than next_observations")
+    elif "timeouts" not in arrays:
+        says.append(
+            "  WARNING: nothing says where trajectories were cut (no timeouts, no next_observations): they are taken "
+            "to go on until terminals"
+        )
     low, high = _range_of_env(env, arrays["actions"].shape[1])
     last = np.flatnonzero(ends)
     first = np.concatenate([[0], last[:-1] + 1])
@@ -230,6 +256,15 @@ def open_d4rl(path: Path, env: str) -> Iterator[Source]:
             yield Trajectory(states, arrays["actions"][rows], rewards[rows], ended[rows])
 
     yield Source(path.stem, sha256(path), "", low, high, len(last), trajectories(), tuple(says), rewarded)
+
+
+def differ(
+    a: Float[np.ndarray, "rows observation"], b: Float[np.ndarray, "rows observation"]
+) -> Bool[np.ndarray, " rows"]:
+    """Which rows differ, in the precision of the coarser of the two."""
+    kind = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    a, b = a.astype(kind), b.astype(kind)
+    return ((a != b) & ~(np.isnan(a) & np.isnan(b))).any(axis=1)
 
 
 def read_d4rl(path: Path) -> dict[str, np.ndarray]:
@@ -245,25 +280,30 @@ def read_d4rl(path: Path) -> dict[str, np.ndarray]:
             import h5py
 
             with h5py.File(path) as file:
-                arrays = {key: np.asarray(file[key]) for key in NDIM if key in file}
+                arrays = {key: np.asarray(file[key]) for key in (*NDIM, *ALIASES) if key in file}
         else:
             with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in NDIM if key in file.files}
+                arrays = {key: file[key] for key in (*NDIM, *ALIASES) if key in file.files}
+    except (PermissionError, MemoryError):
+        raise
     except ImportError as error:
         raise UserError(f"{path} needs h5py ({error}): pip install h5py.") from None
     except Exception as error:  # a damaged file raises a dozen types
         raise UserError(f"{path} cannot be read ({error}): make or fetch it anew.") from None
+    arrays = {ALIASES.get(key, key): array for key, array in arrays.items()}
     missing = [key for key in NEEDED if key not in arrays]
     if missing:
         raise UserError(f"{path} has no array {missing[0]!r}: D4RL's layout needs {', '.join(NEEDED)}.")
     for key, array in arrays.items():
-        if key in ("rewards", "terminals", "timeouts") and array.ndim == 2 and array.shape[1] == 1:
+        if NDIM[key] == 1 and array.ndim == 2 and array.shape[1] == 1:
             array = arrays[key] = array[:, 0]
         if array.ndim != NDIM[key] or array.dtype.kind not in "biuf" or len(array) != len(arrays["observations"]):
             raise UserError(
                 f"{key} in {path} must be a {NDIM[key]}-D array of numbers with {len(arrays['observations'])} rows, "
                 f"as observations has, not {array.dtype} {array.shape}."
             )
+        if key in FLAGS and not np.isin(array, (0, 1)).all():
+            raise UserError(f"{key} in {path} must be 0 or 1 everywhere.")
     if len(arrays["terminals"]) == 0:
         raise UserError(f"{path} has no rows.")
     return arrays
@@ -272,11 +312,17 @@ def read_d4rl(path: Path) -> dict[str, np.ndarray]:
 def _range_of_env(env: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Of the actions of a Gymnasium environment; [-1, 1] if there is none of this name."""
     import_ogbench()  # MuJoCo without a display
-    try:
-        space = gymnasium.make(env).action_space
-    except Exception:  # no Gymnasium environment, or one whose package is missing
+    module, _, name = env.rpartition(":")
+    with contextlib.suppress(ImportError):
+        importlib.import_module(module) if module else None
+    if name not in gymnasium.registry:
         return -np.ones(size), np.ones(size)
-    low, high = action_range(space, env)
+    try:
+        made = gymnasium.make(env)
+    except Exception as error:  # of the environment, or of a package that is missing
+        raise UserError(f"--env {env} cannot be made ({error}): install what it needs, or name another one.") from None
+    low, high = action_range(made.action_space, env)
+    made.close()
     if len(low) != size:
         raise UserError(f"--env {env} has {len(low)} actions, and the data {size}: name the data's environment.")
     return low, high
@@ -297,26 +343,40 @@ def in_our_layout(trajectory: Trajectory) -> dict[str, np.ndarray] | None:
     if steps < 1:
         return None
 
-    def rows(values: np.ndarray) -> np.ndarray:
-        return np.concatenate([values[:steps], np.zeros((1, *values.shape[1:]), values.dtype)])
+    def rows(values: np.ndarray) -> np.ndarray:  # the last one is not used: it is like the one before
+        return np.concatenate([values[:steps], values[steps - 1 : steps]])
 
     return dict(
         observations=observations[: steps + 1],
         actions=rows(actions),
         rewards=rows(rewards),
-        masks=1.0 - rows(ended).astype(np.float32),
+        masks=1.0 - np.append(ended[:steps], False).astype(np.float32),
         terminals=np.arange(steps + 1) == steps,
     )
 
 
-def _convert(source: Source, path: Path) -> None:
-    """Writes the validation file, what there is to say, and the training file."""
+def _refuse(trajectory: Trajectory, number: int, source: Source) -> None:
+    """Raises `UserError` for numbers that cannot be learned from, in the source's own terms."""
+    for name in ("observations", "actions", "rewards"):
+        if not np.isfinite(getattr(trajectory, name)).all():
+            raise UserError(f"{name} of trajectory {number} of {source.name} are not finite: remove or repair it.")
+    margin = 1e-3 * (source.high - source.low)
+    if ((trajectory.actions < source.low - margin) | (trajectory.actions > source.high + margin)).any():
+        raise UserError(
+            f"actions of trajectory {number} of {source.name} leave {source.low.tolist()} to {source.high.tolist()}, "
+            f"the range of the environment's: name the environment of the data with --env."
+        )
+
+
+def _convert(source: Source, path: Path) -> dict[str, Any]:
+    """Writes the validation file, the training file, and what there is to say, which it returns."""
     parts: dict[Path, list[dict[str, np.ndarray]]] = {validation_path(path): [], path: []}
     lost = short = ended = 0
     bar = progress(
         iterable=source.trajectories, desc=f"converting {source.name}", unit="trajectory", total=source.number
     )
     for i, trajectory in enumerate(bar):
+        _refuse(trajectory, i, source)
         rows = in_our_layout(trajectory)
         lost += len(trajectory.rewards) - (0 if rows is None else len(rows["rewards"]) - 1)
         short += rows is None
@@ -339,7 +399,7 @@ def _convert(source: Source, path: Path) -> None:
     if scaled:
         says.append(f"  actions within {source.low.tolist()} and {source.high.tolist()} are scaled to [-1, 1]")
     about = dict(name=source.name, sha256=source.sha256, env=source.env, reference=source.reference)
-    write_json(path.with_suffix(".json"), about | dict(trajectories=number, says=says))
+    about |= dict(trajectories=number, says=says, files=[file.name for file, rows in parts.items() if rows])
     for file, rows in parts.items():
         if not rows:
             continue
@@ -347,8 +407,10 @@ def _convert(source: Source, path: Path) -> None:
         arrays = {key: np.concatenate([part[key] for part in rows]) for key in written}
         if scaled:
             unit = 2.0 * (arrays["actions"] - source.low) / (source.high - source.low) - 1.0
-            arrays["actions"] = np.where(arrays["terminals"][:, None], 0.0, unit).astype(np.float32)
+            arrays["actions"] = unit.astype(np.float32)
         with atomic(file) as temporary:
             with open(temporary, "wb") as opened:  # savez would add an ending to a name
                 np.savez(opened, **arrays)
             record_sha256(temporary, file)
+    write_json(path.with_suffix(".json"), about)
+    return about

@@ -21,6 +21,7 @@ from common.args import (
     at_least,
     check,
     each,
+    flag_of,
     learning_rate,
     multiple_of,
     not_negative,
@@ -73,9 +74,9 @@ class Args:
         (dict(many=(2, 0)), "--many must be at least 1, not 0."),
         (dict(width=0), "--width must be a number in [1, 100], not 0."),
         (dict(width=101), "--width must be a number in [1, 100], not 101."),
-        (dict(width=2.0), "--width must be a number in [1, 100], not 2.0."),
-        (dict(width=True), "--width must be a number in [1, 100], not True."),
-        (dict(width="8"), "--width must be a number in [1, 100], not '8'."),
+        (dict(width=2.0), "--width 2.0 is of another type than it should be."),
+        (dict(width=True), "--width True is of another type than it should be."),
+        (dict(width="8"), "--width '8' is of another type than it should be."),
         (dict(kind="c"), "--kind must be one of a, b, not 'c'."),
         (dict(kind=[]), "--kind must be one of a, b, not []."),
         (dict(other="a"), "--other must be one of c, d, not 'a'."),
@@ -180,3 +181,22 @@ def test_shapes_that_would_broadcast_are_refused_without_the_checks_of_the_tests
     done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, cwd=ROOT, env=env, check=True)
     answers = [line.split() for line in done.stdout.splitlines()]
     assert len(answers) == 7 and all(answer[1:] == ["refused"] for answer in answers), done.stdout
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(width=True), dict(width="8"), dict(seeds=2.0), dict(eval_episodes=2.5), dict(ignore_observations=[1]),
+        dict(ignore_observations=(1.5,)), dict(run_dir=3), dict(resume="no"), dict(discount=None), dict(tasks=2),
+    ],
+)  # fmt: skip
+def test_values_of_other_types(settings: dict):
+    """As Python takes them, without the checks of types that are active in tests."""
+    args = evor_value.Args()
+    for name, value in settings.items():
+        object.__setattr__(args, name, value)
+    with pytest.raises(UserError, match=f"{flag_of(next(iter(settings)))} .* is of another type than it should be"):
+        check(args)
+    for name, value in dict(width=np.int64(8), learning_rate=1).items():
+        object.__setattr__(args := evor_value.Args(), name, value)
+        check(args)

@@ -679,7 +679,7 @@ def test_episodes_that_are_shorter_than_a_chunk_are_counted(capsys: pytest.Captu
     rows = np.zeros((len(terminals), 1), np.float32)
     info = {"name": "a", "source": "file", "sha256": "0" * 64}
     describe.print_summary(files.Trajectories(rows, rows, terminals), info, tasks=(), discount=0.0, horizon=5)
-    expected = "19 episodes are shorter than 5 steps and not used; chunks of 5 actions start in 25 rows"
+    expected = "19 episodes are shorter than 5 steps and not used; transitions of 5 steps start in 25 rows"
     assert expected in capsys.readouterr().out and len(transitions.transition_starts(terminals, 5)) == 25
     describe.print_summary(files.Trajectories(rows, rows, terminals), info, tasks=(), discount=0.0, horizon=3)
     assert "shorter" not in capsys.readouterr().out

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import h5py
 import minari
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
+import evor_bc
 from common.data import download, files, foreign, transitions
 from common.data.names import validation_path
 from common.errors import UserError
@@ -65,7 +67,7 @@ def test_d4rl_without_the_states_after_the_last_actions(home: Path, name: str, c
     trajectories lose a transition each. Wrong if a transition leads from one trajectory into the next."""
     path, source = download.find_files("robot", write(home / name, **rows()), episodes=None)
     assert steps(path) == {step(0), step(1), step(2, 0.0, 2), step(3), step(4), step(6), step(7)}
-    assert source == "file" and path.parent == home / "home/.ogbench/data/converted"
+    assert source == "d4rl" and path.parent == home / "home/.ogbench/data/converted"
     said = capsys.readouterr().out
     assert "3 trajectories, 1 ended and 2 cut; 0 of them are for validation" in said
     assert "2 last transitions are left out: the data do not keep the state after them" in said
@@ -84,6 +86,50 @@ def test_d4rl_with_next_observations_keeps_every_transition(home: Path, capsys: 
     said = capsys.readouterr().out
     assert "1 trajectories end where the next row is another state than next_observations" in said
     assert "left out" not in said
+
+
+@pytest.mark.parametrize("name", ["rows.hdf5", "rows.npz"])
+def test_gymnasiums_names_and_masks(home: Path, name: str):
+    """`truncations` cut. With `masks`, `terminals` are ends of any kind: here none ended, and all three were cut."""
+    data = rows()
+    data["truncations"] = data.pop("timeouts")
+    assert (2.0, 0.2, 2.0, 0.0, 2.0) in steps(foreign.converted(write(home / name, **data), "robot"))
+    data = rows() | dict(terminals=rows()["timeouts"], masks=np.ones(9))
+    assert steps(foreign.converted(write(home / name, **data), "robot")) == {step(i) for i in (0, 1, 3, 4, 6, 7)}
+
+
+def test_rows_that_do_not_say_where_they_were_cut(home: Path, capsys: pytest.CaptureFixture):
+    data = rows()
+    del data["timeouts"]
+    foreign.converted(write(home / "rows.hdf5", **data), "robot")
+    assert "WARNING: nothing says where trajectories were cut" in capsys.readouterr().out
+
+
+def test_next_observations_in_another_precision_are_the_same(home: Path):
+    data = rows() | dict(observations=np.arange(9)[:, None] + 1 / 3)
+    after = (data["observations"] + 1).astype(np.float32)
+    path = foreign.converted(write(home / "rows.hdf5", **data, next_observations=after), "robot")
+    assert len(steps(path)) == 9 and files.read_arrays(path)["terminals"].sum() == 3
+
+
+def test_no_other_way_reads_d4rls_layout_as_ours(home: Path):
+    """In a folder, or as validation data of a file of ours."""
+    (home / "folder").mkdir()
+    for name in ("a", "b"):
+        write(home / "folder" / f"{name}.npz", **rows())
+    ours = {key: array for key, array in rows().items() if key != "timeouts"} | dict(terminals=np.arange(9) == 8)
+    write(home / "ours-val.npz", **rows())
+    for dataset in (home / "folder", write(home / "ours.npz", **ours)):
+        with pytest.raises(UserError, match="has an array timeouts, which is D4RL's layout"):
+            evor_bc.main(evor_bc.Args(env="robot", dataset=dataset, run_dir=home / "run"))
+
+
+def test_what_is_missing_is_made_again(home: Path):
+    source = write(home / "rows.hdf5", **rows(120))
+    path = foreign.converted(source, "robot")
+    for missing in (validation_path(path), path, path.with_suffix(".json")):
+        missing.unlink()
+        assert foreign.converted(source, "robot") == path and missing.is_file()
 
 
 def test_a_trajectory_of_one_cut_step_is_counted(home: Path, capsys: pytest.CaptureFixture):
@@ -122,6 +168,10 @@ def test_a_twentieth_is_for_validation_and_a_conversion_is_made_once(home: Path,
     [
         (dict(terminals=None), "no array 'terminals': D4RL's layout needs observations, actions, terminals"),
         (dict(observations=np.zeros(9)), r"observations in .* must be a 2-D array of numbers with 9 rows"),
+        (dict(terminals=np.full(9, np.nan)), r"terminals in .* must be 0 or 1 everywhere"),
+        (dict(timeouts=np.full(9, 2)), r"timeouts in .* must be 0 or 1 everywhere"),
+        (dict(observations=np.full((9, 1), np.inf)), r"observations of trajectory 0 of rows are not finite"),
+        (dict(actions=np.full((9, 1), 1.2)), r"actions of trajectory 0 of rows leave \[-1\.0\] to \[1\.0\]"),
         (dict(timeouts=np.zeros(8)), r"timeouts in .* must be a 1-D array of numbers with 9 rows"),
         (dict(terminals=np.full(9, b"no")), r"terminals in .* must be a 1-D array of numbers"),
         (dict(next_observations=np.zeros((9, 1, 1))), r"next_observations in .* must be a 2-D array"),
@@ -190,6 +240,17 @@ def test_minari_keeps_every_transition(home: Path):
     assert info["source"] == "minari" and info["name"] == path.name
 
 
+def test_an_environment_of_other_settings_is_said(home: Path, capsys: pytest.CaptureFixture):
+    spec = gymnasium.make("Pendulum-v1", g=5.0, max_episode_steps=50).spec
+    make("toy/slow-v0", [buffer(np.arange(4), True)], env=spec)
+    foreign.converted(Path("minari:toy/slow-v0"), "Pendulum-v1")
+    said = capsys.readouterr().out
+    assert "made in Pendulum-v1 with kwargs {'g': 5.0}, and evaluated in the one with {}" in said
+    assert "made in Pendulum-v1 with max_episode_steps 50, and evaluated in the one with 200" in said
+    assert foreign.environment_of("cube-double-play", Path("minari:toy/slow-v0")) == "Pendulum-v1"
+    assert foreign.environment_of("mine", Path("minari:toy/slow-v0")) == "mine"
+
+
 def test_minaris_actions_and_dictionaries(home: Path):
     """Keys in alphabetical order, whatever the order in the environment; the range of the actions becomes [-1, 1]."""
     space = spaces.Dict(position=spaces.Box(-9, 9, (1, 2)), angle=spaces.Box(-9, 9, (1,)))
@@ -199,13 +260,15 @@ def test_minaris_actions_and_dictionaries(home: Path):
     make("toy/dict-v0", [buffer(np.arange(4), True, observed)], space, action_space=action_space)
     data = files.load_trajectories(foreign.converted(Path("minari:toy/dict-v0"), "robot"), env="robot", tasks=(0,))
     np.testing.assert_array_equal(data.observations[2], [102.0, 2.0, 12.0])
-    np.testing.assert_allclose(data.actions[:, 0], [-1.0, -0.95, -0.9, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(data.actions[:, 0], [-1.0, -0.95, -0.9, -0.9], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("space", "says"),
     [
         (dict(action_space=spaces.Discrete(3)), "actions of the kind Discrete"),
+        (dict(action_space=spaces.Box(0, 9, (1,), np.int32)), "actions that are no bounded vector"),
+        (dict(action_space=spaces.Box(np.array([-1, 0]), np.array([1, 0]))), "actions that are no bounded vector"),
         (dict(action_space=spaces.Box(-1, 1, (1, 2))), "actions that are no bounded vector"),
         (dict(action_space=spaces.Box(-np.inf, np.inf, (1,))), "actions that are no bounded vector"),
         (dict(observation_space=spaces.Discrete(3)), "observations with the kind Discrete"),

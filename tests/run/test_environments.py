@@ -17,6 +17,7 @@ from common import environments
 from common.errors import UserError
 from common.evaluation import score, score_text, summarise
 from common.files import read_csv
+from tests.helpers import tiny_dataset
 
 
 class Line(gymnasium.Env):
@@ -87,7 +88,14 @@ def test_an_environment_of_other_sizes_than_the_data():
 
 
 @pytest.mark.parametrize(
-    ("info", "success"), [(dict(success=True), 1.0), (dict(is_success=0.0), 0.0), (dict(distance=3.0), np.nan)]
+    ("info", "success"),
+    [
+        (dict(success=True), 1.0),
+        (dict(is_success=0.0), 0.0),
+        (dict(distance=3.0), np.nan),
+        (dict(success=None), np.nan),
+        (dict(success=np.array([True, False])), 0.0),
+    ],
 )
 def test_what_is_said_of_success(info: dict[str, Any], success: float):
     assert environments.reported_success(info) == pytest.approx(success, nan_ok=True)
@@ -97,6 +105,7 @@ def test_reference_scores_are_d4rls():
     assert environments.reference_scores("Hopper-v5") == (-20.272305, 3234.3)
     assert environments.reference_scores("gymnasium:HalfCheetah-v4") == (-280.178953, 12135.0)
     assert environments.reference_scores("Pendulum-v1") is None
+    assert environments.reference_scores("mine:Ant-Custom-v0") is None
 
 
 def test_without_success_returns_are_summarised():
@@ -139,3 +148,34 @@ def test_a_file_of_d4rl_is_trained_on_and_evaluated_in_its_environment(
     assert {path.name for path in Path("runs/Pendulum-v1").glob("*/*.png")} == {
         *("training.png", "evaluation.png", "sweep.png")
     }
+
+
+def test_an_environment_that_does_not_exist_is_found_out_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With own data: a name that looks like one of Gymnasium's is one, or a mistake; any other is only a name."""
+    monkeypatch.chdir(tmp_path)
+    tiny_dataset(tmp_path / "data.npz")
+    tiny = dict(dataset=Path("data.npz"), steps=2, steps_per_call=2, width=8, depth=2, batch_size=4)
+    for env in ("Pendulm-v1", "robot"):
+        evor_bc.main(evor_bc.Args(env=env, **tiny))
+    with pytest.raises(UserError, match=r"Gymnasium has no Pendulm-v1: .* or pass --eval-episodes 0"):
+        evor_value.main(evor_value.Args(env="Pendulm-v1", **tiny))
+    assert not (tmp_path / "runs/Pendulm-v1/value/model.eqx").exists()
+    evor_value.main(evor_value.Args(env="robot", num_next_actions=1, **tiny))
+    with pytest.raises(
+        UserError, match=r"Pendulum-v1 has 3 numbers in an observation and 1 in an action, and the data"
+    ):
+        evor_value.main(evor_value.Args(env="Pendulum-v1", policy_run_dir=Path("runs/robot"), **tiny))
+
+
+@pytest.mark.parametrize("gym_id", ["Hopper-v2", "ALE/Nothing-v5"])
+def test_an_environment_that_cannot_be_made(gym_id: str):
+    with pytest.raises(UserError, match=rf"{gym_id} cannot be made"):
+        environments.make_env(gym_id)
+
+
+def test_one_that_speaks_only_of_success_is_taken_at_its_word():
+    """NaN is a failure where any episode succeeded, in other rows and other groups too."""
+    rows = [dict(num_actions=1, success=np.nan, total=1.0, length=2)] * 2
+    rows += [dict(num_actions=4, success=success, total=1.0, length=2) for success in (1.0, np.nan)]
+    assert [row["success"] for row in summarise(rows, ("num_actions",))] == [0.0, 0.5]
+    assert "return" in summarise(rows[:2], ("num_actions",))[0]

@@ -22,10 +22,11 @@ from common.errors import UserError
 from common.networks import CriticSpec, PolicySpec
 from tests.processes import ROOT
 
-EPISODES = """env,task,seed,num_actions,success,length,total
-robot,2,0,1,0.0,5,-5.0
-robot,2,0,4,1.0,5,-5.0
-robot,2,0,4,0.0,9,-9.0
+EPISODES = """env,task,seed,step,num_actions,success,length,total
+robot,2,0,10,4,0.0,5,-5.0
+robot,2,0,20,1,0.0,5,-5.0
+robot,2,0,20,4,1.0,5,-5.0
+robot,2,0,20,4,0.0,9,-9.0
 """
 
 
@@ -132,7 +133,8 @@ def test_an_agent_goes_to_the_hub_and_comes_back(run: Path, hub: dict[str, str])
 
 def test_the_card_says_what_it_is_on_what_data_how_good_and_how_to_load_it(run: Path, hub: dict[str, str]):
     header = checkpoint.read_header(run / "value" / "model.eqx", stage="value", remedy="")
-    text = publish.card(header, publish.read_episodes(run / "value" / "evaluation.csv"), "me/robot")
+    episodes = publish.last_episodes(run / "value")
+    text = publish.card(header, episodes, "me/robot")
     for part in (
         "# EVOR on robot",
         f"Data: rows.npz (source: minari), SHA-256 `{'c' * 64}`",

@@ -87,3 +87,14 @@ def test_tensorboard_has_the_numbers_of_the_file(tmp_path: Path):
     assert events() == {"bc/task/seed0/loss": [(1, 0.125), (2, 0.25), (3, 0.375)]}
     log([1], anew=True)
     assert events() == {"bc/task/seed0/loss": [(1, 0.125)]}
+
+
+def test_a_tracker_that_fails_costs_no_run(tmp_path: Path, capsys: pytest.CaptureFixture):
+    def log(values: dict, *, step: int) -> None:
+        raise ConnectionError("no network")
+
+    metrics = Metrics(tmp_path / "metrics.csv", stage="bc", env="toy", track=types.SimpleNamespace(log=log))
+    for step in (1, 2):
+        metrics.log(step, [("", 0)], {"loss": [0.5]})
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 3
+    assert capsys.readouterr().err.count("--track failed and is left out from here on (no network)") == 1
