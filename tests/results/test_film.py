@@ -45,8 +45,8 @@ def test_a_frame_for_every_second_step_and_one_decision_a_chunk(tmp_path: Path):
         asked.append((float(observation[0]), step))
         return np.zeros((3, 1)), np.linspace(-9, -1, 50), np.array([-5.0, -4.0])
 
-    success = film.record(env, decide, tmp_path / "films" / "a.gif", seed=0, bounds=(-10.0, 0.0), title="a toy")
-    assert success == 1.0 and asked == [(0.0, 0), (3.0, 3), (6.0, 6)] and env.drawn == [0, 2, 4, 6, 7]
+    how = film.record(env, decide, tmp_path / "films" / "a.gif", seed=0, bounds=(-10.0, 0.0), title="a toy")
+    assert how == "solved" and asked == [(0.0, 0), (3.0, 3), (6.0, 6)] and env.drawn == [0, 2, 4, 6, 7]
     with Image.open(tmp_path / "films" / "a.gif") as found:
         # Four, and the last one for a second; Pillow may join equal ones.
         assert 5 <= found.n_frames <= 19 and found.size == (512, 256)
