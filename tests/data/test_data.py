@@ -171,7 +171,7 @@ def test_read_arrays_skips_what_is_not_needed(tmp_path: Path, key: str):
 
 
 def test_read_arrays_ignores_arrays_it_does_not_know(tmp_path: Path):
-    path = write(tmp_path / "data.npz", next_observations=np.array([None]), qvel=np.full(3, np.nan))
+    path = write(tmp_path / "data.npz", infos=np.array([None]), qvel=np.full(3, np.nan))
     assert files.read_arrays(path).keys() == {"observations", "actions", "terminals", "rewards", "masks"}
 
 
