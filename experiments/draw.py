@@ -54,7 +54,15 @@ DRAWN: dict[str, ModuleType] = {
     **dict.fromkeys(
         [
             f"axis_temperatures/{part}"
-            for part in ("double", "single", "single_absolute", "single_data", "scene_data", "double_data")
+            for part in (
+                "double",
+                "single",
+                "single_absolute",
+                "single_data",
+                "scene_data",
+                "double_data",
+                "double_data_tau_r",
+            )
         ],
         sweeps,
     ),
