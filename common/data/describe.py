@@ -129,16 +129,20 @@ def print_summary(
             what = f"of an episode, undiscounted, {totals.mean():.4g} on average and {totals.max():.4g} at best; "
             what += f"{ever:,} of {episodes:,} episodes ended by a mask of 0"
         print(f"  {label}: returns within [{bounds[i, 0]:.4g}, {bounds[i, 1]:.4g}] at discount {discount}; {what}")
-        rewards, last = trajectories.rewards[i, ~terminals], trajectories.rewards[i, terminals]
-        unused = (last < rewards.min()) | (last > rewards.max())
-        unused |= (trajectories.masks[i, terminals] == 0) & (ever == 0)
-        if unused.any():
+        if unused := _unused(trajectories, i):
             print(
-                f"  WARNING: {label}: {unused.sum():,} last rows have rewards or masks that no other row has. A last "
-                f"row is no transition: they are not used. Append the final observation as one more row."
+                f"  WARNING: {label}: {unused:,} last rows have rewards or masks that no other row has. A last row is "
+                f"no transition: they are not used. Append the final observation as one more row."
             )
         elif ever == 0 and (task or np.ptp(trajectories.rewards[i, ~terminals]) == 0):
             print(f"  WARNING: {label} is never solved in this data: its rewards cannot tell actions apart.")
+
+
+def _unused(trajectories: files.Trajectories, task: int) -> int:
+    """Last rows, which are no transitions, whose reward or mask no transition has."""
+    last, rewards, masks = trajectories.terminals, trajectories.rewards[task], trajectories.masks[task]
+    beyond = (rewards[last] < rewards[~last].min()) | (rewards[last] > rewards[~last].max())
+    return int((beyond | ((masks[last] == 0) & (masks[~last] != 0).all())).sum())
 
 
 def episode_lengths(terminals: np.ndarray) -> Int[np.ndarray, " episodes"]:
