@@ -60,7 +60,7 @@ from common.networks import (
     stratified_normal,
 )
 from common.publish import HUB, from_hub
-from common.replicas import in_blocks, over_replicas
+from common.replicas import check_devices, in_blocks, over_replicas
 from common.returns import ReturnAxis, blank_axis
 from common.sweep import Sweep, sweep_folder
 
@@ -439,6 +439,7 @@ def load_agents(
     Raises:
         UserError: stage 2 is missing, or has not the tasks or seeds asked for.
     """
+    check_devices()
     path = run_dir / "value" / "model.eqx"
 
     def build(header):

@@ -151,8 +151,8 @@ class TrainArgs(Paths):
 
     # --- experiment ---
     env: str = unread(DEFAULT_ENV)
-    """OGBench dataset: a short name or a full id. With --dataset also any environment of Gymnasium (Id-v0, or
-    module:Id-v0), by default that of a Minari dataset, or only a name for the run."""
+    """OGBench dataset: a short name or a full id. With --dataset: an environment of Gymnasium (Id-v0, module:Id-v0; by
+    default the one of a Minari dataset), or any name for the run."""
     seeds: Count = unread(1)
     """Number of seeds, all trained in one program: base policies, or a reward model per task and seed."""
     first_seed: Seed = unread(0)

@@ -16,8 +16,7 @@ import tyro
 
 from common.errors import UserError
 
-NO_BACKEND, FULL = "Unable to initialize backend", "RESOURCE_EXHAUSTED"  # how errors of JAX begin
-SAID = (NO_BACKEND, FULL)
+FULL = "RESOURCE_EXHAUSTED"  # how JAX begins to say that memory ran out
 
 
 def parse_args(args_type: type, presets: Mapping[str, Mapping[str, Any]], argv: list[str] | None = None) -> Any:
@@ -56,7 +55,7 @@ def run_cli(main: Callable, args_type: type, presets: Mapping[str, Mapping[str, 
         exit_without_waiting(error.code)
         raise
     except (UserError, FloatingPointError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        if isinstance(error, RuntimeError) and not str(error).startswith(SAID) and not _is_lost(error):
+        if isinstance(error, RuntimeError) and not str(error).startswith(FULL) and not _is_lost(error):
             raise
         unread = _drop_unread_output() and isinstance(error, BrokenPipeError)
         code = 141 if unread else _report(error, debug=debug)
@@ -154,8 +153,6 @@ def sentence(error: BaseException) -> str:
     first = str(error).partition("\n")[0]
     if _is_lost(error):
         return f"another process of this run ended ({first}): see what it said; all of them go on with --resume."
-    if str(error).startswith(NO_BACKEND):
-        return f"JAX cannot start ({first}): install JAX for this accelerator, or change JAX_PLATFORMS."
     if isinstance(error, MemoryError | RuntimeError):
         return f"out of memory ({first}): use a smaller --batch-size, fewer --seeds or --num-next-actions."
     if not isinstance(error, OSError) or isinstance(error, UserError):

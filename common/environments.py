@@ -8,8 +8,8 @@ from unittest import mock
 import gymnasium
 import numpy as np
 
-from common.data.foreign import action_range, flat
 from common.data.names import check_env, import_ogbench, parse_env
+from common.data.spaces import action_range, flat
 from common.errors import UserError
 
 LONGEST = 10_000  # steps of an episode where neither the environment nor its registration says when it is cut
@@ -59,13 +59,7 @@ def make_env(gym_id: str, action_noise: float = 0.0, **settings: Any) -> gymnasi
     Raises:
         UserError: it cannot be made, or has other observations or actions than a network takes.
     """
-    import_ogbench()
-    try:
-        env = gymnasium.make(gym_id, **settings)
-    except (gymnasium.error.Error, ImportError) as error:
-        raise UserError(
-            f"{gym_id} cannot be made ({error}): install what it needs, or name another environment with --env."
-        ) from None
+    env = make_as_it_is(gym_id, **settings)
     if env.spec.max_episode_steps is None:
         env = gymnasium.wrappers.TimeLimit(env, LONGEST)
     low, high = action_range(env.action_space, gym_id)
@@ -82,6 +76,37 @@ def make_env(gym_id: str, action_noise: float = 0.0, **settings: Any) -> gymnasi
     return ActionNoise(env, action_noise) if action_noise else env
 
 
+def make_as_it_is(gym_id: str, **settings: Any) -> gymnasium.Env:
+    """`gymnasium.make`, with OGBench's environments and without a display.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    import_ogbench()
+    try:
+        return gymnasium.make(gym_id, **settings)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise UserError(
+            f"{gym_id} cannot be made ({error}): install what it needs, or name another environment with --env."
+        ) from None
+
+
+def is_registered(env: str) -> bool:
+    """Whether Gymnasium knows `Id-v0`, or `module:Id-v0` once the module is imported.
+
+    Raises:
+        UserError: the module cannot be imported.
+    """
+    import_ogbench()
+    module, _, gym_id = env.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+    except Exception as error:  # whatever it raises
+        raise UserError(f"--env {env}: {module} cannot be imported ({error!r}): check its name.") from None
+    return gym_id in gymnasium.registry
+
+
 def evaluation_id(env: str, task: int) -> str | None:
     """Gymnasium's id of the environment that an agent is evaluated in; None where there is none.
 
@@ -95,14 +120,7 @@ def evaluation_id(env: str, task: int) -> str | None:
     if task > 0:
         check_env(parse_env(env))
         return parse_env(env).gym_id(task)
-    import_ogbench()
-    module, _, gym_id = env.rpartition(":")
-    try:
-        if module:
-            importlib.import_module(module)
-    except Exception as error:  # whatever it raises
-        raise UserError(f"--env {env}: {module} cannot be imported ({error!r}): check its name.") from None
-    return env if gym_id in gymnasium.registry else None
+    return env if is_registered(env) else None
 
 
 def check_sizes(gym_id: str, observation: int, action: int) -> None:

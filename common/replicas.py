@@ -94,6 +94,22 @@ def join_hosts() -> None:
         ) from None
 
 
+def check_devices() -> None:
+    """Whether JAX has a device to compute on.
+
+    Raises:
+        UserError: it has none of the platforms that JAX_PLATFORMS asks for.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where the platform's package is missing too
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        why = str(error).partition("\n")[0] or "its package is not installed"
+        raise UserError(
+            f"JAX has no device for JAX_PLATFORMS={asked} ({why}): install JAX for it, or unset JAX_PLATFORMS."
+        ) from None
+
+
 def first_host_first(function: Callable[[], Any]) -> Any:
     """Calls `function` on every host, on the first one before the others: it may write files that they read."""
     if jax.process_count() == 1:

@@ -16,16 +16,17 @@ One that ended needs no such state: with a mask of 0 nothing looks at it.
 import contextlib
 import functools
 import hashlib
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 
-from common.data.names import DEFAULT_ENV, data_dir, import_ogbench, validation_path
+from common.data.names import DEFAULT_ENV, data_dir, validation_path
+from common.data.spaces import action_range, flat
+from common.environments import is_registered, make_as_it_is
 from common.errors import UserError
 from common.files import atomic, locked, read_json, record_sha256, sha256, write_json
 from common.progress import progress
@@ -177,41 +178,6 @@ def of_another_kind(spec: Any) -> Iterator[str]:
             yield f"  WARNING: made in {spec.id} with {name} {theirs!r}, and evaluated in the one with {ours!r}"
 
 
-def action_range(space: gymnasium.Space, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest action of a `Box`.
-
-    Raises:
-        UserError: the actions are discrete, or not bounded.
-    """
-    if not isinstance(space, gymnasium.spaces.Box):
-        raise UserError(
-            f"{name} has actions of the kind {type(space).__name__}: only continuous ones (Box) are learned."
-        )
-    whole = not np.issubdtype(space.dtype, np.floating)
-    if not space.is_bounded("both") or len(space.shape) != 1 or whole or (space.low >= space.high).any():
-        raise UserError(f"{name} has actions that are no bounded vector ({space}): they cannot be scaled to [-1, 1].")
-    return space.low, space.high
-
-
-def flat(space: gymnasium.Space, values: Any, name: str, *, batched: bool) -> Shaped[np.ndarray, "*rows observation"]:
-    """An observation as a vector of numbers, or `batched` ones as rows. Those of a dictionary come in the alphabetical
-    order of its keys, since a file keeps no other.
-
-    Raises:
-        UserError: they hold something else than numbers, or images.
-    """
-    if isinstance(space, gymnasium.spaces.Dict):
-        parts = [flat(part, values[key], name, batched=batched) for key, part in sorted(space.spaces.items())]
-        return np.concatenate(parts, axis=-1)
-    if isinstance(space, gymnasium.spaces.Tuple):
-        parts = [flat(part, values[i], name, batched=batched) for i, part in enumerate(space.spaces)]
-        return np.concatenate(parts, axis=-1)
-    if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) > 2:
-        what = "images" if isinstance(space, gymnasium.spaces.Box) else f"the kind {type(space).__name__}"
-        raise UserError(f"{name} has observations with {what}: only vectors of numbers are learned from.")
-    return np.reshape(values, (len(values), -1) if batched else -1)
-
-
 # --- D4RL --------------------------------------------------------------------------------------------------------
 
 NDIM = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1, "timeouts": 1, "next_observations": 2}
@@ -311,16 +277,9 @@ def read_d4rl(path: Path) -> dict[str, np.ndarray]:
 
 def _range_of_env(env: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Of the actions of a Gymnasium environment; [-1, 1] if there is none of this name."""
-    import_ogbench()  # MuJoCo without a display
-    module, _, name = env.rpartition(":")
-    with contextlib.suppress(ImportError):
-        importlib.import_module(module) if module else None
-    if name not in gymnasium.registry:
+    if not is_registered(env):
         return -np.ones(size), np.ones(size)
-    try:
-        made = gymnasium.make(env)
-    except Exception as error:  # of the environment, or of a package that is missing
-        raise UserError(f"--env {env} cannot be made ({error}): install what it needs, or name another one.") from None
+    made = make_as_it_is(env)
     low, high = action_range(made.action_space, env)
     made.close()
     if len(low) != size:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import errno
 import gc
+import importlib.util
 import inspect
 import io
 import os
@@ -121,9 +122,6 @@ def test_run_cli_says_a_mistake_in_the_presets_too(monkeypatch: pytest.MonkeyPat
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"), 2,
          "out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.): use a smaller --batch-size, fewer "
          "--seeds or --num-next-actions."),
-        (RuntimeError("Unable to initialize backend 'cuda': no GPU was found."), 2,
-         "JAX cannot start (Unable to initialize backend 'cuda': no GPU was found.): install "
-         "JAX for this accelerator, or change JAX_PLATFORMS."),
         (FloatingPointError("loss is not finite."), 1, "loss is not finite."),
         (UserError("wrong: mend it."), 2, "wrong: mend it."),
     ],
@@ -280,6 +278,21 @@ def test_nobody_reads_what_is_printed(
     os.close(writer)
     assert done.returncode == (141 if unbuffered else code)
     assert both or done.stderr == ("" if unbuffered else said)
+
+
+NO_CUDA = (
+    importlib.util.find_spec("jax_cuda12_plugin") is None and importlib.util.find_spec("jax_cuda13_plugin") is None
+)
+
+
+@pytest.mark.parametrize("platform", ["no_such_platform", *["cuda"] * NO_CUDA])
+@pytest.mark.parametrize("script", ["evor_bc.py", "evor_infer.py"])
+def test_an_accelerator_that_is_not_there(script: str, platform: str, tmp_path: Path):
+    """The real command line, with the real JAX."""
+    settings = dict(capture_output=True, text=True, cwd=tmp_path, env=os.environ | dict(JAX_PLATFORMS=platform))
+    done = subprocess.run([sys.executable, str(ROOT / script)], **settings)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"error: JAX has no device for JAX_PLATFORMS={platform} (" in done.stderr
 
 
 def test_a_name_that_the_terminal_cannot_show():

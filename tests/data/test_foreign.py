@@ -15,7 +15,9 @@ from minari.data_collector import EpisodeBuffer
 import evor_bc
 from common.data import download, files, foreign, transitions
 from common.data.names import validation_path
+from common.data.spaces import action_range, flat
 from common.errors import UserError
+from experiments import gym_data
 
 
 @pytest.fixture(autouse=True)
@@ -279,8 +281,8 @@ def test_minari_spaces_that_no_network_here_takes(space: dict[str, spaces.Space]
     actions = space.get("action_space", spaces.Box(-1, 1, (1,)))
     observations = space.get("observation_space", spaces.Box(-1, 1, (1,)))
     with pytest.raises(UserError, match=says):
-        foreign.action_range(actions, "toy")
-        foreign.flat(observations, np.zeros((2, *observations.shape)), "toy", batched=True)
+        action_range(actions, "toy")
+        flat(observations, np.zeros((2, *observations.shape)), "toy", batched=True)
 
 
 def test_a_minari_dataset_that_is_nowhere(monkeypatch: pytest.MonkeyPatch):
@@ -301,7 +303,32 @@ def test_minari_is_optional(monkeypatch: pytest.MonkeyPatch):
 def test_nested_observations_as_rows():
     space = spaces.Dict(b=spaces.Box(0, 1, (2,)), a=spaces.Tuple([spaces.Box(0, 1, (1,)), spaces.Box(0, 1, (1, 2))]))
     values = dict(b=np.array([[4, 5], [14, 15]]), a=(np.array([[1], [11]]), np.array([[[2, 3]], [[12, 13]]])))
-    rows = foreign.flat(space, values, "toy", batched=True)
+    rows = flat(space, values, "toy", batched=True)
     np.testing.assert_array_equal(rows, [[1, 2, 3, 4, 5], [11, 12, 13, 14, 15]])
     one = dict(b=np.array([4, 5]), a=(np.array([1]), np.array([[2, 3]])))
-    np.testing.assert_array_equal(foreign.flat(space, one, "toy", batched=False), [1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(flat(space, one, "toy", batched=False), [1, 2, 3, 4, 5])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of what a description could say
+def test_the_dataset_of_pendulum(home: Path):
+    """The controller alone brings the pole up and holds it, mostly at more than -300, where one that does nothing gets
+    less than -800. A dataset is made once, and is the one that `--dataset minari:evor/pendulum-v0` names."""
+    env, totals = gymnasium.make("Pendulum-v1"), []
+    for seed in range(5):
+        observation, total, done = env.reset(seed=seed)[0], 0.0, False
+        while not done:
+            torque = np.clip([gym_data.pendulum_torque(observation)], -2, 2).astype(np.float32)
+            observation, reward, _, done, _ = env.step(torque)
+            total += reward
+        totals.append(total)
+    assert np.median(totals) > -300
+    args = gym_data.Args(episodes=20, out=home / "made.json")
+    made = gym_data.main(args)
+    low, _, middle, _, high = made["return_quantiles"]
+    assert made["episodes"] == 20 and -1_900 < low < middle < high < 0 and high > -400
+    data = files.load_trajectories(
+        foreign.converted(Path(f"minari:{made['dataset']}"), "Pendulum-v1"), env="", tasks=(0,)
+    )
+    assert data.observations.shape == (19 * 201, 3) and abs(data.actions).max() == 1.0 and (data.masks == 1).all()
+    with pytest.raises(UserError, match="evor/pendulum-v0 stands already"):
+        gym_data.main(args)

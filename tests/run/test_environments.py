@@ -17,6 +17,8 @@ from common import environments
 from common.errors import UserError
 from common.evaluation import score, score_text, summarise
 from common.files import read_csv
+from experiments import returns
+from experiments.rows import Place
 from tests.helpers import tiny_dataset
 
 
@@ -141,6 +143,14 @@ def test_a_file_of_d4rl_is_trained_on_and_evaluated_in_its_environment(
     assert f"best of 2            {score_text(best, 1)} of 2 episodes" in said
     metrics = read_csv(Path("runs/Pendulum-v1/value/metrics.csv"))
     assert [float(row["value"]) for row in metrics if row["metric"] == "return"] == [best["return"]]
+    (rows,) = returns.gather_all([Path("runs/Pendulum-v1")])
+    assert rows.groupby("policy", sort=False).size().to_dict() == {
+        "behaviour": 2, "base policy alone": 2, "`shared-noise`, best of 2": 2
+    }  # fmt: skip
+    behaviour = rows[rows["policy"] == "behaviour"]["total"].astype(float)  # each lost its last transition
+    np.testing.assert_allclose(behaviour, arrays["rewards"].reshape(2, 20)[:, :-1].sum(axis=1), rtol=1e-5)
+    table = returns.draw([rows], Place(tmp_path, "beyond-ogbench", tmp_path))
+    assert f"| Pendulum-v1 | `shared-noise`, best of 2 | {best['return']:.0f} [" in table
     sweep = dict(num_actions=(1, 2), num_returns=(2,), flow_steps=1, eval_episodes=2, workers=1)
     again = evor_infer.main(evor_infer.Args(env="Pendulum-v1", **sweep))
     assert [row["return"] for row in again] == pytest.approx([alone["return"], best["return"]])
