@@ -311,8 +311,8 @@ def test_nested_observations_as_rows():
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of what a description could say
 def test_the_dataset_of_pendulum(home: Path):
-    """The controller alone brings the pole up and holds it, mostly at more than -300, where one that does nothing gets
-    less than -800. A dataset is made once, and is the one that `--dataset minari:evor/pendulum-v0` names."""
+    """The controller alone brings the pole up and holds it, mostly at more than -300. A dataset is made once, and is the
+    one that `--dataset minari:evor/pendulum-v0` names."""
     env, totals = gymnasium.make("Pendulum-v1"), []
     for seed in range(5):
         observation, total, done = env.reset(seed=seed)[0], 0.0, False
