@@ -136,6 +136,8 @@ class Args:
     run_dir: Path | None = None
     policy_run_dir: Path | None = None
 
+    name = "nowhere"  # of the run
+
     @property
     def directory(self) -> Path:
         return self.run_dir
