@@ -42,7 +42,7 @@ from common import checkpoint, film
 from common.args import Count, Paths, Seed, at_least, check, each, not_negative
 from common.cli import run_cli
 from common.data.names import default_run_dir, run_name
-from common.environments import evaluation_id
+from common.environments import evaluation_id, settings_of
 from common.episodes import Episodes
 from common.errors import UserError
 from common.evaluation import play, reference_of
@@ -504,17 +504,18 @@ def main(args: Args) -> list[dict[str, Any]]:
     header, pairs, gym_ids, agents = open_run(args)
     played = dict(pairs=pairs, seed=args.eval_seed, reference=reference_of(header["data"], gym_ids[0]))
     sweep = Sweep(args, header, settings=[field.name for field in dataclasses.fields(Extraction)])
-    filmed = film.open_env(gym_ids[0], args.action_noise[-1]) if args.video is not None else None
-    in_common = dict(num_episodes=args.eval_episodes, horizon=agents.horizon, seed=args.eval_seed)
+    settings = settings_of(header["data"], gym_ids[0])
+    filmed = film.open_env(gym_ids[0], args.action_noise[-1], **settings) if args.video is not None else None
+    in_common = dict(num_episodes=args.eval_episodes, horizon=agents.horizon, seed=args.eval_seed, settings=settings)
     for noise in dict.fromkeys(args.action_noise):
         with Episodes(gym_ids, **in_common, action_noise=noise, workers=args.workers) as episodes:
-            for settings in combinations(args):
-                sweep.add(play(agents, episodes, settings, **played, action_noise=noise))
+            for extraction in combinations(args):
+                sweep.add(play(agents, episodes, extraction, **played, action_noise=noise))
     summary = sweep.finish()
     if filmed is not None:
         of_task = f", task {pairs[0][0]}" if pairs[0][0] else ""
-        title = f"{header['env']}{of_task}, best of {settings.num_actions}"
-        film.film_episode(first_of(agents), settings, filmed, args.video, seed=args.eval_seed, title=title)
+        title = f"{header['env']}{of_task}, best of {extraction.num_actions}"
+        film.film_episode(first_of(agents), extraction, filmed, args.video, seed=args.eval_seed, title=title)
     return summary
 
 

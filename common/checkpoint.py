@@ -137,7 +137,13 @@ def _makes_sense(field: str, value: Any, stage: str) -> bool:
         ignored = value.get("ignore_observations", []) if isinstance(value, dict) else None
         return isinstance(ignored, list) and all(type(i) is int for i in ignored) and type(value.get("steps")) is int
     if field == "data" and stage in REQUIRED:
-        return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("name", "source", "sha256"))
+        names = ("name", "source", "sha256")
+        settings = value.get("settings", {}) if isinstance(value, dict) else None
+        return (
+            isinstance(settings, dict)
+            and all(isinstance(value.get(key), str) for key in names)
+            and (all(isinstance(of_env, dict) for of_env in settings.values()))
+        )
     return isinstance(value, KINDS.get(field, object))
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
@@ -123,13 +124,22 @@ def evaluation_id(env: str, task: int) -> str | None:
     return env if is_registered(env) else None
 
 
-def check_sizes(gym_id: str, observation: int, action: int) -> None:
+def settings_of(info: Mapping[str, Any], gym_id: str) -> dict[str, Any]:
+    """What `make_env` is told beyond the id: a Minari dataset may bring settings of its environment.
+
+    Args:
+        info: what a checkpoint's header, or `common.data.download.describe`, says of the data.
+    """
+    return dict(info.get("settings", {}).get(gym_id.rpartition(":")[2], {}))
+
+
+def check_sizes(gym_id: str, settings: Mapping[str, Any], observation: int, action: int) -> None:
     """Whether an environment fits the data; says how its actions are scaled.
 
     Raises:
         UserError: its observations or actions have other sizes.
     """
-    env = make_env(gym_id)
+    env = make_env(gym_id, **settings)
     sizes, inner = (env.observation_space.shape[0], env.action_space.shape[0]), env.unwrapped.action_space
     env.close()
     if (inner.low != -1).any() or (inner.high != 1).any():

@@ -16,7 +16,7 @@ import multiprocessing
 import multiprocessing.connection
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -55,7 +55,7 @@ class EpisodeRunner(gymnasium.Env):
         num_episodes: int,
         horizon: int,
         seed: int,
-        action_noise: float = 0.0,
+        make: Callable[[str], gymnasium.Env] = make_env,
         probe: Callable[[dict[str, Any]], float] | None = None,
     ):
         """`slots` are this process' environments of each replica; slot s runs the episodes s, s + num_slots, ..."""
@@ -63,9 +63,9 @@ class EpisodeRunner(gymnasium.Env):
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
         self.gym_ids, self.slots, self.num_slots = gym_ids, slots, num_slots
         self.num_episodes, self.horizon, self.seed, self.probe = num_episodes, horizon, seed, probe
-        self.action_noise = action_noise
+        self.make = make
         self.envs: list[list[gymnasium.Env]] = []
-        first = make_env(gym_ids[0])
+        first = make(gym_ids[0])
         shape = (len(gym_ids), len(slots))
         box = gymnasium.spaces.Box
         self.observation_space = gymnasium.spaces.Dict(
@@ -79,7 +79,7 @@ class EpisodeRunner(gymnasium.Env):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         if not self.envs:
-            self.envs = [[make_env(gym_id, self.action_noise) for _ in self.slots] for gym_id in self.gym_ids]
+            self.envs = [[self.make(gym_id) for _ in self.slots] for gym_id in self.gym_ids]
             trim_memory()
         self.results: list[dict[str, Any]] = []  # one per episode begun, in the order they began
         self.records = [[{} for _ in envs] for envs in self.envs]  # the one that each environment is filling in
@@ -141,6 +141,7 @@ class Episodes:
         horizon: int = 1,
         seed: int = 0,
         action_noise: float = 0.0,
+        settings: Mapping[str, Any] | None = None,
         workers: int | None = None,
         probe: Callable[[dict[str, Any]], float] | None = None,
     ):
@@ -151,6 +152,7 @@ class Episodes:
             horizon: actions per decision, executed open loop.
             seed: seed of the initial states.
             action_noise: standard deviation of the Gaussian noise in the executed actions, which are in [-1, 1].
+            settings: of `make_env`, beyond the id.
             workers: processes; one per core by default.
             probe: a function of a step's `info`, summed over each episode; importable, since it goes to the workers.
 
@@ -166,13 +168,13 @@ class Episodes:
         self.num_replicas, self.num_episodes = len(gym_ids), num_episodes
         per_worker = math.ceil(num_episodes / workers)
         per_worker = max(1, min(per_worker, ENVIRONMENTS // (len(gym_ids) * workers)))
-        settings = dict(num_slots=workers * per_worker, num_episodes=num_episodes, horizon=horizon, seed=seed)
-        settings |= dict(action_noise=action_noise, probe=probe)
+        in_common = dict(num_slots=workers * per_worker, num_episodes=num_episodes, horizon=horizon, seed=seed)
+        in_common |= dict(make=functools.partial(make_env, action_noise=action_noise, **settings or {}), probe=probe)
         with self._reporting_deaths():
             self.vector = gymnasium.vector.AsyncVectorEnv(
                 [
                     functools.partial(
-                        EpisodeRunner, tuple(gym_ids), range(w * per_worker, (w + 1) * per_worker), **settings
+                        EpisodeRunner, tuple(gym_ids), range(w * per_worker, (w + 1) * per_worker), **in_common
                     )
                     for w in range(workers)
                 ],

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from common import figures
 from common.data import transitions
-from common.environments import reference_scores
+from common.environments import reference_scores, settings_of
 from common.episodes import Episodes
 from common.files import read_csv, write_csv
 from common.metrics import CALIBRATED
@@ -257,7 +257,8 @@ class Evaluation:
         gym_ids = [self.problem.gym_ids[self.problem.tasks.index(task)] for task, _ in self.pairs]
         columns = dict(env=self.args.name, data_source=self.problem.info["source"], step=self.run.step)
         reference, rows = reference_of(self.problem.info, gym_ids[0]), []
-        with Episodes(gym_ids, num_episodes=self.args.eval_episodes, horizon=self.args.horizon) as episodes:
+        in_common = dict(num_episodes=self.args.eval_episodes, horizon=self.args.horizon)
+        with Episodes(gym_ids, **in_common, settings=settings_of(self.problem.info, gym_ids[0])) as episodes:
             for settings in sweep:
                 played = play(agents, episodes, settings, pairs=self.pairs, seed=0, reference=reference)
                 rows += [columns | row for row in played]

@@ -51,17 +51,17 @@ def prepare(path: Path) -> None:
     make_writer(path)
 
 
-def open_env(gym_id: str, action_noise: float = 0.0) -> gymnasium.Env:
-    """An environment that can draw itself, with noise in its actions if asked for.
+def open_env(gym_id: str, action_noise: float = 0.0, **settings: Any) -> gymnasium.Env:
+    """An environment that can draw itself, with noise in its actions if asked for, and `settings` of its own.
 
     Raises:
         UserError: it cannot.
     """
     try:
         try:
-            env = make_env(gym_id, action_noise, render_mode="rgb_array", width=SIZE, height=SIZE)
+            env = make_env(gym_id, action_noise, render_mode="rgb_array", width=SIZE, height=SIZE, **settings)
         except TypeError:  # not of MuJoCo: it has a size of its own
-            env = make_env(gym_id, action_noise, render_mode="rgb_array")
+            env = make_env(gym_id, action_noise, render_mode="rgb_array", **settings)
         env.reset(seed=0)
         env.render()
     except Exception as error:  # a graphics library that fails raises any kind

@@ -20,7 +20,7 @@ from common.data import describe, download, files, transitions
 from common.data.files import Trajectories
 from common.data.foreign import is_minari
 from common.data.names import GYM_ID, parse_env, validation_path
-from common.environments import check_sizes, evaluation_id
+from common.environments import check_sizes, evaluation_id, settings_of
 from common.errors import UserError
 from common.networks import FlowPolicy, Sizes, Standardizer
 from common.replicas import copy_to_devices, first_host_first, spread
@@ -224,7 +224,8 @@ class ValueProblem(Problem):
                 )
             print(f"  not to be evaluated: Gymnasium has no {args.environment}")
         elif args.eval_episodes:
-            check_sizes(self.gym_ids[0], trajectories.observations.shape[1], trajectories.actions.shape[1])
+            settings = settings_of(self.info, self.gym_ids[0])
+            check_sizes(self.gym_ids[0], settings, trajectories.observations.shape[1], trajectories.actions.shape[1])
         held_out = validation_path(first)
         self.validation = self._parse(held_out) if held_out.is_file() else None
         describe.print_summary(
@@ -295,6 +296,7 @@ class ValueProblem(Problem):
         base = None if self.base is None else self.base.path.parent.parent.resolve()
         return super().header() | dict(
             replicas=self.pairs,
+            method=self.args.method,
             return_axis=self.args.axis_kind,
             policy_run_dir=base,
             policy_sha256="" if self.base is None else self.base.sha256,

@@ -68,7 +68,10 @@ def card(header: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]], repos
     best = [row for row in episodes if row["num_actions"] == args["num_actions"]]
     scores = [f"| {row['task'] or ''} | {score_text(row)} | {row['episodes']} |" for row in summarise(best, ("task",))]
     table = ["| task | best of {} actions | episodes |".format(args["num_actions"]), "|---|---|---|", *scores]
-    method = args.get("critic") if args.get("critic") in ("scalar", "c51", "qr") else args.get("td_target", "")
+    method = header.get("method", args.get("td_target"))
+    source = f"source: {data['source']}"
+    if "converted_from" in data:
+        source = f"converted from {'minari:' if data['source'] == 'minari' else ''}{data['converted_from']}"
     tasks, seeds = (sorted({pair[i] for pair in header["replicas"]}) for i in (0, 1))
     return "\n".join(
         [
@@ -79,7 +82,7 @@ def card(header: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]], repos
             "",
             "A flow-matching policy and a critic of the law of the reward-to-go, of EVOR (arXiv 2510.08218).",
             "",
-            f"- Data: {data['name']} (source: {data['source']}), SHA-256 `{data['sha256']}`.",
+            f"- Data: {data['name']} ({source}), SHA-256 `{data['sha256']}`.",
             f"- Critic: {method}, {args['steps']:,} gradient steps, next action `{args['next_action']}`, "
             f"discount {args['discount']}, chunks of {header['horizon']} actions.",
             f"- Tasks {tasks}, seeds {seeds}; revision {header.get('git_revision') or 'unknown'} of the code.",

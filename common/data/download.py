@@ -370,8 +370,10 @@ def describe(path: Path, source: str) -> dict[str, Any]:
                 _compare_with_first_use(file, source)
     info = {"name": path.name, "source": source, "sha256": sha256(path)}
     about = read_json(path.with_suffix(".json")) if source in ("minari", "d4rl") else None
-    reference = (about or {}).get("reference")
-    return info | ({"reference": reference} if reference else {})
+    if about is None:
+        return info
+    kept = {key: about[key] for key in ("reference", "settings") if about.get(key)}
+    return info | {"converted_from": about["name"]} | kept
 
 
 def _compare_with_first_use(path: Path, source: str) -> None:

@@ -16,7 +16,7 @@ One that ended needs no such state: with a mask of 0 nothing looks at it.
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from common.progress import progress
 MINARI = "minari:"
 HDF5 = (".hdf5", ".h5")
 VALIDATION = 20  # each twentieth trajectory is kept for the comparison with Monte-Carlo returns
-VERSION = 4  # of what is made of a source
+VERSION = 5  # of what is made of a source
 ALIASES = {"truncations": "timeouts", "terminations": "terminals"}  # Gymnasium's names
 SIGNS = {"timeouts", "next_observations", *ALIASES}  # arrays that OGBench's layout does not have
 
@@ -61,6 +61,7 @@ class Source(NamedTuple):
     says: tuple[str, ...] = ()
     rewarded: bool = True  # False: the data have no rewards, for behaviour cloning alone
     reference: tuple[float, float] | None = None  # returns of a random and of an expert policy
+    settings: Mapping[str, Any] = {}  # of `gymnasium.make`, where they are not those of the id
 
 
 def is_minari(dataset: Path | None) -> bool:
@@ -84,8 +85,8 @@ def environment_of(env: str, dataset: Path | None) -> str:
 
 @functools.cache
 def minari_env(name: str) -> str:
-    with open_minari(name) as source:
-        return source.env
+    spec = evaluated_in(load_minari(name))
+    return "" if spec is None else spec.id
 
 
 def is_foreign(dataset: Path) -> bool:
@@ -130,24 +131,33 @@ def converted(dataset: Path, env: str) -> Path:
 # --- Minari ------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def open_minari(name: str) -> Iterator[Source]:
-    """A Minari dataset, found locally or downloaded.
+def load_minari(name: str) -> Any:
+    """Minari's object of a dataset, found locally or downloaded.
 
     Raises:
-        UserError: it is neither here nor there, or its observations or actions are none that a network takes.
+        UserError: it is neither here nor there.
     """
     try:
         import minari
     except ImportError as error:
         raise UserError(f"--dataset {MINARI}{name} needs Minari ({error}): pip install 'minari[hdf5]'.") from None
     try:
-        dataset = minari.load_dataset(name, download=True)
+        return minari.load_dataset(name, download=True)
     except Exception as error:  # of the network, the host, the name or the files
         raise UserError(
             f"--dataset {MINARI}{name} is not in Minari's folder and cannot be downloaded ({error}): "
             f"`minari list local` and `minari list remote` show what there is."
         ) from None
+
+
+@contextlib.contextmanager
+def open_minari(name: str) -> Iterator[Source]:
+    """A Minari dataset.
+
+    Raises:
+        UserError: as `load_minari`, or its observations or actions are none that a network takes.
+    """
+    dataset = load_minari(name)
     low, high = action_range(dataset.action_space, name)
     files = sorted(path for path in Path(dataset.storage.data_path).rglob("*") if path.is_file())
     digest = hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in files).encode()).hexdigest()
@@ -161,21 +171,29 @@ def open_minari(name: str) -> Iterator[Source]:
                 np.asarray(episode.terminations, bool),
             )
 
-    env, says = "", ()
-    if dataset.env_spec is not None:
-        env, says = dataset.env_spec.id, tuple(of_another_kind(dataset.env_spec))
+    spec = evaluated_in(dataset)
+    env, settings = ("", {}) if spec is None else (spec.id, settings_of(spec))
+    says = (f"  {env} is made with {settings}",) if settings else ()
     scores = tuple(dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
     reference = None if None in scores else (float(scores[0]), float(scores[1]))
-    yield Source(name, digest, env, low, high, int(dataset.total_episodes), trajectories(), says, reference=reference)
+    yield Source(
+        name, digest, env, low, high, int(dataset.total_episodes), trajectories(), says, reference=reference,
+        settings=settings,
+    )  # fmt: skip
 
 
-def of_another_kind(spec: Any) -> Iterator[str]:
-    """What of an environment differs from the registered one of its name, in which agents are evaluated."""
+def evaluated_in(dataset: Any) -> gymnasium.envs.registration.EnvSpec | None:
+    """The environment that a Minari dataset names for evaluation, or else the one that it was made in."""
+    text = dataset.storage.metadata.get("eval_env_spec")
+    return gymnasium.envs.registration.EnvSpec.from_json(text) if text else dataset.env_spec
+
+
+def settings_of(spec: gymnasium.envs.registration.EnvSpec) -> dict[str, Any]:
+    """What `gymnasium.make` has to be told beyond the id, for an environment that differs from the registered one."""
     registered = gymnasium.registry.get(spec.id)
-    for name in ("kwargs", "max_episode_steps") if registered is not None else ():
-        theirs, ours = getattr(spec, name), getattr(registered, name)
-        if theirs != ours:
-            yield f"  WARNING: made in {spec.id} with {name} {theirs!r}, and evaluated in the one with {ours!r}"
+    settings = dict(spec.kwargs) | {"max_episode_steps": spec.max_episode_steps}
+    known = {} if registered is None else registered.kwargs | {"max_episode_steps": registered.max_episode_steps}
+    return {name: value for name, value in settings.items() if name not in known or known[name] != value}
 
 
 # --- D4RL --------------------------------------------------------------------------------------------------------
@@ -357,7 +375,8 @@ def _convert(source: Source, path: Path) -> dict[str, Any]:
     scaled = (source.low != -1).any() or (source.high != 1).any()
     if scaled:
         says.append(f"  actions within {source.low.tolist()} and {source.high.tolist()} are scaled to [-1, 1]")
-    about = dict(name=source.name, sha256=source.sha256, env=source.env, reference=source.reference)
+    about = dict(name=source.name, sha256=source.sha256, reference=source.reference)
+    about |= {"settings": {source.env: source.settings}} if source.settings else {}
     about |= dict(trajectories=number, says=says, files=[file.name for file, rows in parts.items() if rows])
     for file, rows in parts.items():
         if not rows:

@@ -13,6 +13,7 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 import evor_bc
+from common import environments
 from common.data import download, files, foreign, transitions
 from common.data.names import validation_path
 from common.data.spaces import action_range, flat
@@ -242,13 +243,20 @@ def test_minari_keeps_every_transition(home: Path):
     assert info["source"] == "minari" and info["name"] == path.name
 
 
-def test_an_environment_of_other_settings_is_said(home: Path, capsys: pytest.CaptureFixture):
+def test_an_environment_of_other_settings(home: Path, capsys: pytest.CaptureFixture):
+    """It is made as the dataset says, and only where it is the environment of the evaluation."""
     spec = gymnasium.make("Pendulum-v1", g=5.0, max_episode_steps=50).spec
     make("toy/slow-v0", [buffer(np.arange(4), True)], env=spec)
-    foreign.converted(Path("minari:toy/slow-v0"), "Pendulum-v1")
-    said = capsys.readouterr().out
-    assert "made in Pendulum-v1 with kwargs {'g': 5.0}, and evaluated in the one with {}" in said
-    assert "made in Pendulum-v1 with max_episode_steps 50, and evaluated in the one with 200" in said
+    path = foreign.converted(Path("minari:toy/slow-v0"), "Pendulum-v1")
+    assert "Pendulum-v1 is made with {'g': 5.0, 'max_episode_steps': 50}" in capsys.readouterr().out
+    info = download.describe(path, "minari")
+    assert info["converted_from"] == "toy/slow-v0"
+    settings = environments.settings_of(info, "Pendulum-v1")
+    assert settings == {"g": 5.0, "max_episode_steps": 50} and environments.settings_of(info, "Hopper-v5") == {}
+    assert environments.make_env("Pendulum-v1", **settings).unwrapped.g == 5.0
+    make("toy/plain-v0", [buffer(np.arange(4), True)], env=spec, eval_env="Pendulum-v1")
+    plain = foreign.converted(Path("minari:toy/plain-v0"), "Pendulum-v1")
+    assert "settings" not in download.describe(plain, "minari")
     assert foreign.environment_of("cube-double-play", Path("minari:toy/slow-v0")) == "Pendulum-v1"
     assert foreign.environment_of("mine", Path("minari:toy/slow-v0")) == "mine"
 
@@ -311,8 +319,8 @@ def test_nested_observations_as_rows():
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of what a description could say
 def test_the_dataset_of_pendulum(home: Path):
-    """The controller alone brings the pole up and holds it, mostly at more than -300. A dataset is made once, and is the
-    one that `--dataset minari:evor/pendulum-v0` names."""
+    """The controller alone brings the pole up and holds it, mostly at more than -300. A dataset is made once, and is
+    the one that `--dataset minari:evor/pendulum-v0` names."""
     env, totals = gymnasium.make("Pendulum-v1"), []
     for seed in range(5):
         observation, total, done = env.reset(seed=seed)[0], 0.0, False

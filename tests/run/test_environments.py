@@ -6,6 +6,7 @@ from typing import Any
 
 import gymnasium
 import h5py
+import minari
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -77,7 +78,7 @@ def test_what_an_agent_is_evaluated_in(tmp_path: Path, monkeypatch: pytest.Monke
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert environments.evaluation_id("robots_of_mine:Mine-v0", 0) == "robots_of_mine:Mine-v0"
-    environments.check_sizes("robots_of_mine:Mine-v0", 3, 1)
+    environments.check_sizes("robots_of_mine:Mine-v0", {}, 3, 1)
     with pytest.raises(UserError, match=r"no_such_module cannot be imported .*No module named"):
         environments.evaluation_id("no_such_module:Mine-v0", 0)
 
@@ -86,7 +87,7 @@ def test_an_environment_of_other_sizes_than_the_data():
     with pytest.raises(
         UserError, match=r"Pendulum-v1 has 3 numbers in an observation and 1 in an action, and the data 4"
     ):
-        environments.check_sizes("Pendulum-v1", 4, 1)
+        environments.check_sizes("Pendulum-v1", {}, 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +159,32 @@ def test_a_file_of_d4rl_is_trained_on_and_evaluated_in_its_environment(
     assert {path.name for path in Path("runs/Pendulum-v1").glob("*/*.png")} == {
         *("training.png", "evaluation.png", "sweep.png")
     }
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of what a description could say
+def test_a_minari_dataset_is_trained_on_and_evaluated_in_the_environment_that_it_describes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Without `--env`; episodes of 7 steps, as the dataset says, and not of 200, as Gymnasium does."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    env = minari.DataCollector(gymnasium.make("Pendulum-v1", g=5.0, max_episode_steps=7))
+    for seed in range(4):
+        env.reset(seed=seed)
+        while not env.step(env.action_space.sample())[3]:
+            pass
+    env.create_dataset("toy/short-v0")
+    env.close()
+    tiny = dict(dataset=Path("minari:toy/short-v0"), steps=2, steps_per_call=2, width=8, depth=2, batch_size=4)
+    evor_bc.main(evor_bc.Args(**tiny))
+    few = dict(num_next_actions=1, num_actions=2, num_returns=2, flow_steps=1, eval_episodes=2)
+    (_, best) = evor_value.main(evor_value.Args(**tiny, **few))
+    assert best["mean_length"] == 7
+    assert "Pendulum-v1 is made with {'g': 5.0, 'max_episode_steps': 7}" in capsys.readouterr().out
+    sweep = dict(num_actions=(2,), num_returns=(2,), flow_steps=1, eval_episodes=2, workers=1)
+    (again,) = evor_infer.main(evor_infer.Args(env="Pendulum-v1", **sweep))
+    assert again["mean_length"] == 7 and again["return"] == pytest.approx(best["return"])
 
 
 def test_an_environment_that_does_not_exist_is_found_out_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -190,10 +190,10 @@ class Counter(gymnasium.Env):
 
 
 @pytest.fixture
-def runner(monkeypatch: pytest.MonkeyPatch) -> EpisodeRunner:
+def runner() -> EpisodeRunner:
     """Slots 1 and 3 of four, seven episodes, chunks of three: slot 1 runs episodes 1 and 5, slot 3 runs episode 3."""
-    monkeypatch.setattr(roll_outs, "make_env", lambda gym_id, noise=0.0: Counter())
-    return EpisodeRunner(("a",), [1, 3], num_slots=4, num_episodes=7, horizon=3, seed=0, probe=lambda info: 2.0)
+    settings = dict(make=lambda gym_id: Counter(), probe=lambda info: 2.0)
+    return EpisodeRunner(("a",), [1, 3], num_slots=4, num_episodes=7, horizon=3, seed=0, **settings)
 
 
 def test_the_runner_drops_the_rest_of_a_chunk_and_begins_the_next_episode(runner: EpisodeRunner):

@@ -100,7 +100,8 @@ def run(tmp_path: Path) -> Path:
     agents = jax.tree.map(lambda x: x[None], evor_infer.init_agent(spec, key=jax.random.key(0)))
     args = dict(steps=20_000, num_actions=4, td_target="shared-noise", critic="mlp", next_action="base", discount=0.99)
     header = dict(stage="value", env="robot", horizon=1, step=1, args=args, seeds=[0], replicas=[[2, 0]])
-    header |= dict(data=dict(name="rows.npz", source="minari", sha256="c" * 64), model=spec, policy_sha256="")
+    data = dict(name="rows.npz", source="minari", converted_from="me/rows-v0", sha256="c" * 64)
+    header |= dict(data=data, model=spec, policy_sha256="", method="shared-noise")
     checkpoint.save(tmp_path / "run" / "value" / "model.eqx", header, agents)
     (tmp_path / "run" / "value" / "evaluation.csv").write_text(EPISODES)
     (tmp_path / "run" / "value" / "train_state.eqx").write_text("is not published")
@@ -137,7 +138,7 @@ def test_the_card_says_what_it_is_on_what_data_how_good_and_how_to_load_it(run: 
     text = publish.card(header, episodes, "me/robot")
     for part in (
         "# EVOR on robot",
-        f"Data: rows.npz (source: minari), SHA-256 `{'c' * 64}`",
+        f"Data: rows.npz (converted from minari:me/rows-v0), SHA-256 `{'c' * 64}`",
         "Critic: shared-noise, 20,000 gradient steps, next action `base`, discount 0.99, chunks of 1 actions",
         "| task | best of 4 actions | episodes |",
         "| 2 | success 50% [9%, 91%] | 2 |",
