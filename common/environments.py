@@ -8,6 +8,7 @@ from unittest import mock
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import find_highest_version
 
 from common.data.names import check_env, import_ogbench, parse_env
 from common.data.spaces import action_range, flat
@@ -96,7 +97,7 @@ def is_registered(env: str) -> bool:
     """Whether Gymnasium knows `Id-v0`, or `module:Id-v0` once the module is imported.
 
     Raises:
-        UserError: the module cannot be imported.
+        UserError: the module cannot be imported, or only the version is missing.
     """
     import_ogbench()
     module, _, gym_id = env.rpartition(":")
@@ -105,6 +106,8 @@ def is_registered(env: str) -> bool:
             importlib.import_module(module)
     except Exception as error:  # whatever it raises
         raise UserError(f"--env {env}: {module} cannot be imported ({error!r}): check its name.") from None
+    if gym_id not in gymnasium.registry and (version := find_highest_version(None, gym_id)) is not None:
+        raise UserError(f"--env {env}: Gymnasium has {gym_id}-v{version}. Add the version, or choose another name.")
     return gym_id in gymnasium.registry
 
 

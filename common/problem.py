@@ -103,9 +103,10 @@ class Problem:
     """
 
     tasks: tuple[int, ...] = ()
+    _beyond = 0  # rows beyond a chunk that have to be of its trajectory
 
     def __init__(self, args: Any):
-        """Reads the first file, says what is in it, and checks the headers of the others.
+        """Reads the first file, says what is in it, and checks the headers and the trajectories of the others.
 
         Raises:
             UserError: the data cannot be found, are malformed, or too short for the horizon.
@@ -127,6 +128,10 @@ class Problem:
         observation, action = self._first.observations.shape[1], self._first.actions.shape[1]
         self.sizes = Sizes(observation, action, args.horizon)
         self._transitions(self._first, self.files[0])  # an error comes before an old run is deleted
+        for file in self.files[1:]:
+            terminals = files.read_terminals(file)
+            describe.warn_of_short(terminals, args.horizon + self._beyond, f"{file.name}: ")
+            transitions.transition_starts(terminals, args.horizon, extra=self._beyond, where=file.name)
         self._rotation = Rotation(self.files, self._load, every=args.file_steps, steps=args.steps)
         self._prepare()
 
@@ -238,7 +243,7 @@ class ValueProblem(Problem):
 
     @property
     def _beyond(self) -> int:
-        """Rows beyond a chunk that have to be of its trajectory: those of the data's own next chunk."""
+        """Those of the data's own next chunk."""
         return self.args.horizon - 1 if self.args.next_action == "dataset" else 0
 
     def _parse(self, file: Path) -> Trajectories:

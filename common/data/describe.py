@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from matplotlib.axes import Axes
 
 from common import figures
@@ -88,6 +88,16 @@ def listing() -> str:
     return "\n".join(lines)
 
 
+def warn_of_short(terminals: Bool[np.ndarray, " rows"], horizon: int, where: str = "") -> None:
+    """Says how many episodes have fewer than the `horizon` steps that a transition takes."""
+    lengths = episode_lengths(terminals)
+    if (short := lengths < horizon).any():
+        print(
+            f"  WARNING: {where}{short.sum():,} episodes are shorter than {horizon} steps and not used; transitions of "
+            f"{horizon} steps start in {np.maximum(lengths - horizon + 1, 0).sum():,} rows"
+        )
+
+
 def print_summary(
     trajectories: files.Trajectories,
     info: dict[str, Any],
@@ -108,12 +118,7 @@ def print_summary(
         f"  {steps:,} transitions in {episodes:,} episodes, "
         f"observations {trajectories.observations.shape[1]}-D, actions {trajectories.actions.shape[1]}-D"
     )
-    lengths = episode_lengths(terminals)
-    if (short := lengths < horizon).any():
-        print(
-            f"  WARNING: {short.sum():,} episodes are shorter than {horizon} steps and not used; transitions of "
-            f"{horizon} steps start in {np.maximum(lengths - horizon + 1, 0).sum():,} rows"
-        )
+    warn_of_short(terminals, horizon)
     if trajectories.rewards is None:
         return
     episode_of = np.searchsorted(np.flatnonzero(terminals), np.arange(len(terminals)))

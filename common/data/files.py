@@ -131,25 +131,51 @@ def read_arrays(path: Path, skip: Collection[str] = ()) -> dict[str, np.ndarray]
         UserError: not an `.npz` file, an array is missing, or of a wrong kind, shape or content.
     """
     check_headers(path, skip=skip)
-    try:
-        arrays, key = {}, "file"
-        with np.load(path, allow_pickle=False) as file:
-            for key in (key for key in NDIM if key in file.files and key not in skip):
-                arrays[key] = file[key]
-    except Exception as error:
-        raise UserError(f"{key} in {path} cannot be read ({error}): make or fetch it anew.") from None
+    arrays = _load(path, [key for key in NDIM if key not in skip])
     for key, array in arrays.items():
         row = first_row(array, _not_finite) if array.dtype.kind == "f" else None
         if row is not None:
             raise UserError(f"{key} in {path} is not finite at row {row}: remove or repair that row.")
     terminals = arrays["terminals"]
+    _check_terminals(terminals, path)
+    for key in ("observations", "rewards"):
+        if key in arrays:
+            warn_of_rounding(arrays[key].reshape(len(terminals), -1), f"{key} in {path}")
+    row = first_row(arrays["actions"], lambda part: (part < -1.001) | (part > 1.001))
+    if row is not None:
+        raise UserError(f"actions in {path} leave [-1, 1] at row {row}: scale them to that range.")
+    if "masks" in arrays and first_row(arrays["masks"], lambda part: (part != 0) & (part != 1)) is not None:
+        raise UserError(f"masks in {path} must be 0 (the bootstrap stops) or 1 everywhere.")
+    return arrays
+
+
+def read_terminals(path: Path) -> Bool[np.ndarray, " rows"]:
+    """Which rows of a file end a trajectory, without reading its other arrays.
+
+    Raises:
+        UserError: as `read_arrays`.
+    """
+    terminals = _load(path, ["terminals"])["terminals"]
+    _check_terminals(terminals, path)
+    return terminals.astype(bool)
+
+
+def _load(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    arrays, key = {}, "file"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for key in (key for key in keys if key in file.files):
+                arrays[key] = file[key]
+    except Exception as error:
+        raise UserError(f"{key} in {path} cannot be read ({error}): make or fetch it anew.") from None
+    return arrays
+
+
+def _check_terminals(terminals: np.ndarray, path: Path) -> None:
     if len(terminals) == 0 or not terminals[-1]:
         raise UserError(
             f"terminals in {path} must be true at the last row of each trajectory, so also at the last row."
         )
-    for key in ("observations", "rewards"):
-        if key in arrays:
-            warn_of_rounding(arrays[key].reshape(len(terminals), -1), f"{key} in {path}")
     row = first_row(terminals, lambda part: (part != 0) & (part != 1))
     if row is not None:
         raise UserError(f"terminals in {path} must be 0 or 1 everywhere, unlike at row {row}.")
@@ -158,12 +184,6 @@ def read_arrays(path: Path, skip: Collection[str] = ()) -> dict[str, np.ndarray]
             f"terminals in {path} are true everywhere, so that there is no transition: they mark the last row of each "
             f"trajectory alone."
         )
-    row = first_row(arrays["actions"], lambda part: (part < -1.001) | (part > 1.001))
-    if row is not None:
-        raise UserError(f"actions in {path} leave [-1, 1] at row {row}: scale them to that range.")
-    if "masks" in arrays and first_row(arrays["masks"], lambda part: (part != 0) & (part != 1)) is not None:
-        raise UserError(f"masks in {path} must be 0 (the bootstrap stops) or 1 everywhere.")
-    return arrays
 
 
 def warn_of_rounding(columns: Shaped[np.ndarray, "rows columns"], what: str) -> None:

@@ -124,6 +124,29 @@ def test_files_of_different_lengths_share_one_program_and_every_row(tmp_path: Pa
         assert mixed[stage][2:4] != first[stage][2:4]
 
 
+def test_what_a_later_file_lacks_is_found_out_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Its turn would come after 20 steps. Fails if a run directory is made before."""
+    folder = tmp_path / "folder"
+    tiny_dataset(folder / "a.npz")
+    tiny_dataset(folder / "b.npz", length=4)
+    settings = arguments(tmp_path, folder, "run", horizon=5)
+    with pytest.raises(UserError, match=r"no trajectory in b\.npz is longer than 5 rows"):
+        evor_bc.main(evor_bc.Args(**settings))
+    assert not (tmp_path / "run" / "bc" / "config.json").exists()
+    evor_bc.main(evor_bc.Args(**settings | dict(horizon=3, overwrite=True)))
+    with pytest.raises(UserError, match=r"no trajectory in b\.npz is longer than 5 rows"):  # with the data's next chunk
+        evor_value.main(evor_value.Args(**settings | dict(horizon=3), next_action="dataset"))
+    tiny_dataset(folder / "b.npz", trajectories=2, length=6)
+    capsys.readouterr()
+    evor_bc.main(evor_bc.Args(**settings | dict(run_dir=tmp_path / "other")))
+    assert "shorter" not in capsys.readouterr().out
+    rows = dict(np.load(folder / "b.npz"))
+    np.savez(folder / "b.npz", **rows | dict(terminals=np.isin(np.arange(12), (3, 11))))
+    evor_bc.main(evor_bc.Args(**settings | dict(run_dir=tmp_path / "third")))
+    expected = "b.npz: 1 episodes are shorter than 5 steps and not used; transitions of 5 steps start in 3 rows"
+    assert expected in capsys.readouterr().out
+
+
 def test_resuming_in_the_middle_of_a_turn_changes_nothing(tmp_path: Path):
     folder = tmp_path / "folder"
     tiny_dataset(folder / "a.npz")

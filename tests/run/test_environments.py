@@ -79,6 +79,10 @@ def test_what_an_agent_is_evaluated_in(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert environments.evaluation_id("robots_of_mine:Mine-v0", 0) == "robots_of_mine:Mine-v0"
     environments.check_sizes("robots_of_mine:Mine-v0", {}, 3, 1)
+    with pytest.raises(UserError, match=r"--env Pendulum: Gymnasium has Pendulum-v1\."):
+        environments.evaluation_id("Pendulum", 0)
+    with pytest.raises(UserError, match=r"Gymnasium has Mine-v0\."):
+        environments.evaluation_id("robots_of_mine:Mine", 0)
     with pytest.raises(UserError, match=r"no_such_module cannot be imported .*No module named"):
         environments.evaluation_id("no_such_module:Mine-v0", 0)
 
