@@ -9,8 +9,9 @@ SINGLE = "cube-single-play"
 MAZE = "pointmaze-medium-navigate"
 SCENE = "scene-play"
 PREVIEW = (SINGLE, CUBE, MAZE)
+GYMNASIUM = ("Pendulum-v1", "Hopper-v5", "HalfCheetah-v5")
 FULL = ("pointmaze-large-navigate", SINGLE, CUBE, SCENE, "puzzle-3x3-play")
-ENVIRONMENTS = tuple(dict.fromkeys((*PREVIEW, *FULL)))
+ENVIRONMENTS = tuple(dict.fromkeys((*PREVIEW, *FULL, *GYMNASIUM)))
 HORIZON = dict.fromkeys((CUBE, SCENE, "puzzle-3x3-play"), "--horizon 5")
 POLICY = dict.fromkeys((CUBE, SCENE), "--ignore-observations 6 7 8 9 10 11")  # joint velocities, see docs/tuning.md
 IMPROVED = "--next-action softmax --discount 0.995"  # what mazes need, see docs/tuning.md
@@ -124,8 +125,8 @@ def axis_temperatures(env: str, table: str) -> list[str]:
 
 def beyond_ogbench(env: str) -> list[str]:
     """Two seeds of critics on one base policy of data that does not come from OGBench."""
-    run, small = f"beyond/{env}", "--width 128" if env == "Pendulum-v1" else ""
-    data = f"--dataset minari:evor/{env.rpartition('-')[0].lower()}-v0 --env {env} --preview {small}"
+    run, (width, steps) = f"beyond/{env}", (128, 30_000) if env == "Pendulum-v1" else (256, 50_000)
+    data = f"--dataset minari:evor/{env.rpartition('-')[0].lower()}-v0 --env {env} --preview --width {width}"
     about = f"{data} --policy-run-dir runs/{run} --policy-seed 0 --seeds 2"
     critics = {
         "default": "evor_value.py",
@@ -134,7 +135,7 @@ def beyond_ogbench(env: str) -> list[str]:
     }
     return [
         f"experiments.gym_data --env {env} --out runs/tables/beyond-ogbench/{env}.json",
-        f"evor_bc.py {data} --steps 30000 --run-dir runs/{run}",
+        f"evor_bc.py {data} --steps {steps} --run-dir runs/{run}",
         *(f"{command} {about} --run-dir runs/{run}-{name}" for name, command in critics.items()),
     ]
 
@@ -232,8 +233,10 @@ EXPERIMENTS: dict[str, list[str]] = {
         *axis_temperatures(CUBE, "double_data"),
     ],
     "beyond-ogbench": [
-        *beyond_ogbench("Pendulum-v1"),
-        draw("beyond-ogbench", *(f"beyond/Pendulum-v1-{name}" for name in ("default", "paper", "scalar"))),
+        *(command for env in GYMNASIUM for command in beyond_ogbench(env)),
+        draw(
+            "beyond-ogbench", *(f"beyond/{env}-{name}" for env in GYMNASIUM for name in ("default", "paper", "scalar"))
+        ),
     ],
     "schedule": [
         *(preview(CUBE, name, f"{flags} --eval-every 10000 {GREEDY}") for name, flags in SCHEDULES.items()),
