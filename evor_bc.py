@@ -44,6 +44,7 @@ from common.networks import FlowPolicy, PolicySpec, Sizes, Standardizer, make_po
 from common.problem import BasePolicy, Dataset, Problem, Replica, sample_batch
 from common.replicas import chunked
 from common.run import STATE_FILES, Run, differences
+from recipes import recipe_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(steps=2_000, width=128, batch_size=128, episodes=30, steps_per_call=500),
@@ -169,12 +170,16 @@ def load(path: Path) -> tuple[dict[str, Any], TrainedPolicy]:
 
 
 def args_for(args: Any) -> Args:
-    """The arguments with which a missing base policy is trained: the preset, data, seeds and horizon of stage 2's."""
+    """The arguments with which a missing base policy is trained: the preset, data, seeds and horizon of stage 2's, and
+    its `policy_steps`."""
     preset = "quick" if args.quick else "preview" if args.preview else None
     changes = dict(PRESETS[preset], **{preset: True}) if preset else {}
     unit = changes.get("steps_per_call", Args.steps_per_call)
     shared = ("env", "dataset", "episodes", "horizon", "ignore_observations", "track", "distributed")
     changes |= {name: getattr(args, name) for name in shared}
+    if args.policy_steps is not None:
+        unit = math.gcd(args.policy_steps, unit)
+        changes |= dict(steps=args.policy_steps, steps_per_call=unit)
     return Args(
         **changes,
         seeds=len(args.policy_seeds),
@@ -243,4 +248,4 @@ def _check_fits(args: Any, header: dict[str, Any], path: Path, sizes: Sizes, dat
 
 
 if __name__ == "__main__":
-    run_cli(main, Args, PRESETS)
+    run_cli(main, Args, PRESETS, recipe_of=recipe_of)

@@ -46,7 +46,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 import evor_bc
 import evor_infer
-from common.args import Count, TrainArgs, learning_rate, multiple_of, not_negative, unread, within
+from common.args import Count, TrainArgs, at_least, learning_rate, multiple_of, not_negative, unread, within
 from common.cli import run_cli
 from common.data.names import NUM_TASKS
 from common.evaluation import Evaluation
@@ -57,6 +57,7 @@ from common.replicas import chunked, in_blocks
 from common.returns import WIDTH, AxisKind, ReturnAxis
 from common.run import Run
 from evor_infer import Agent, Extraction
+from recipes import recipe_of
 
 Target = Literal["paper", "shared-noise", "independent-noise", "velocity"]
 SAMPLING_TARGETS = ("shared-noise", "independent-noise")  # bootstrap a sample: right on any return axis
@@ -82,6 +83,8 @@ class Args(TrainArgs):
     """OGBench's single tasks; the environment's default task by default."""
     policy_run_dir: Path | None = unread(None)
     """The run directory with the base policy; --run-dir by default."""
+    policy_steps: Annotated[int | None, at_least(1)] = unread(None)
+    """Gradient steps of the base policy where there is none; those of evor_bc.py, or of its preset, by default."""
     policy_seed: Annotated[int | None, within(0, 2**31, brackets="[)")] = unread(None)
     """The base policy that all seeds share, by its seed; each seed's own by default."""
     reward: Literal["default", "sparse"] = unread("default")
@@ -421,4 +424,4 @@ def main(args: Args) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    run_cli(main, Args, PRESETS)
+    run_cli(main, Args, PRESETS, recipe_of=recipe_of)

@@ -47,6 +47,7 @@ from common.returns import AxisKind, ReturnAxis
 from common.run import Run
 from evor_infer import Agent
 from evor_value import TrainState, make_optimizer, next_actions
+from recipes import recipe_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     name: {key: value for key, value in preset.items() if key != "critic"}
@@ -215,4 +216,4 @@ def main(args: Args) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    run_cli(main, Args, PRESETS)
+    run_cli(main, Args, PRESETS, recipe_of=recipe_of)

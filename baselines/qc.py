@@ -51,6 +51,7 @@ from common.problem import Dataset, Replica, ValueProblem, sample_batch
 from common.replicas import chunked, in_blocks
 from common.run import Run
 from evor_infer import Agent
+from recipes import recipe_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     name: {key: value for key, value in preset.items() if key != "num_actions"}
@@ -198,4 +199,4 @@ def main(args: Args) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    run_cli(main, Args, PRESETS)
+    run_cli(main, Args, PRESETS, recipe_of=recipe_of)

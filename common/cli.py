@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import tyro
@@ -19,11 +19,18 @@ from common.errors import UserError
 FULL = "RESOURCE_EXHAUSTED"  # how JAX begins to say that memory ran out
 
 
-def parse_args(args_type: type, presets: Mapping[str, Mapping[str, Any]], argv: list[str] | None = None) -> Any:
+def parse_args(
+    args_type: type,
+    presets: Mapping[str, Mapping[str, Any]],
+    argv: list[str] | None = None,
+    *,
+    recipe_of: Callable[[Any], Mapping[str, Any]] = lambda args: {},
+) -> Any:
     """Parses the command line into `args_type`; a preset such as `--quick` changes defaults, so any flag overrides it.
 
     Args:
         presets: preset name to the fields it changes. Each name is a boolean field of `args_type`.
+        recipe_of: what `--preview` changes beyond its preset, for the arguments parsed so far.
     """
     argv = sys.argv[1:] if argv is None else argv
     chosen = [name for name in presets if f"--{name}" in argv]
@@ -31,10 +38,27 @@ def parse_args(args_type: type, presets: Mapping[str, Mapping[str, Any]], argv: 
         raise UserError(f"--{chosen[0]} and --{chosen[1]} exclude each other: pass one of them.")
     if not chosen:
         return tyro.cli(args_type, args=argv)
-    return tyro.cli(args_type, default=dataclasses.replace(args_type(), **presets[chosen[0]]), args=argv)
+    default = dataclasses.replace(args_type(), **presets[chosen[0]])
+    args = tyro.cli(args_type, default=default, args=argv)
+    if chosen != ["preview"] or not (recipe := recipe_of(args)):
+        return args
+    return tyro.cli(args_type, default=dataclasses.replace(default, **recipe), args=argv)
 
 
-def run_cli(main: Callable, args_type: type, presets: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+def flags_of(args: Any, fields: Collection[str]) -> str:
+    """The values of these fields, as they are typed."""
+    values = {name: getattr(args, name) for name in fields}
+    texts = {name: " ".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in values.items()}
+    return " ".join(f"--{name.replace('_', '-')} {text}" for name, text in texts.items())
+
+
+def run_cli(
+    main: Callable,
+    args_type: type,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    recipe_of: Callable[[Any], Mapping[str, Any]] = lambda args: {},
+) -> None:
     """Runs `main(args)`. What goes wrong becomes one line on stderr: a `UserError`, or a file that cannot be read or
     written, with exit status 2, a number that is not finite with 1. SIGTERM and Ctrl-C exit with 143 and 130, as shells
     count; where nobody reads what is printed any more, as after `| head`, it is 141, without a word. With `--debug` on
@@ -50,7 +74,10 @@ def run_cli(main: Callable, args_type: type, presets: Mapping[str, Mapping[str, 
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with _no_signal_lost():
-            main(parse_args(args_type, presets or {}, argv))
+            args = parse_args(args_type, presets or {}, argv, recipe_of=recipe_of)
+            if getattr(args, "preview", False) and (recipe := recipe_of(args)):
+                print(f"recipe of {args.env}: {flags_of(args, recipe)}")
+            main(args)
     except SystemExit as error:
         exit_without_waiting(error.code)
         raise

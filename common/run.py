@@ -38,7 +38,7 @@ from common.tracking import import_tracker, start_tracking
 
 SAVING_SHARE = 0.05  # of the time: a run saves more often than it has to where that costs less
 # Arguments that say where and how a run is made, and not what comes out.
-NOT_RESULTS = ("run_dir", "policy_run_dir", "resume", "overwrite", "track", "distributed")
+NOT_RESULTS = ("run_dir", "policy_run_dir", "resume", "overwrite", "track", "distributed", "policy_steps")
 START_OVER = "start over with --overwrite instead of --resume."
 STATE_FILES = ("train_state.eqx", "train_state.previous.eqx")
 LEFT_BY_A_KILL = (*STATE_FILES, "model.eqx", "config.json", "metrics.csv", "evaluation.csv", "calibration.csv")

@@ -57,7 +57,8 @@ def parse(command: str) -> tuple[str, Any]:
     words = shlex.split(command)
     module = words[0].removesuffix(".py")
     script = importlib.import_module(module)
-    return module, parse_args(script.Args, getattr(script, "PRESETS", {}), words[1:])
+    recipe_of = getattr(script, "recipe_of", lambda args: {})
+    return module, parse_args(script.Args, getattr(script, "PRESETS", {}), words[1:], recipe_of=recipe_of)
 
 
 def shell(command: str) -> str:

@@ -15,6 +15,7 @@ ENVIRONMENTS = tuple(dict.fromkeys((*PREVIEW, *FULL, *GYMNASIUM)))
 HORIZON = dict.fromkeys((CUBE, SCENE, "puzzle-3x3-play"), "--horizon 5")
 POLICY = dict.fromkeys((CUBE, SCENE), "--ignore-observations 6 7 8 9 10 11")  # joint velocities, see docs/tuning.md
 IMPROVED = "--next-action softmax --discount 0.995"  # what mazes need, see docs/tuning.md
+BASE = {MAZE: "--next-action base --discount 0.99"}  # instead of what its recipe says
 GREEDY = "--action-temperature 0"  # the best candidate
 BEST = "--num-actions 16"
 VALUES = "0 0.03 0.1 0.2 0.3 0.5 1 3 inf"
@@ -38,8 +39,8 @@ def policy(env: str, flags: str) -> str:
 
 def preview(env: str, name: str, flags: str = "") -> str:
     return (
-        f"evor_value.py --env {env} --preview {HORIZON.get(env, '')} --steps 50000 {flags} --run-dir runs/{name}/{env} "
-        f"--policy-run-dir runs/{env}"
+        f"evor_value.py --env {env} --preview {HORIZON.get(env, '')} --steps 50000 {BASE.get(env, '')} {flags} "
+        f"--run-dir runs/{name}/{env} --policy-run-dir runs/{env}"
     )
 
 
@@ -114,7 +115,7 @@ def axis_temperatures(env: str, table: str) -> list[str]:
         draw(f"axis_temperatures/{table}_tau_r", f"{run}/tau_r"),
     ]
     return [
-        policy(env, f"--preview --episodes 400 --run-dir runs/{run}"),
+        policy(env, f"--preview --steps 100000 --episodes 400 --run-dir runs/{run}"),
         f"evor_value.py {about} --preview --episodes 400 {HORIZON.get(env, '')} {flags} --seeds 2 --policy-seed 0 "
         f"--policy-run-dir runs/{run} --eval-episodes 0",
         f"evor_infer.py {about} {readout} --action-temperature 0.003 0 0.03 0.01 --out tau_q",
@@ -159,7 +160,10 @@ def targets() -> list[str]:
 def baselines() -> list[str]:
     """EVOR and its critic without the flow: two seeds on one base policy, one bank; QC on the same base policies."""
     short = f"runs/{CUBE}-h1"
-    commands, runs = [policy(CUBE, f"--preview --steps 200000 --run-dir {short}").replace("--horizon 5 ", "")], []
+    commands, runs = (
+        [policy(CUBE, f"--preview --steps 200000 --run-dir {short}").replace("--horizon 5", "--horizon 1")],
+        [],
+    )
     for backup in ("base", "softmax"):
         flags = f"--seeds 2 --next-action {backup}"
         for name in ("paper", "shared-noise", "scalar", "c51", "qr"):
@@ -170,7 +174,7 @@ def baselines() -> list[str]:
                 commands.append(compared(runs[-1], flags, critic=name))
     qc = small(CUBE, "baselines/qc-h5-n32", "--steps 30000", script="baselines.qc")
     # The same with chunks of one action, on the base policy of horizon 1.
-    commands += [qc, qc.replace("--horizon 5", "--num-next-actions 4").replace("h5-n32", "h1-n4") + "-h1"]
+    commands += [qc, qc.replace("--horizon 5", "--horizon 1 --num-next-actions 4").replace("h5-n32", "h1-n4") + "-h1"]
     # The same models ranked by the mean of their returns.
     commands += [
         f"evor_infer.py --env {CUBE} --run-dir runs/baselines/{name}-base --num-actions 16 --num-returns 8 "
@@ -251,7 +255,7 @@ EXPERIMENTS: dict[str, list[str]] = {
         f"runs/policy-constant/{CUBE} --out runs/tables/base_policy/schedule.csv",
     ],
     "velocities": [  # seen or hidden
-        f"evor_bc.py --env {CUBE} --preview --horizon 5 --steps 250000 --run-dir runs/{CUBE}-velocities",
+        f"evor_bc.py --env {CUBE} --preview --ignore-observations --steps 250000 --run-dir runs/{CUBE}-velocities",
         *(f"benchmarks.base_policy --env {env} --out runs/tables/base_policy/{env}.csv" for env in PREVIEW[:2]),
         f"benchmarks.base_policy --env {CUBE} --run-dirs runs/{CUBE}-velocities "
         f"--out runs/tables/base_policy/{CUBE}_velocities.csv",

@@ -18,6 +18,7 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,10 +27,14 @@ import pytest
 import evor_bc
 import evor_infer
 import evor_value
+import recipes
+from baselines import qc
 from common import checkpoint
+from common.args import check
 from common.cli import parse_args, run_cli
 from common.errors import UserError
 from common.run import STATE_FILES
+from recipes import recipe_of
 from tests.helpers import contents, rewrite, tiny_dataset
 
 SCRIPTS = (evor_bc, evor_value, evor_infer)
@@ -62,6 +67,55 @@ def test_a_flag_may_ask_for_the_default_against_its_preset():
     default = evor_bc.Args().width
     assert evor_bc.PRESETS["quick"]["width"] != default
     assert parse_args(evor_bc.Args, evor_bc.PRESETS, ["--quick", "--width", str(default)]).width == default
+
+
+def parse_with_recipe(script: Any, *argv: str) -> Any:
+    return parse_args(script.Args, script.PRESETS, list(argv), recipe_of=recipe_of)
+
+
+def test_the_preview_of_an_environment_follows_its_recipe():
+    """In all scripts that train, under any name of the environment. Fails if a recipe beats a flag, or is applied
+    without `--preview`, to another environment, or to a field that the script does not have."""
+    cube, arm = "--env=cube-double-play", (6, 7, 8, 9, 10, 11)
+    args = parse_with_recipe(evor_value, cube, "--preview")
+    assert (args.horizon, args.ignore_observations, args.policy_steps, args.steps) == (5, arm, 200_000, 20_000)
+    assert parse_with_recipe(evor_value, "--preview") == args  # the default environment
+    policy = parse_with_recipe(evor_bc, "--preview", "--env", "cube-double-play-singletask-task2-v0")
+    assert (policy.horizon, policy.ignore_observations, policy.steps) == (5, arm, 200_000)
+    assert evor_bc.args_for(args) == dataclasses.replace(policy, run_dir=args.directory)
+    args = parse_with_recipe(evor_value, cube, "--preview", "--horizon", "1", "--ignore-observations")
+    assert (args.horizon, args.ignore_observations, args.policy_steps) == (1, (), 200_000)
+    maze = parse_with_recipe(evor_value, "--preview", "--env", "pointmaze-medium-navigate")
+    assert (maze.next_action, maze.discount, maze.horizon) == ("softmax", 0.995, 1)
+    assert parse_with_recipe(qc, cube, "--preview").horizon == 5
+    for argv in ([cube], [cube, "--quick"], ["--env=cube-single-play", "--preview"], ["--env=Hopper-v5", "--preview"]):
+        args = parse_with_recipe(evor_value, *argv)
+        assert (args.horizon, args.ignore_observations, args.policy_steps) == (1, (), None)
+
+
+def test_the_recipe_is_printed_as_it_is_followed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(sys, "argv", ["evor_value.py", "--preview", "--horizon", "2"])
+    run_cli(lambda args: None, evor_value.Args, evor_value.PRESETS, recipe_of=recipe_of)
+    flags = "--horizon 2 --ignore-observations 6 7 8 9 10 11 --policy-steps 200000"
+    assert capsys.readouterr().out == f"recipe of cube-double-play: {flags}\n"
+
+
+def test_recipes_are_those_of_the_docs():
+    rows = re.findall(r"^\| ([\w-]+) \| `(--.*)` \|$", (ROOT / "docs" / "tuning.md").read_text(), re.MULTILINE)
+    assert dict(rows).keys() == recipes.RECIPES.keys()
+    for env, flags in rows:
+        args = parse_args(evor_value.Args, {}, flags.split())
+        changed = {f.name for f in dataclasses.fields(args) if getattr(args, f.name) != f.default}
+        assert {name: getattr(args, name) for name in changed} == recipes.RECIPES[env]
+
+
+def test_steps_of_a_missing_base_policy():
+    args = evor_value.Args(policy_steps=20)
+    assert (evor_bc.args_for(args).steps, evor_bc.args_for(args).steps_per_call) == (20, 20)
+    assert evor_bc.args_for(dataclasses.replace(args, policy_steps=3_000)).steps_per_call == 1_000
+    assert evor_bc.args_for(evor_value.Args()).steps == 1_000_000
+    with pytest.raises(UserError, match="--policy-steps must be at least 1, not 0"):
+        check(evor_value.Args(policy_steps=0))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)

@@ -69,7 +69,7 @@ def test_each_change_has_a_command():
 )
 def test_changes_that_the_docs_show(tmp_path: Path, change: str, says: str):
     """Applied to a copy, they train, and stage 3 loads what was trained."""
-    for name in ("common", "evor_bc.py", "evor_value.py", "evor_infer.py"):
+    for name in ("common", "evor_bc.py", "evor_value.py", "evor_infer.py", "recipes.py"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     apply(DIFFS[change], tmp_path)
