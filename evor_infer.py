@@ -111,7 +111,7 @@ class Args(Paths):
 
     # --- experiment ---
     env: str = "cube-double-play"
-    """OGBench dataset: a short name or a full id."""
+    """What --env of stage 2 was: OGBench's name, an environment of Gymnasium, or the name of a run."""
     tasks: tuple[int, ...] = ()
     """Tasks to evaluate; all that stage 2 trained by default."""
     seeds: Annotated[int | None, at_least(1)] = None
@@ -161,7 +161,12 @@ class Args(Paths):
     @property
     def directory(self) -> Path:
         """The run directory of stage 2."""
-        return self.run_dir or default_run_dir(run_name(self.env), quick=self.quick)
+        return self.run_dir or default_run_dir(self.name, quick=self.quick)
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return run_name(self.env, Path(self.env))  # there, a name may be anything
 
 
 # --- Maths -------------------------------------------------------------------------------------------------------
@@ -294,7 +299,7 @@ class Agent(eqx.Module):
     def act(
         self, observations: Any, *, key: PRNGKeyArray, **settings: Unpack[Settings]
     ) -> Float[Array, "batch horizon action"]:
-        """Extracted action chunks."""
+        """Extracted action chunks, in [-1, 1]."""
         observations = self._batch(observations)
         actions = _act(self, observations, _extraction(settings), key=key)
         return actions.reshape(len(actions), *self.chunk)
@@ -480,12 +485,17 @@ def open_run(args: Args) -> tuple[dict[str, Any], list[tuple[int, int]], list[st
     """
     sweep_folder(args)  # before anything is loaded
     run_dir = args.directory
+    if not (run_dir / "value" / "model.eqx").is_file():
+        run_name(args.env)  # says what is wrong with a name that means nothing
     seeds = () if args.seeds is None else range(args.first_seed, args.first_seed + args.seeds)
     header, pairs, agents = load_agents(run_dir, tasks=args.tasks, seeds=seeds)
-    checkpoint.require(header, run_dir / "value" / "model.eqx", env=run_name(args.env))
+    checkpoint.require(header, run_dir / "value" / "model.eqx", env=args.name)
     gym_ids = [evaluation_id(args.env, task) for task, _ in pairs]
     if None in gym_ids:
-        raise UserError(f"{run_dir} was trained on rewards of its own, and {args.env} is no environment of Gymnasium.")
+        raise UserError(
+            f"{run_dir} was trained on rewards of its own, and {args.env} is no environment of Gymnasium: act with its "
+            f"agent from Python, load_agent({str(run_dir)!r})."
+        )
     return header, pairs, gym_ids, agents
 
 

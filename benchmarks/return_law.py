@@ -30,11 +30,11 @@ import evor_infer
 import evor_value
 from baselines import critics
 from benchmarks import probes
-from benchmarks.flops import num_parameters, step_flops
 from common import figures
 from common.cli import run_cli
 from common.errors import UserError
 from common.files import read_csv, write_csv
+from common.flops import num_parameters, step_flops
 from common.flow import Ode, Solver
 from common.networks import Critic, stratified_normal
 from common.provenance import git_revision, package_versions

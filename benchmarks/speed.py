@@ -34,7 +34,6 @@ import evor_bc
 import evor_infer
 import evor_value
 from baselines import critics, qc
-from benchmarks.flops import critic_macs, policy_macs, step_flops
 from common import figures
 from common.cli import run_cli
 from common.data import collect
@@ -43,6 +42,7 @@ from common.episodes import Episodes
 from common.errors import UserError
 from common.evaluation import play
 from common.files import write_csv
+from common.flops import critic_macs, policy_macs, step_flops
 from common.machine import num_cores
 from common.networks import FlowCritic, FlowPolicy, Sizes, Standardizer
 from common.problem import Dataset, Replica

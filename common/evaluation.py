@@ -294,6 +294,7 @@ def last_screen(args: Any, problem: ValueProblem, run: Run, rows: Sequence[Mappi
         yield f"a sweep:      python evor_infer.py --env {args.environment} --run-dir {run.directory.parent} " + (
             "--num-actions 1 4 16 64"
         )
+    yield f"in Python:    load_agent({str(run.directory.parent)!r})"
     for file in sorted(run.directory.glob("*.csv")) + sorted(run.directory.glob("*.png")):
         yield f"              {file}"
     yield line

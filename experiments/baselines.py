@@ -18,9 +18,9 @@ import jax
 
 import evor_value
 from baselines import critics, qc
-from benchmarks.flops import num_parameters, step_flops
 from common.checkpoint import read_spec
 from common.errors import UserError
+from common.flops import num_parameters, step_flops
 from common.networks import make_critic, make_policy
 from evor_infer import AgentSpec
 from experiments import gather

@@ -141,6 +141,11 @@ def print_summary(
             )
         elif ever == 0 and (task or np.ptp(trajectories.rewards[i, ~terminals]) == 0):
             print(f"  WARNING: {label} is never solved in this data: its rewards cannot tell actions apart.")
+        elif task == 0 and (others := _of_their_own(trajectories)):
+            print(
+                f"  the last row of a trajectory is a state alone: the rewards of {others:,} last rows are not used. "
+                f"If they are steps, append the final observation as one more row."
+            )
 
 
 def _unused(trajectories: files.Trajectories, task: int) -> int:
@@ -148,6 +153,12 @@ def _unused(trajectories: files.Trajectories, task: int) -> int:
     last, rewards, masks = trajectories.terminals, trajectories.rewards[task], trajectories.masks[task]
     beyond = (rewards[last] < rewards[~last].min()) | (rewards[last] > rewards[~last].max())
     return int((beyond | ((masks[last] == 0) & (masks[~last] != 0).all())).sum())
+
+
+def _of_their_own(trajectories: files.Trajectories) -> int:
+    """Last rows with another reward than 0 and the row before."""
+    last, rewards = np.flatnonzero(trajectories.terminals), trajectories.rewards[0]
+    return int(((rewards[last] != 0) & (rewards[last] != rewards[last - 1])).sum())
 
 
 def episode_lengths(terminals: np.ndarray) -> Int[np.ndarray, " episodes"]:

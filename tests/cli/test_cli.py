@@ -557,6 +557,13 @@ def test_mistakes_of_the_value_stage(here: Path, name: str):
     fails_cleanly(value(**changes), here, words)
 
 
+def test_a_sweep_of_data_that_have_no_environment(here: Path):
+    """Its name means something only to this run: the sentence is about the environment that is missing."""
+    rewrite(here / "run" / "value" / "model.eqx", env="my-robot")
+    fails_cleanly(infer(env="my-robot"), here, "my-robot is no environment of Gymnasium|load_agent('run')")
+    fails_cleanly(infer(env="your-robot"), here, "made with env 'my-robot'|'your-robot'")
+
+
 @pytest.mark.parametrize("name", MISTAKES_OF_INFERENCE)
 def test_mistakes_of_inference(here: Path, name: str):
     changes, words = MISTAKES_OF_INFERENCE[name]

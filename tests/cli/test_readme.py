@@ -14,6 +14,7 @@ import pytest
 import evor_bc
 import evor_value
 from common.cli import parse_args
+from common.data.files import load_trajectories
 from experiments.run import shell
 from experiments.table import EXPERIMENTS
 from tests.helpers import tiny_dataset
@@ -122,11 +123,24 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert names["actions"].shape == (3, 1, 5) and names["returns"].shape == (3, 64)
 
 
-def test_the_loop_for_ones_own_environment_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """That of docs/data.md, in an episode that ends within a chunk."""
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S)
+def test_ones_own_data_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The two programs of docs/data.md: one writes two episodes, of six and four steps, as their table says; the other
+    acts, in an episode that ends within a chunk, with actions in the environment's units."""
+    convert, act = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
-    common = dict(env="my-robot", dataset=tiny_dataset(tmp_path / "data.npz"), width=16, depth=2, batch_size=8)
+    low, high, rng = np.array([0.0, -4.0]), np.array([2.0, 4.0]), np.random.default_rng(0)
+    episodes = [
+        dict(observations=rng.normal(size=(n + 1, 3)), actions=rng.uniform(low, high, (n, 2)), rewards=rng.random(n))
+        for n in (6, 4)
+    ]
+    for episode, reached in zip(episodes, (True, False), strict=True):
+        episode["reached"] = reached
+    exec(convert, dict(episodes=episodes, low=low, high=high))
+    data = load_trajectories(Path("my.npz"), env="my-robot", tasks=(0,))
+    assert np.flatnonzero(data.terminals).tolist() == [6, 11] and np.flatnonzero(data.masks[0] == 0).tolist() == [5, 6]
+    np.testing.assert_allclose(data.rewards[0, :6], episodes[0]["rewards"], rtol=1e-6)
+    np.testing.assert_allclose(low + (data.actions[7:11] + 1) / 2 * (high - low), episodes[1]["actions"], rtol=1e-5)
+    common = dict(env="my-robot", dataset=Path("my.npz"), width=16, depth=2, batch_size=8)
     common |= dict(steps_per_call=2, steps=2, horizon=3)
     evor_bc.main(evor_bc.Args(**common))
     evor_value.main(evor_value.Args(**common, num_next_actions=1, eval_episodes=0))
@@ -137,5 +151,6 @@ def test_the_loop_for_ones_own_environment_runs(tmp_path: Path, monkeypatch: pyt
         return np.zeros(3, np.float32), 0.0, len(actions) == 7, False, {}
 
     env = types.SimpleNamespace(reset=lambda seed: (np.zeros(3, np.float32), {}), step=step)
-    exec(block, dict(env=env))
+    exec(act, dict(env=env, low=low, high=high))
     assert [action.shape for action in actions] == [(2,)] * 7
+    assert (low <= actions).all() and (actions <= high).all() and np.ptp(actions, axis=0).min() > 0

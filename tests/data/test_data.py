@@ -659,6 +659,18 @@ def test_success_in_last_rows_alone_is_no_success(capsys: pytest.CaptureFixture)
     assert "own rewards: 2 last rows have rewards or masks that no other row has" in printed
 
 
+def test_dense_rewards_of_last_rows_are_counted(capsys: pytest.CaptureFixture):
+    """Of two episodes of four rows, one ends with a reward of its own; where rows repeat the one before, nothing is
+    said, as where foreign data were converted."""
+    info = {"name": "a", "source": "file", "sha256": "0" * 64}
+    terminals, ones = ends_at([4, 4]), np.ones((1, 8), np.float32)
+    for rewards, expected in (([1, 2, 3, 2.5, 3, 2, 1, 1], True), ([1, 2, 3, 3, 3, 2, 1, 0], False)):
+        rows = np.zeros((8, 3), np.float32), np.zeros((8, 2), np.float32), terminals
+        trajectories = files.Trajectories(*rows, np.array([rewards], np.float32), ones)
+        describe.print_summary(trajectories, info, tasks=(0,), discount=0.9)
+        assert ("the rewards of 1 last rows are not used" in capsys.readouterr().out) == expected
+
+
 def test_rewards_of_last_rows_are_counted_where_no_other_row_has_them(capsys: pytest.CaptureFixture):
     """100 at the end of one of two episodes, which would be the goal; -1 at the end of the other is nothing new."""
     terminals = ends_at([4, 4])

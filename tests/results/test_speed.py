@@ -9,7 +9,8 @@ import pytest
 
 import evor_value
 from baselines import critics, qc
-from benchmarks import flops, inference, speed
+from benchmarks import inference, speed
+from common import flops
 from common.networks import FlowCritic, FlowPolicy, Sizes
 from common.problem import Dataset, Replica
 from common.returns import affine_axis
