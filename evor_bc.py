@@ -189,6 +189,12 @@ def args_for(args: Any) -> Args:
     )
 
 
+def is_trained(path: Path) -> bool:
+    """Whether base policies that were trained to their end stand at `path`."""
+    header = checkpoint.read_header(path, stage="bc", remedy="train it anew.") if path.is_file() else None
+    return header is not None and header["step"] >= header["args"]["steps"]
+
+
 def load_or_train(args: Any, *, sizes: Sizes, data_sha256: str) -> BasePolicy:
     """The base policies of `args.policy_seeds`, for stage 2.
 
@@ -199,7 +205,7 @@ def load_or_train(args: Any, *, sizes: Sizes, data_sha256: str) -> BasePolicy:
     """
     path = (args.policy_run_dir or args.directory) / "bc" / "model.eqx"
     header = checkpoint.read_header(path, stage="bc", remedy="train it anew.") if path.is_file() else None
-    done = header is not None and header["step"] >= header["args"]["steps"]
+    done = is_trained(path)
     if not done and args.policy_run_dir is None:
         begun = header is not None or any((path.parent / name).is_file() for name in STATE_FILES)
         wanted = args_for(args)

@@ -47,12 +47,13 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 import evor_bc
 import evor_infer
 from common.args import Count, TrainArgs, at_least, learning_rate, multiple_of, not_negative, unread, within
-from common.cli import run_cli
+from common.cli import parse_args, run_cli
 from common.data.names import NUM_TASKS
 from common.evaluation import Evaluation
 from common.flow import Ode, Solver, integrate
 from common.networks import Critic, CriticSpec, FlowCritic, Sizes, make_critic, stratified_normal
-from common.problem import Batch, Dataset, Replica, ValueProblem, action_chunks, sample_batch
+from common.plan import print_plan
+from common.problem import BasePolicy, Batch, Dataset, Replica, ValueProblem, action_chunks, sample_batch
 from common.replicas import chunked, in_blocks
 from common.returns import WIDTH, AxisKind, ReturnAxis
 from common.run import Run
@@ -405,10 +406,20 @@ def init_state(args: Args, sizes: Sizes, *, key: PRNGKeyArray) -> TrainState:
     return TrainState(critic, target, make_optimizer(args).init(critic), jnp.zeros((), jnp.int32))
 
 
+def load_policy(args: Args, *, sizes: Sizes, data_sha256: str) -> BasePolicy:
+    """The base policies, trained where there are none. Says before what is about to be done, and how long it takes."""
+    if jax.default_backend() == "cpu":
+        with_preview = parse_args(Args, PRESETS, ["--env", args.env, "--preview"], recipe_of=recipe_of)
+        same = ("dataset", "tasks", "seeds", "policy_seed", "run_dir", "policy_run_dir", "eval_episodes")
+        short = dataclasses.replace(with_preview, **{name: getattr(args, name) for name in same})
+        print_plan(args, short, sizes, policy_args=evor_bc.args_for, is_trained=evor_bc.is_trained)
+    return evor_bc.load_or_train(args, sizes=sizes, data_sha256=data_sha256)
+
+
 def main(args: Args) -> list[dict[str, Any]]:
     """Data, base policy, reward models, evaluation, report; returns the summary of the last evaluation."""
     with Run(args, stage="value") as run:
-        problem = ValueProblem(args, load_policy=evor_bc.load_or_train)
+        problem = ValueProblem(args, load_policy=load_policy)
 
         def agents(state: TrainState) -> Agent:
             return Agent(problem.policies, state.critic, problem.standardizers, problem.axis, args.horizon)

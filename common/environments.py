@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import find_highest_version
 
-from common.data.names import check_env, import_ogbench, parse_env
+from common.data.names import ENVIRONMENTS, check_env, import_ogbench, parse_env
 from common.data.spaces import action_range, flat
 from common.errors import UserError
 
@@ -125,6 +125,14 @@ def evaluation_id(env: str, task: int) -> str | None:
         check_env(parse_env(env))
         return parse_env(env).gym_id(task)
     return env if is_registered(env) else None
+
+
+def episode_steps(env: str) -> int:
+    """Steps after which an episode is cut; 0 for data that have no environment."""
+    try:
+        return ENVIRONMENTS[parse_env(env).prefix].episode_steps
+    except (UserError, KeyError):
+        return (gymnasium.spec(env).max_episode_steps or LONGEST) if is_registered(env) else 0
 
 
 def settings_of(info: Mapping[str, Any], gym_id: str) -> dict[str, Any]:

@@ -4,9 +4,10 @@ Backward passes cost twice the forward one, but for the gradient with respect to
 nobody asks for. Activations, LayerNorm and Adam are not counted. XLA's own count takes a loop for one of its rounds.
 """
 
+from typing import Any
+
 import jax
 
-import evor_value
 from common.networks import MLP, Critic, DirectCritic, FlowPolicy
 
 
@@ -37,7 +38,7 @@ def critic_macs(critic: Critic) -> tuple[int, int, int]:
     return sum(trunk) + split, mlp_macs(critic.head) - split, first
 
 
-def step_flops(args: evor_value.Args, critic: Critic, policy: FlowPolicy | None = None) -> float:
+def step_flops(args: Any, critic: Critic, policy: FlowPolicy | None = None) -> float:
     """FLOPs of one gradient step of stage 2, or of a baseline: forward and backward, the target, the choice of the next
     action. With a policy that is trained beside the critic, also that one's step and its draws."""
     features, velocity, first = critic_macs(critic)
