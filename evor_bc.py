@@ -86,8 +86,8 @@ def bc_loss_one(
     t: Float[Array, ""],
 ) -> Float[Array, ""]:
     """Flow-matching loss of one example: mean over coordinates of `(v(a_t, t | x) - (a_1 - a_0))^2`."""
-    if a_0.shape != a_1.shape or t.shape != ():
-        raise ValueError(f"a_0 and a_1 must have one shape and t none, not {a_0.shape}, {a_1.shape}, {t.shape}.")
+    if a_0.shape != a_1.shape or a_1.ndim != 1 or t.shape != ():
+        raise ValueError(f"a_0 and a_1 must be vectors and t a number, not {a_0.shape}, {a_1.shape}, {t.shape}.")
     a_t = (1.0 - t) * a_0 + t * a_1
     velocity = policy.velocity(policy.features(observation), a_t, t)
     return jnp.mean((velocity - (a_1 - a_0)) ** 2)

@@ -185,6 +185,8 @@ def log_mean_exp(
     Written as `max + tau log1p(mean(expm1((r - max) / tau)))`, which neither overflows at a small tau nor loses its
     digits at a large one. Increasing in every return, decreasing in tau, between mean and maximum.
     """
+    if jnp.ndim(temperature):
+        raise ValueError(f"the temperature must be a number, not of the shape {jnp.shape(temperature)}.")
     if weights is not None and weights.shape != returns.shape:
         raise ValueError(f"weights must have the shape of the returns, {returns.shape}, not {weights.shape}.")
     largest = jnp.max(returns, axis=-1)
@@ -226,8 +228,9 @@ def select(
     scores: Float[Array, " num_actions"], temperature: Float[ArrayLike, ""], *, key: PRNGKeyArray
 ) -> Int[Array, ""]:
     """An index with probability `softmax(scores / temperature)`; temperature 0: the largest score, inf: uniform."""
-    if scores.ndim != 1:
-        raise ValueError(f"scores must be those of one observation's actions, not of the shape {scores.shape}.")
+    if scores.ndim != 1 or jnp.ndim(temperature):
+        shapes = scores.shape, jnp.shape(temperature)
+        raise ValueError(f"scores must be those of one observation's actions and the temperature one, not {shapes}.")
     above = scores - jnp.max(scores)  # keeps the digits of scores that are all far from zero
     drawn = jax.random.categorical(key, above / jnp.where(temperature == 0, 1.0, temperature))
     return jnp.where(temperature == 0, jnp.argmax(scores), drawn)
@@ -347,6 +350,8 @@ class Agent(eqx.Module):
             ValueError: another shape, such as a single observation without a batch axis.
         """
         observations, size = jnp.asarray(observations), self.policy.spec.observation
+        if observations.shape == (0,):  # an empty list
+            observations = observations.reshape(0, size)
         if observations.ndim != 2 or observations.shape[1] != size:
             raise ValueError(f"observations must be (batch, {size}), not {observations.shape}.")
         return observations
@@ -358,6 +363,8 @@ class Agent(eqx.Module):
             ValueError: another shape.
         """
         actions, shape = jnp.asarray(actions), (len(observations), self.policy.spec.action)
+        if actions.shape == shape[:1] == (0,):  # an empty list
+            actions = actions.reshape(shape)
         steps = (shape[0], *self.chunk)
         if actions.shape not in (shape, steps):
             raise ValueError(f"actions must be {shape} or {steps}, not {actions.shape}.")

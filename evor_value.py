@@ -149,6 +149,8 @@ class Args(TrainArgs):
             yield f"--tasks {list(self.tasks)}: a task does not exist, OGBench has tasks 1 to {NUM_TASKS}."
         if self.critic == "trunk" and self.depth < 2:
             yield f"--critic trunk needs --depth 2 or more, not {self.depth}: its last layer is the head."
+        if 1 - np.float32(self.discount) < 1e-5:
+            yield f"--discount {self.discount}: single precision hardly tells it from 1: use 0.99999 or less."
         if self.return_axis == "quantiles" and self.td_target not in SAMPLING_TARGETS:
             yield f"--td-target {self.td_target} needs an affine axis: leave out --return-axis quantiles."
 

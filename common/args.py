@@ -94,6 +94,8 @@ class Paths:
     def __post_init__(self) -> None:
         for field, hint in get_type_hints(type(self)).items():
             value = getattr(self, field)
+            if getattr(value, "shape", None) == ():  # a number of NumPy or JAX
+                object.__setattr__(self, field, value.item())
             if Path in (hint, *get_args(hint)) and isinstance(value, str | Path):
                 object.__setattr__(self, field, Path(value).expanduser())
 
@@ -124,16 +126,18 @@ def check(args: Any) -> None:
         UserError: one is of another type or does not hold, or `args.conflicts()` names settings that cannot work
             together.
     """
-    for field, hint in get_type_hints(type(args), include_extras=True).items():
-        value = getattr(args, field)
-        if hasattr(value, "aval"):  # traced by `jit`, or on the device: nobody looks at it here
-            continue
+    hints = get_type_hints(type(args), include_extras=True)
+    # What is traced by `jit`, or on the device, nobody looks at here.
+    values = {field: getattr(args, field) for field in hints if not hasattr(getattr(args, field), "aval")}
+    for field, value in values.items():
+        hint = hints[field]
         if not _is_of(hint, value):
             raise UserError(f"{flag_of(field)} {value!r:.50} is of another type than it should be.")
         for kind in (hint, *get_args(hint)):  # also of `Literal[...] | None`
             if get_origin(kind) is Literal and value is not None and value not in get_args(kind):
                 raise UserError(f"{flag_of(field)} must be one of {', '.join(get_args(kind))}, not {value!r:.50}.")
-        for constraint in getattr(hint, "__metadata__", ()) if value is not None else ():
+    for field, value in values.items():  # a constraint may look at other fields
+        for constraint in getattr(hints[field], "__metadata__", ()) if value is not None else ():
             if isinstance(constraint, Constraint) and not constraint.holds(value, args):
                 raise UserError(constraint.complaint(flag_of(field), value, args))
     for sentence in args.conflicts() if hasattr(args, "conflicts") else ():

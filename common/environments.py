@@ -87,9 +87,9 @@ def make_as_it_is(gym_id: str, **settings: Any) -> gymnasium.Env:
     import_ogbench()
     try:
         return gymnasium.make(gym_id, **settings)
-    except (gymnasium.error.Error, ImportError) as error:
+    except Exception as error:  # whatever its constructor raises
         raise UserError(
-            f"{gym_id} cannot be made ({error}): install what it needs, or name another environment with --env."
+            f"{gym_id} cannot be made ({error!r}): install what it needs, or name another environment with --env."
         ) from None
 
 
@@ -145,16 +145,31 @@ def settings_of(info: Mapping[str, Any], gym_id: str) -> dict[str, Any]:
 
 
 def check_sizes(gym_id: str, settings: Mapping[str, Any], observation: int, action: int) -> None:
-    """Whether an environment fits the data; says how its actions are scaled.
+    """Whether an environment works and fits the data, tried for one step; says how its actions are scaled.
 
     Raises:
-        UserError: its observations or actions have other sizes.
+        UserError: its observations or actions have other sizes, or what it does is not what Gymnasium asks for.
     """
     env = make_env(gym_id, **settings)
-    sizes, inner = (env.observation_space.shape[0], env.action_space.shape[0]), env.unwrapped.action_space
-    env.close()
-    if (inner.low != -1).any() or (inner.high != 1).any():
-        print(f"  actions in [-1, 1] are executed as {inner.low.tolist()} to {inner.high.tolist()} in {gym_id}")
+    sizes = env.observation_space.shape[0], env.action_space.shape[0]
+    try:
+        first = np.asarray(seeded_reset(env, 0))
+        then, reward, _, _, info = env.step(np.zeros(sizes[1], np.float32))
+        for values, shape in ((first, sizes[:1]), (np.asarray(then), sizes[:1]), (np.asarray(reward), ())):
+            if values.shape != shape or not np.isfinite(values).all():
+                raise ValueError(f"{values} is not finite, or not of the shape {shape}")
+        reported_success(info)
+    except Exception as error:  # whatever it raises
+        raise UserError(
+            f"{gym_id} does not run ({error!r}): mend it, or leave out its evaluation with --eval-episodes 0."
+        ) from None
+    finally:
+        env.close()
+    if isinstance(env, gymnasium.wrappers.TransformObservation):
+        env = env.env
+    if isinstance(env, gymnasium.wrappers.RescaleAction):
+        space = env.env.action_space
+        print(f"  actions in [-1, 1] are executed as {space.low.tolist()} to {space.high.tolist()} in {gym_id}")
     if sizes != (observation, action):
         raise UserError(
             f"{gym_id} has {sizes[0]} numbers in an observation and {sizes[1]} in an action, and the data "
@@ -189,6 +204,12 @@ def seeded_reset(env: gymnasium.Env, seed: int) -> np.ndarray:
 
 
 def reported_success(info: dict[str, Any]) -> float:
-    """What a step's `info` says of success, of all its parts if there are several; NaN where it says nothing."""
+    """What a step's `info` says of success, of all its parts if there are several; NaN where it says nothing.
+
+    Raises:
+        ValueError: it says something that is no number.
+    """
     said = info.get("success", info.get("is_success"))
+    if said is not None and (np.size(said) == 0 or np.asarray(said).dtype.kind not in "biuf"):
+        raise ValueError(f"info has the success {said!r}")
     return np.nan if said is None else float(np.min(said))

@@ -27,7 +27,8 @@ def sha256(path: Path) -> str:
 
 
 def plain(value: Any) -> Any:
-    """`value` with paths as strings and non-finite floats as JSON can hold them, recursively."""
+    """`value` with paths as strings, numbers of NumPy and JAX as Python's, and non-finite floats as JSON can hold them,
+    recursively."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
@@ -36,6 +37,8 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     if isinstance(value, Path):
         return str(value)
+    if getattr(value, "shape", None) == ():
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
@@ -86,7 +89,7 @@ def sha256_path(path: Path) -> Path:
 def record_sha256(content: Path, path: Path) -> None:
     """Records the SHA-256 of the file `content`, which stands or will stand under `path`."""
     with atomic(sha256_path(path)) as temporary:
-        temporary.write_text(f"{sha256(content)}  {path.name}\n")
+        temporary.write_text(f"{sha256(content)}  {path.name}\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -133,7 +136,7 @@ def hold_directory(directory: Path, flag: str) -> BaseFileLock:
 def read_json(path: Path) -> Any:
     """What `path` holds; None if it is missing or no JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -141,7 +144,7 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Writes `content` as JSON, atomically."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(plain(content), indent=2) + "\n")
+        temporary.write_text(json.dumps(plain(content), indent=2) + "\n", encoding="utf-8")
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -152,7 +155,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes dictionaries as a CSV file, atomically."""
-    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
         writer.writerows(rows)

@@ -60,7 +60,7 @@ def open_env(gym_id: str, action_noise: float = 0.0, **settings: Any) -> gymnasi
     try:
         try:
             env = make_env(gym_id, action_noise, render_mode="rgb_array", width=SIZE, height=SIZE, **settings)
-        except TypeError:  # not of MuJoCo: it has a size of its own
+        except UserError:  # not of MuJoCo: it has a size of its own
             env = make_env(gym_id, action_noise, render_mode="rgb_array", **settings)
         env.reset(seed=0)
         env.render()

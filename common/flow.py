@@ -5,6 +5,7 @@ Convention of the whole project: noise `z_0 ~ N(0, I)`, data `z_1`, time `t: 0 -
 `d psi_t / dt = v(psi_t, t)`, `psi_0 = z_0` (Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003).
 """
 
+import operator
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -50,9 +51,16 @@ def integrate(
         end_time: where to stop. An array gives each element its own end: in the clock `u = t / end_time` all stop at
             `u = 1`, so one loop serves them all.
 
+    Raises:
+        ValueError: a shape, the solver or its number of steps is another.
+
     Returns z with the shape and type of `z_0`, which is float32 for whole numbers.
     """
-    z_0 = jnp.asarray(z_0)
+    z_0, steps = jnp.asarray(z_0), operator.index(ode.steps)
+    if steps < 1 or ode.solver not in SOLVERS or jnp.iscomplexobj(z_0):
+        raise ValueError(
+            f"integrate needs a step or more, one of {list(SOLVERS)}, and real numbers, not {ode}, {z_0.dtype}."
+        )
     z_0 = z_0 if jnp.issubdtype(z_0.dtype, jnp.floating) else z_0.astype(jnp.float32)
     end_time = jnp.asarray(end_time, z_0.dtype)
     if end_time.shape != z_0.shape[: end_time.ndim]:
@@ -61,7 +69,10 @@ def integrate(
 
     def field(u, z, args):
         del args
-        return jnp.broadcast_to(scale, z.shape) * velocity(z, u * end_time)
+        moves = velocity(z, u * end_time)
+        if jnp.shape(moves) != z.shape:
+            raise ValueError(f"the velocity must have the shape of z, {z.shape}, not {jnp.shape(moves)}.")
+        return jnp.broadcast_to(scale, z.shape) * moves
 
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
@@ -70,9 +81,9 @@ def integrate(
         t1=1.0,
         dt0=None,
         y0=z_0,
-        stepsize_controller=diffrax.StepTo(ts=jnp.linspace(0.0, 1.0, ode.steps + 1)),
+        stepsize_controller=diffrax.StepTo(ts=jnp.linspace(0.0, 1.0, steps + 1)),
         saveat=diffrax.SaveAt(t1=True),
-        max_steps=ode.steps,
+        max_steps=steps,
         # The loop has a fixed length and cannot fail; checking for failure would cost a host call.
         throw=False,
     )

@@ -36,7 +36,7 @@ class Metrics:
         self.path, self.stage, self.env, self.track = path, stage, env, track
         kept = []
         if resume_step is not None and path.exists():
-            complete = path.read_text().rpartition("\n")[0]  # a kill may have cut the last line
+            complete = path.read_text(encoding="utf-8").rpartition("\n")[0]  # a kill may have cut the last line
             kept = [row for row in csv.DictReader(complete.splitlines()) if int(row["step"]) <= resume_step]
             kept = [row for row in kept if row["metric"] not in EVALUATED or int(row["step"]) < resume_step]
         write_csv(path, FIELDS, kept)
@@ -48,7 +48,7 @@ class Metrics:
         values: Mapping[str, Iterable[Any]],
     ) -> None:
         """Logs metrics after `step` gradient steps: `values` maps a name to one number per (task, seed) replica."""
-        with open(self.path, "a", newline="") as file:
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             for metric, numbers in values.items():
                 for (task, seed), value in zip(replicas, numbers, strict=True):

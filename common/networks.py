@@ -105,6 +105,18 @@ class Standardizer(eqx.Module):
         return np.clip(standard, -BOUND, BOUND, out=standard)
 
 
+def has_shapes(*expected: tuple[Array, int | None]) -> None:
+    """Whether arrays are vectors of these sizes, or numbers (None): one example at a time, `jax.vmap` does batches.
+
+    Raises:
+        ValueError: they are not, and would be broadcast.
+    """
+    shapes = [jnp.shape(array) for array, _ in expected]
+    wanted = [() if size is None else (size,) for _, size in expected]
+    if shapes != wanted:
+        raise ValueError(f"the shapes must be {wanted}, not {shapes}.")
+
+
 class Linear(eqx.Module):
     """`x @ weight + bias`, Glorot-uniform weight, zero bias."""
 
@@ -178,12 +190,14 @@ class FlowPolicy(eqx.Module):
         self.mlp = MLP(observation + action + 1, action, width=width, depth=depth, layer_norm=False, key=key)
 
     def features(self, observation: Float[Array, " observation"]) -> Float[Array, " width"]:
+        has_shapes((observation, self.spec.observation))
         first = self.mlp.hidden[0]
         return observation @ first.weight[: self.spec.observation] + first.bias
 
     def velocity(
         self, features: Float[Array, " width"], action: Float[Array, " action"], t: Float[Array, ""]
     ) -> Float[Array, " action"]:
+        has_shapes((features, self.spec.width), (action, self.spec.action), (t, None))
         weight = self.mlp.hidden[0].weight[self.spec.observation :]
         return self.mlp.from_first(features + jnp.append(action, t) @ weight)
 
@@ -284,6 +298,7 @@ class FlowCritic(Critic):
     def features(
         self, observation: Float[Array, " observation"], action: Float[Array, " action"]
     ) -> Float[Array, " width"]:
+        has_shapes((observation, self.spec.observation), (action, self.spec.action))
         x = jnp.concatenate([observation, action])
         for linear, norm in self.trunk:
             x = norm(jax.nn.gelu(linear(x)))
@@ -291,6 +306,7 @@ class FlowCritic(Critic):
         return x @ first.weight[: self.inputs] + first.bias
 
     def velocity(self, features: Float[Array, " width"], z: Float[Array, ""], t: Float[Array, ""]) -> Float[Array, ""]:
+        has_shapes((features, self.head.hidden[0].bias.size), (z, None), (t, None))
         weight = self.head.hidden[0].weight[self.inputs :]
         return self.head.from_first(features + z * weight[0] + t * weight[1])[0]
 
@@ -359,6 +375,7 @@ class DirectCritic(Critic):
         self, observation: Float[Array, " observation"], action: Float[Array, " action"]
     ) -> Float[Array, " outputs"]:
         """The value according to each MLP, the quantiles, or the logits of the atoms' probabilities."""
+        has_shapes((observation, self.spec.observation), (action, self.spec.action))
         x = jnp.concatenate([observation, action])
         out = jnp.concatenate([mlp(x) for mlp in self.mlps])
         if self.kind == "scalar":

@@ -144,12 +144,18 @@ class Problem:
 
     def _prepare(self) -> None:
         """Inputs of the networks, and replicas."""
-        self.standardizer = Standardizer.of(self._first.observations, ignore=self.args.ignore_observations)
+        self.standardizer = self._standardizer()
         seeds = np.asarray(self.args.all_seeds)
         self.pairs: list[tuple[int | str, int]] = [("", seed) for seed in self.args.all_seeds]
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds)
         zeros = jnp.zeros(len(seeds), jnp.int32)
         self._set_replicas(Replica(zeros, zeros, None, keys[:, 1]), keys[:, 0])
+
+    def _standardizer(self) -> Standardizer:
+        observations, ignore = self._first.observations, self.args.ignore_observations
+        standardizer = Standardizer.of(observations, ignore=ignore)
+        describe.warn_of_constants(observations, np.isinf(standardizer.std), ignore)
+        return standardizer
 
     def _set_replicas(self, replicas: Replica, init_keys: Key[Array, " replicas"]) -> None:
         self.init_keys, self.replicas = init_keys, spread(replicas, len(self.pairs))
@@ -268,13 +274,17 @@ class ValueProblem(Problem):
         )
         if self._load_policy is None:
             self.base = None
-            self.standardizer = Standardizer.of(first.observations, ignore=args.ignore_observations)
+            self.standardizer = self._standardizer()
         else:
             self.base = self._load_policy(args, sizes=self.sizes, data_sha256=self.info["sha256"])
             self.standardizer = self.base.standardizer
         bounds = transitions.return_bounds(span, args.discount)
+        if not np.isfinite(bounds).all():
+            raise UserError(f"returns of rewards within {span.tolist()} are not finite: scale the rewards.")
         returns = transitions.return_sample(first, discount=args.discount)
         axes = [make_axis(*of_task, kind=args.axis_kind) for of_task in zip(returns, bounds, strict=True)]
+        for task, of_task, axis in zip(self.tasks, returns, axes, strict=True):
+            describe.warn_of_flat_returns(of_task, axis.spread, "own rewards" if task == 0 else f"task {task}")
         self.pairs = [(task, seed) for task in self.tasks for seed in args.all_seeds]
         task = np.repeat(np.arange(len(self.tasks)), args.seeds)
         one_policy = np.zeros(args.seeds, int) if args.policy_seed is not None else np.arange(args.seeds)
@@ -345,7 +355,7 @@ def choose_tasks(args: Any, path: Path, own_rewards: bool) -> tuple[int, ...]:
     """The tasks to train: those asked for, the environment's default, or 0 for a file's own rewards."""
     if own_rewards:
         if args.tasks:
-            raise UserError(f"{path} brings its own rewards: leave out --tasks.")
+            raise UserError(f"{args.dataset} brings its own rewards: leave out --tasks.")
         return (0,)
     if args.tasks:
         return args.tasks
@@ -353,6 +363,6 @@ def choose_tasks(args: Any, path: Path, own_rewards: bool) -> tuple[int, ...]:
         return (parse_env(args.environment).default_task,)
     except UserError:
         raise UserError(
-            f"{path} brings no rewards, and {args.environment!r} is no OGBench environment to compute them with: "
-            f"add an array rewards."
+            f"{args.dataset or path} brings no rewards, and {args.environment!r} is no OGBench environment to compute "
+            f"them with: add an array rewards."
         ) from None

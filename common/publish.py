@@ -123,7 +123,7 @@ def main(args: Args) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary)
         (copy / "value").mkdir()
-        (copy / "README.md").write_text(card(header, episodes, args.to))
+        (copy / "README.md").write_text(card(header, episodes, args.to), encoding="utf-8")
         for name in FILES:
             if (folder / name).is_file():
                 (copy / "value" / name).symlink_to((folder / name).resolve())

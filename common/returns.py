@@ -18,7 +18,7 @@ constant g in the place of f'(z'_t), so it needs an affine h. So does `paper`, w
 velocity.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -97,6 +97,8 @@ def make_axis(returns: Float[np.ndarray, " n"], bounds: Float[np.ndarray, "2"], 
     A standard deviation below 1e-4 of the mean or 1e-3 of the range of the possible returns counts as that much, here
     and in `spread`. Multiplying all returns by a number changes no place on the axis.
     """
+    if kind not in get_args(AxisKind):
+        raise ValueError(f"the axis must be one of {get_args(AxisKind)}, not {kind!r}.")
     low, high = bounds
     mean, std = returns.mean(dtype=np.float64), returns.std(dtype=np.float64)
     # Single precision has to tell the knots apart, and the possible returns have to be within reach.

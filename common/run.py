@@ -125,8 +125,9 @@ class Run:
         Raises:
             UserError: they do not hold.
         """
-        self.save_every = min(args.save_every, args.steps)
-        check(dataclasses.replace(args, save_every=self.save_every))
+        numbers = all(isinstance(number, int | np.integer) for number in (args.save_every, args.steps))
+        self.save_every = min(args.save_every, args.steps) if numbers else None
+        check(dataclasses.replace(args, save_every=self.save_every) if numbers else args)
         self.args, self.stage = args, stage
         self.directory = args.directory / stage
         self.diverged: list[tuple[int | str, int]] = []

@@ -45,12 +45,12 @@ class Place:
     def table(self, text: str) -> None:
         """Writes a table: between its marks in README.md where it has them, else to `table.md`."""
         path, readme = self.path("table.md"), self.path("x").parent / "README.md"
-        old = readme.read_text() if readme.is_file() else ""
+        old = readme.read_text(encoding="utf-8") if readme.is_file() else ""
         marks = rf"(<!-- table {self.name} -->\n).*?(<!-- end -->)"
         if re.search(marks, old, re.S):
             path, text = readme, re.sub(marks, lambda mark: f"{mark[1]}{text}{mark[2]}", old, flags=re.S)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
 
 
 def read(path: Path) -> Frame:

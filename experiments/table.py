@@ -126,7 +126,7 @@ def axis_temperatures(env: str, table: str) -> list[str]:
 
 def beyond_ogbench(env: str) -> list[str]:
     """Two seeds of critics on one base policy of data that does not come from OGBench."""
-    run, (width, steps) = f"beyond/{env}", (128, 30_000) if env == "Pendulum-v1" else (256, 50_000)
+    run, width = f"beyond/{env}", 128 if env == "Pendulum-v1" else 256
     data = f"--dataset minari:evor/{env.rpartition('-')[0].lower()}-v0 --env {env} --preview --width {width}"
     about = f"{data} --policy-run-dir runs/{run} --policy-seed 0 --seeds 2"
     critics = {
@@ -136,7 +136,7 @@ def beyond_ogbench(env: str) -> list[str]:
     }
     return [
         f"experiments.gym_data --env {env} --out runs/tables/beyond-ogbench/{env}.json",
-        f"evor_bc.py {data} --steps {steps} --run-dir runs/{run}",
+        f"evor_bc.py {data} --steps 30000 --run-dir runs/{run}",
         *(f"{command} {about} --run-dir runs/{run}-{name}" for name, command in critics.items()),
     ]
 

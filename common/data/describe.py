@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import ArrayLike, Bool, Float, Int
 from matplotlib.axes import Axes
 
 from common import figures
@@ -134,31 +134,46 @@ def print_summary(
             what = f"of an episode, undiscounted, {totals.mean():.4g} on average and {totals.max():.4g} at best; "
             what += f"{ever:,} of {episodes:,} episodes ended by a mask of 0"
         print(f"  {label}: returns within [{bounds[i, 0]:.4g}, {bounds[i, 1]:.4g}] at discount {discount}; {what}")
-        if unused := _unused(trajectories, i):
+        if task == 0 and (unused := _unused(trajectories)):
             print(
-                f"  WARNING: {label}: {unused:,} last rows have rewards or masks that no other row has. A last row is "
-                f"no transition: they are not used. Append the final observation as one more row."
+                f"  WARNING: {unused:,} last rows have rewards or masks of their own. The last row of a trajectory is "
+                f"a state alone: they are not used. If they are steps, append the final observation as one more row."
             )
         elif ever == 0 and (task or np.ptp(trajectories.rewards[i, ~terminals]) == 0):
             print(f"  WARNING: {label} is never solved in this data: its rewards cannot tell actions apart.")
-        elif task == 0 and (others := _of_their_own(trajectories)):
-            print(
-                f"  the last row of a trajectory is a state alone: the rewards of {others:,} last rows are not used. "
-                f"If they are steps, append the final observation as one more row."
-            )
 
 
-def _unused(trajectories: files.Trajectories, task: int) -> int:
-    """Last rows, which are no transitions, whose reward or mask no transition has."""
-    last, rewards, masks = trajectories.terminals, trajectories.rewards[task], trajectories.masks[task]
-    beyond = (rewards[last] < rewards[~last].min()) | (rewards[last] > rewards[~last].max())
-    return int((beyond | ((masks[last] == 0) & (masks[~last] != 0).all())).sum())
+def warn_of_constants(
+    observations: Float[np.ndarray, "rows observation"],
+    constant: Bool[np.ndarray, " observation"],
+    ignore: Sequence[int],
+) -> None:
+    """Says which columns vary, and are constant to the networks because single precision tells too little of them."""
+    varies = observations.max(axis=0) > observations.min(axis=0)
+    lost = sorted(set(np.flatnonzero(constant & varies).tolist()) - set(ignore))
+    if lost:
+        print(
+            f"  WARNING: observations {lost[:10]} vary by no more than what single precision rounds of their mean: "
+            f"they count as constant. Subtract their mean."
+        )
 
 
-def _of_their_own(trajectories: files.Trajectories) -> int:
-    """Last rows with another reward than 0 and the row before."""
-    last, rewards = np.flatnonzero(trajectories.terminals), trajectories.rewards[0]
-    return int(((rewards[last] != 0) & (rewards[last] != rewards[last - 1])).sum())
+def warn_of_flat_returns(returns: Float[np.ndarray, " n"], spread: ArrayLike, what: str) -> None:
+    """Says where returns vary by much less than the unit of temperatures, which their mean and bounds widen."""
+    std = float(returns.std(dtype=np.float64))
+    if 0 < std < 0.3 * float(spread):
+        print(
+            f"  WARNING: {what}: returns vary by {std:.3g} around {float(returns.mean()):.4g}, and count as if they "
+            f"varied by {float(spread):.3g}: subtract from the rewards what they have in common."
+        )
+
+
+def _unused(trajectories: files.Trajectories) -> int:
+    """Last rows, which are no transitions, with another reward than 0 and the row before, or with a mask of 0 where the
+    row before has none."""
+    last, rewards, masks = np.flatnonzero(trajectories.terminals), trajectories.rewards[0], trajectories.masks[0]
+    rewarded = (rewards[last] != 0) & (rewards[last] != rewards[last - 1])
+    return int((rewarded | ((masks[last] == 0) & (masks[last - 1] != 0))).sum())
 
 
 def episode_lengths(terminals: np.ndarray) -> Int[np.ndarray, " episodes"]:

@@ -184,7 +184,7 @@ class Partial(NamedTuple):
 
     def validator(self, url: str) -> str:
         """What the host called the file, if it is from `url`; else nothing."""
-        lines = self.origin.read_text(errors="replace").split("\n") if self.origin.is_file() else []
+        lines = self.origin.read_text(encoding="utf-8", errors="replace").split("\n") if self.origin.is_file() else []
         return lines[1] if len(lines) == 2 and lines[0] == url else ""
 
 
@@ -264,7 +264,7 @@ def _transfer(url: str, partial: Partial, timeout: float) -> None:
             partial.clear()
             etag = response.headers.get("ETag", "")  # a weak one does not promise the same bytes
             validator = etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
-            partial.origin.write_text(f"{url}\n{validator}")
+            partial.origin.write_text(f"{url}\n{validator}", encoding="utf-8")
         _copy(response, partial.data, start=start, total=total, timeout=timeout, name=url.rpartition("/")[2])
 
 
@@ -380,7 +380,7 @@ def _compare_with_first_use(path: Path, source: str) -> None:
     digest, record = sha256(path), sha256_path(path)
     expected = CHECKSUMS.get(path.name) if source == "ogbench" else None
     if expected is None and record.is_file():
-        expected = (re.findall(r"^[0-9a-f]{64}", record.read_text(errors="replace")) or [None])[0]
+        expected = (re.findall(r"^[0-9a-f]{64}", record.read_text(encoding="utf-8", errors="replace")) or [None])[0]
     if expected is not None and digest != expected:
         raise UserError(
             f"{path} has the SHA-256 {digest[:12]}..., and {expected[:12]}... was expected: it was changed or damaged; "

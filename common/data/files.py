@@ -138,12 +138,14 @@ def read_arrays(path: Path, skip: Collection[str] = ()) -> dict[str, np.ndarray]
             raise UserError(f"{key} in {path} is not finite at row {row}: remove or repair that row.")
     terminals = arrays["terminals"]
     _check_terminals(terminals, path)
-    for key in ("observations", "rewards"):
+    for key in ("observations", "actions", "rewards"):
         if key in arrays:
             warn_of_rounding(arrays[key].reshape(len(terminals), -1), f"{key} in {path}")
     row = first_row(arrays["actions"], lambda part: (part < -1.001) | (part > 1.001))
     if row is not None:
         raise UserError(f"actions in {path} leave [-1, 1] at row {row}: scale them to that range.")
+    if (largest := float(np.abs(arrays["actions"]).max())) < 0.01:
+        print(f"WARNING: actions in {path} stay within {largest:.2g} of 0: scale them, so that they fill [-1, 1].")
     if "masks" in arrays and first_row(arrays["masks"], lambda part: (part != 0) & (part != 1)) is not None:
         raise UserError(f"masks in {path} must be 0 (the bootstrap stops) or 1 everywhere.")
     return arrays

@@ -32,7 +32,7 @@ from common.files import atomic, locked, read_json, record_sha256, sha256, write
 from common.progress import progress
 
 MINARI = "minari:"
-HDF5 = (".hdf5", ".h5")
+HDF5 = (".hdf5", ".h5", ".hdf")
 VALIDATION = 20  # each twentieth trajectory is kept for the comparison with Monte-Carlo returns
 VERSION = 5  # of what is made of a source
 ALIASES = {"truncations": "timeouts", "terminations": "terminals"}  # Gymnasium's names
@@ -86,12 +86,17 @@ def environment_of(env: str, dataset: Path | None) -> str:
 @functools.cache
 def minari_env(name: str) -> str:
     spec = evaluated_in(load_minari(name))
+    if spec is not None and spec.additional_wrappers:
+        raise UserError(
+            f"{MINARI}{name} was made in {spec.id} within {wrappers_of(spec)}: register an environment that includes "
+            f"it, and name that with --env module:Id-v0. With another --env, evaluation is without the wrapper."
+        )
     return "" if spec is None else spec.id
 
 
 def is_foreign(dataset: Path) -> bool:
     """Whether `--dataset` names a Minari dataset or a file in D4RL's layout."""
-    if is_minari(dataset) or dataset.suffix in HDF5:
+    if is_minari(dataset) or dataset.suffix.lower() in HDF5:
         return True
     if dataset.suffix != ".npz" or not dataset.is_file():
         return False
@@ -174,8 +179,12 @@ def open_minari(name: str) -> Iterator[Source]:
     spec = evaluated_in(dataset)
     env, settings = ("", {}) if spec is None else (spec.id, settings_of(spec))
     says = (f"  {env} is made with {settings}",) if settings else ()
+    if spec is not None and spec.additional_wrappers:
+        says = (*says, f"  WARNING: made in {env} within {wrappers_of(spec)}, which is not there in the evaluation")
     scores = tuple(dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
     reference = None if None in scores else (float(scores[0]), float(scores[1]))
+    if reference is not None and not (np.isfinite(reference).all() and reference[0] != reference[1]):
+        says, reference = (*says, f"  the reference scores {reference} are none: no normalised score"), None
     yield Source(
         name, digest, env, low, high, int(dataset.total_episodes), trajectories(), says, reference=reference,
         settings=settings,
@@ -186,6 +195,10 @@ def evaluated_in(dataset: Any) -> gymnasium.envs.registration.EnvSpec | None:
     """The environment that a Minari dataset names for evaluation, or else the one that it was made in."""
     text = dataset.storage.metadata.get("eval_env_spec")
     return gymnasium.envs.registration.EnvSpec.from_json(text) if text else dataset.env_spec
+
+
+def wrappers_of(spec: gymnasium.envs.registration.EnvSpec) -> str:
+    return ", ".join(wrapper.name for wrapper in spec.additional_wrappers)
 
 
 def settings_of(spec: gymnasium.envs.registration.EnvSpec) -> dict[str, Any]:
@@ -220,6 +233,7 @@ def open_d4rl(path: Path, env: str) -> Iterator[Source]:
     observations, after = arrays["observations"], arrays.get("next_observations")
     says = []
     if after is not None:
+        after = np.where(ended[:, None] & np.isnan(after), observations, after)  # nothing looks at it
         torn = np.append(differ(after[:-1], observations[1:]), False) & ~ends
         ends |= torn
         if torn.any():
@@ -245,10 +259,12 @@ def open_d4rl(path: Path, env: str) -> Iterator[Source]:
 def differ(
     a: Float[np.ndarray, "rows observation"], b: Float[np.ndarray, "rows observation"]
 ) -> Bool[np.ndarray, " rows"]:
-    """Which rows differ, in the precision of the coarser of the two."""
+    """Which rows differ by more than the coarser type rounds, and by more than 1e-5 of a column's deviation."""
     kind = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
-    a, b = a.astype(kind), b.astype(kind)
-    return ((a != b) & ~(np.isnan(a) & np.isnan(b))).any(axis=1)
+    rounding = 4 * np.finfo(kind).eps if kind.kind == "f" else 0.0
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    tolerance = np.maximum(rounding * np.abs(a), 1e-5 * np.nan_to_num(np.nanstd(a, axis=0) if len(a) else 0.0))
+    return (~(np.abs(a - b) <= tolerance) & ~(np.isnan(a) & np.isnan(b))).any(axis=1)
 
 
 def read_d4rl(path: Path) -> dict[str, np.ndarray]:
@@ -259,12 +275,14 @@ def read_d4rl(path: Path) -> dict[str, np.ndarray]:
     """
     if not path.is_file():
         raise UserError(f"there is no dataset file at {path}: check the path given to --dataset.")
+    groups: list[str] = []
     try:
-        if path.suffix in HDF5:
+        if path.suffix.lower() in HDF5:
             import h5py
 
             with h5py.File(path) as file:
-                arrays = {key: np.asarray(file[key]) for key in (*NDIM, *ALIASES) if key in file}
+                groups = [key for key in NDIM if isinstance(file.get(key), h5py.Group)]
+                arrays = {key: np.asarray(file[key]) for key in (*NDIM, *ALIASES) if key in file and key not in groups}
         else:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {key: file[key] for key in (*NDIM, *ALIASES) if key in file.files}
@@ -274,6 +292,8 @@ def read_d4rl(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} needs h5py ({error}): pip install h5py.") from None
     except Exception as error:  # a damaged file raises a dozen types
         raise UserError(f"{path} cannot be read ({error}): make or fetch it anew.") from None
+    if groups:
+        raise UserError(f"{groups[0]} in {path} is a group of arrays: D4RL's layout has one array of vectors there.")
     arrays = {ALIASES.get(key, key): array for key, array in arrays.items()}
     missing = [key for key in NEEDED if key not in arrays]
     if missing:
@@ -281,15 +301,22 @@ def read_d4rl(path: Path) -> dict[str, np.ndarray]:
     for key, array in arrays.items():
         if NDIM[key] == 1 and array.ndim == 2 and array.shape[1] == 1:
             array = arrays[key] = array[:, 0]
-        if array.ndim != NDIM[key] or array.dtype.kind not in "biuf" or len(array) != len(arrays["observations"]):
+        rows = arrays["observations"].shape[:1]
+        if array.ndim != NDIM[key] or array.dtype.kind not in "biuf" or array.shape[:1] != rows:
             raise UserError(
-                f"{key} in {path} must be a {NDIM[key]}-D array of numbers with {len(arrays['observations'])} rows, "
+                f"{key} in {path} must be a {NDIM[key]}-D array of numbers with {rows[0] if rows else 'some'} rows, "
                 f"as observations has, not {array.dtype} {array.shape}."
             )
         if key in FLAGS and not np.isin(array, (0, 1)).all():
             raise UserError(f"{key} in {path} must be 0 or 1 everywhere.")
     if len(arrays["terminals"]) == 0:
         raise UserError(f"{path} has no rows.")
+    columns = {key: arrays[key].shape[1] for key in ("observations", "next_observations") if key in arrays}
+    if len(set(columns.values())) > 1:
+        raise UserError(
+            f"observations and next_observations in {path} have {columns['observations']} and "
+            f"{columns['next_observations']} columns: they must be equal."
+        )
     return arrays
 
 
@@ -335,7 +362,7 @@ def in_our_layout(trajectory: Trajectory) -> dict[str, np.ndarray] | None:
 def _refuse(trajectory: Trajectory, number: int, source: Source) -> None:
     """Raises `UserError` for numbers that cannot be learned from, in the source's own terms."""
     for name in ("observations", "actions", "rewards"):
-        if not np.isfinite(getattr(trajectory, name)).all():
+        if not (np.abs(getattr(trajectory, name).astype(np.float64)) <= np.finfo(np.float32).max).all():
             raise UserError(f"{name} of trajectory {number} of {source.name} are not finite: remove or repair it.")
     margin = 1e-3 * (source.high - source.low)
     if ((trajectory.actions < source.low - margin) | (trajectory.actions > source.high + margin)).any():

@@ -52,6 +52,8 @@ def chunk_rewards(
     With horizon 1: the row's reward, and discount * mask. A chunk in which the task is solved stops there, as the
     environment does; QC (arXiv 2507.07969) counts the later rewards of such a chunk.
     """
+    if rewards.shape != masks.shape:
+        raise ValueError(f"rewards and masks must have one shape, not {rewards.shape} and {masks.shape}.")
     reward = np.zeros((len(rewards), len(starts)), np.float32)
     bootstrap = np.ones_like(reward)
     for k in range(horizon):
@@ -73,6 +75,9 @@ def monte_carlo_returns(
     limit has no complete return: what it lacks is `tail_i * Z(last state)`, `tail_i = prod discount * masks`. A return
     is complete where `tail_i = 0` (the task was solved on the way) and complete up to a tolerance where it is small.
     """
+    if not rewards.shape == masks.shape == terminals.shape:
+        raise ValueError(f"the shapes must be equal: {rewards.shape}, {masks.shape}, {terminals.shape}.")
+    masks = masks.astype(np.float64)
     ends = np.flatnonzero(terminals)
     starts = np.concatenate([[0], ends[:-1] + 1])
     returns, tails = np.zeros(len(rewards)), np.ones(len(rewards))
@@ -105,7 +110,8 @@ def return_bounds(rewards: Float[np.ndarray, "tasks rows"], discount: float) -> 
     """
     low, high = rewards.min(axis=1), rewards.max(axis=1)
     horizon = 1.0 / (1.0 - discount)
-    return np.stack([np.minimum(low, low * horizon), np.maximum(high, high * horizon)], axis=1)
+    with np.errstate(over="ignore"):  # infinite ones are refused where they are used
+        return np.stack([np.minimum(low, low * horizon), np.maximum(high, high * horizon)], axis=1)
 
 
 def reward_range(

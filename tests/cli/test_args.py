@@ -1,6 +1,7 @@
 """Constraints declared beside a field."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -32,6 +33,8 @@ from common.args import (
 from common.cli import parse_args
 from common.errors import UserError
 from common.replicas import chunked
+from common.run import Run
+from tests.helpers import tiny_dataset
 from tests.processes import ROOT
 
 Width = Annotated[int, size(100)]
@@ -147,47 +150,12 @@ def test_paths_are_given_as_text_too_and_begin_at_home(monkeypatch: pytest.Monke
     assert args.directory == tmp_path / "runs" and str(args.dataset) == "minari:mujoco/hopper/expert-v0"
 
 
-SHAPES = """
-import jax, jax.numpy as jnp
-import evor_bc, evor_infer, evor_value
-from common.networks import FlowCritic, FlowPolicy, Standardizer
-from common.returns import affine_axis
-
-key, ones = jax.random.key(0), jnp.ones
-policy, critic = FlowPolicy(3, 2, width=8, depth=2, key=key), FlowCritic(3, 2, width=8, depth=2, key=key)
-axis = affine_axis(0.0, 1.0, low=-1.0, high=1.0)
-noise = evor_value.Noise(ones(4), ones(4), ones(4), ones((4, 1)))
-same = lambda z, t: z
-calls = dict(
-    bc_loss_one=lambda: evor_bc.bc_loss_one(policy, ones(3), ones(2), ones(()), ones(())),
-    bc_time=lambda: evor_bc.bc_loss_one(policy, ones(3), ones(2), ones(2), ones(1)),
-    value_loss_one=lambda: evor_value.value_loss_one(critic, ones(3), ones(2), ones(()), ones(()), ones(4)),
-    td_target=lambda: evor_value.td_target("shared-noise", ones(4), ones(4), noise, same, same, axis),
-    log_mean_exp=lambda: evor_infer.log_mean_exp(ones((4, 5)), 1.0, ones(5)),
-    select=lambda: evor_infer.select(ones((2, 3)), 0.0, key=key),
-    standardizer=lambda: Standardizer(ones(3), ones(3))(ones((3, 1))),
-)
-for name, call in calls.items():
-    try:
-        print(name, call())
-    except ValueError as error:
-        print(name, "refused")
-"""
-
-
-def test_shapes_that_would_broadcast_are_refused_without_the_checks_of_the_tests():
-    """In a process of its own: neither beartype nor JAX's rank promotion is there to help."""
-    env = {key: value for key, value in os.environ.items() if key != "JAX_NUMPY_RANK_PROMOTION"}
-    done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, cwd=ROOT, env=env, check=True)
-    answers = [line.split() for line in done.stdout.splitlines()]
-    assert len(answers) == 7 and all(answer[1:] == ["refused"] for answer in answers), done.stdout
-
-
 @pytest.mark.parametrize(
     "settings",
     [
         dict(width=True), dict(width="8"), dict(seeds=2.0), dict(eval_episodes=2.5), dict(ignore_observations=[1]),
         dict(ignore_observations=(1.5,)), dict(run_dir=3), dict(resume="no"), dict(discount=None), dict(tasks=2),
+        dict(steps="20"), dict(steps=None), dict(save_every="10"), dict(steps_per_call="10"),
     ],
 )  # fmt: skip
 def test_values_of_other_types(settings: dict):
@@ -196,7 +164,32 @@ def test_values_of_other_types(settings: dict):
     for name, value in settings.items():
         object.__setattr__(args, name, value)
     with pytest.raises(UserError, match=f"{flag_of(next(iter(settings)))} .* is of another type than it should be"):
-        check(args)
+        check(args) if "steps" not in settings else Run(args, stage="value")  # which compares it with others first
     for name, value in dict(width=np.int64(8), learning_rate=1).items():
         object.__setattr__(args := evor_value.Args(), name, value)
         check(args)
+
+
+def test_numbers_of_numpy_and_jax_are_numbers(tmp_path: Path):
+    """Twice, since the second run deletes the first one before it writes its arguments. In a process without the checks
+    of types that are active in tests."""
+    tiny_dataset(tmp_path / "data.npz")
+    code = (
+        "import evor_bc, numpy as np, jax.numpy as jnp; evor_bc.main(evor_bc.Args(env='mine', dataset='data.npz', "
+        "width=np.int32(8), depth=2, batch_size=np.int64(4), steps=2, steps_per_call=2, "
+        "learning_rate=jnp.float32(0.25), ignore_observations=(np.int64(1),), overwrite=np.bool_(True)))"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
+    args = json.loads((tmp_path / "runs/mine/bc/config.json").read_text())["args"]
+    assert (args["width"], args["batch_size"], args["learning_rate"]) == (8, 4, 0.25)
+    assert (args["ignore_observations"], args["overwrite"]) == ([1], True)
+
+
+def test_a_discount_that_single_precision_takes_for_one():
+    """Fails if the returns of a cut episode are filled for ever."""
+    check(evor_value.Args(discount=0.99999))
+    for discount in (0.999999, 0.99999999):
+        with pytest.raises(UserError, match=r"--discount 0\.9+: single precision hardly tells it from 1"):
+            check(evor_value.Args(discount=discount))

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import jax
 import numpy as np
 import pytest
@@ -356,6 +357,23 @@ def test_a_name_that_the_terminal_cannot_show():
     settings = dict(capture_output=True, text=True, cwd=ROOT, env=os.environ | dict(PYTHONIOENCODING="ascii"))
     done = subprocess.run([sys.executable, "-c", code], **settings)
     assert (done.returncode, done.stdout, done.stderr) == (0, "gr\\xfc\\xdfe\n", "")
+
+
+def test_a_file_whose_name_is_not_ascii_where_everything_else_is(tmp_path: Path):
+    """As in many containers; fails if what is written takes the encoding of the terminal."""
+    with h5py.File(tmp_path / "h\u00fchn.hdf5", "w") as file:
+        file.update(observations=np.ones((9, 3)) * np.arange(9)[:, None], actions=np.zeros((9, 2)) + 0.5)
+        file.update(terminals=np.zeros(9), timeouts=np.arange(9) == 8, rewards=np.arange(9.0))
+    words = "--env mine --width 8 --depth 2 --batch-size 4 --steps 2 --steps-per-call 2".split()
+    plain = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", HOME=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "evor_bc.py"), "--dataset", "h\u00fchn.hdf5", *words],
+        capture_output=True,
+        cwd=tmp_path,
+        env=os.environ | plain,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/mine/bc/model.eqx").is_file()
 
 
 def test_a_simulator_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

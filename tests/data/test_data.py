@@ -13,10 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import evor_value
 from common.data import describe, download, files, names, transitions
 from common.data.collect import collect
 from common.errors import UserError
-from tests.helpers import mostly_slow
+from common.problem import ValueProblem
+from tests.helpers import mostly_slow, tiny_dataset
 
 ROOT = Path(__file__).parents[2]
 
@@ -656,7 +658,7 @@ def test_success_in_last_rows_alone_is_no_success(capsys: pytest.CaptureFixture)
     printed = capsys.readouterr().out
     assert "returns within [0, 0] at discount 0.9; of an episode, undiscounted, 0 on average and 0 at best" in printed
     assert "0 of 2 episodes ended by a mask of 0" in printed
-    assert "own rewards: 2 last rows have rewards or masks that no other row has" in printed
+    assert "WARNING: 2 last rows have rewards or masks of their own" in printed
 
 
 def test_dense_rewards_of_last_rows_are_counted(capsys: pytest.CaptureFixture):
@@ -668,7 +670,41 @@ def test_dense_rewards_of_last_rows_are_counted(capsys: pytest.CaptureFixture):
         rows = np.zeros((8, 3), np.float32), np.zeros((8, 2), np.float32), terminals
         trajectories = files.Trajectories(*rows, np.array([rewards], np.float32), ones)
         describe.print_summary(trajectories, info, tasks=(0,), discount=0.9)
-        assert ("the rewards of 1 last rows are not used" in capsys.readouterr().out) == expected
+        assert ("1 last rows have rewards or masks of their own" in capsys.readouterr().out) == expected
+
+
+def test_offsets_that_leave_no_signal_are_said(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """In observations, returns and actions, whatever the precision of the file; nothing is said of ordinary ones."""
+    rng = np.random.default_rng(0)
+    ordinary = dict(np.load(tiny_dataset(tmp_path / "data.npz", trajectories=20)))
+
+    def said(**changes: np.ndarray) -> str:
+        np.savez(tmp_path / "data.npz", **ordinary | changes)
+        settings = dict(env="mine", dataset=tmp_path / "data.npz", run_dir=tmp_path / "run", eval_episodes=0)
+        ValueProblem(evor_value.Args(**settings, next_action="dataset"), load_policy=None)
+        return capsys.readouterr().out
+
+    large = (1e8 + 10 * rng.normal(size=(600, 3))).astype(np.float32)
+    assert "WARNING: observations [0, 1, 2] vary by no more than" in said(observations=large)
+    rewards = (1e6 + rng.normal(size=600)).astype(np.float32)
+    assert "own rewards: returns vary by" in said(rewards=rewards, masks=np.ones(600, np.float32))
+    assert "stay within 1e-06 of 0" in said(actions=(ordinary["actions"] * 1e-6).astype(np.float32))
+    assert "actions in" in said(actions=0.5 + 1e-9 * ordinary["actions"].astype(np.float64))
+    with pytest.raises(UserError, match="are not finite: scale the rewards"):
+        said(rewards=(1e38 * ordinary["rewards"]).astype(np.float32))
+    capsys.readouterr()
+    assert "WARNING" not in said(masks=np.ones(600, np.float32))
+
+
+def test_events_of_last_rows_are_counted_where_other_rows_have_them_too(capsys: pytest.CaptureFixture):
+    """Six episodes with the reward, and the end, in their last row, and one row that has both in the middle."""
+    terminals = ends_at([4] * 6)
+    event = (terminals | (np.arange(24) == 5)).astype(np.float32)
+    rows = np.zeros((24, 3), np.float32), np.zeros((24, 2), np.float32), terminals
+    info, none = {"name": "a", "source": "file", "sha256": "0" * 64}, np.zeros_like(event)
+    for rewards, masks in ((event, 1 + none), (none, 1 - event)):
+        describe.print_summary(files.Trajectories(*rows, rewards[None], masks[None]), info, tasks=(0,), discount=0.9)
+        assert "WARNING: 6 last rows have rewards or masks of their own" in capsys.readouterr().out
 
 
 def test_rewards_of_last_rows_are_counted_where_no_other_row_has_them(capsys: pytest.CaptureFixture):
@@ -681,7 +717,7 @@ def test_rewards_of_last_rows_are_counted_where_no_other_row_has_them(capsys: py
     )
     describe.print_summary(trajectories, {"name": "a", "source": "file", "sha256": "0" * 64}, tasks=(0,), discount=0.9)
     printed = capsys.readouterr().out
-    assert "own rewards: 1 last rows have rewards or masks that no other row has" in printed
+    assert "WARNING: 1 last rows have rewards or masks of their own" in printed
     assert "-3 on average and -3 at best" in printed
 
 

@@ -101,6 +101,40 @@ def test_gymnasiums_names_and_masks(home: Path, name: str):
     assert steps(foreign.converted(write(home / name, **data), "robot")) == {step(i) for i in (0, 1, 3, 4, 6, 7)}
 
 
+def test_next_observations_may_be_rounded_and_mean_nothing_after_an_end(home: Path):
+    """Off by one place in the last digit, and NaN where nothing follows. Wrong if each row becomes a trajectory."""
+    data = rows() | dict(observations=(np.arange(9)[:, None] / 3).astype(np.float32))
+    after = np.nextafter(data["observations"] + np.float32(1 / 3), np.float32(9))
+    after[2] = np.nan  # after the one that ended
+    path = foreign.converted(write(home / "rows.hdf5", **data, next_observations=after), "robot")
+    arrays = files.read_arrays(path)
+    assert len(steps(path)) == 9 and arrays["terminals"].sum() == 3 and np.isfinite(arrays["observations"]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(next_observations=np.zeros((9, 2))), "have 1 and 2 columns"),
+        (dict(observations=np.float32(3.0)), "observations in .* must be a 2-D array of numbers"),
+        (dict(rewards=np.full(9, 1e300)), r"rewards of trajectory 0 of rows are not finite"),
+        (dict(actions=np.full((9, 1), 1e300)), r"actions of trajectory 0 of rows are not finite"),
+    ],
+)
+def test_more_that_d4rls_layout_cannot_be(home: Path, changes: dict, says: str):
+    """The sentence is about the user's file, not about what it is converted to."""
+    with pytest.raises(UserError, match=says):
+        foreign.converted(write(home / "rows.hdf5", **rows() | changes), "robot")
+
+
+def test_an_hdf5_of_another_ending_and_one_with_groups(home: Path):
+    assert len(steps(foreign.converted(write(home / "ROWS.HDF5", **rows()), "robot"))) == 7
+    with h5py.File(home / "groups.h5", "w") as file:
+        file["observations/position"] = np.zeros((9, 1))
+        file.update({key: array for key, array in rows().items() if key != "observations"})
+    with pytest.raises(UserError, match=r"observations in .*groups\.h5 is a group of arrays"):
+        foreign.converted(home / "groups.h5", "robot")
+
+
 def test_rows_that_do_not_say_where_they_were_cut(home: Path, capsys: pytest.CaptureFixture):
     data = rows()
     del data["timeouts"]
@@ -259,6 +293,25 @@ def test_an_environment_of_other_settings(home: Path, capsys: pytest.CaptureFixt
     assert "settings" not in download.describe(plain, "minari")
     assert foreign.environment_of("cube-double-play", Path("minari:toy/slow-v0")) == "Pendulum-v1"
     assert foreign.environment_of("mine", Path("minari:toy/slow-v0")) == "mine"
+
+
+def test_wrappers_of_an_environment_are_not_forgotten(home: Path, capsys: pytest.CaptureFixture):
+    """The default environment is refused, which would be without them; one that is named is taken with a warning."""
+    spec = gymnasium.wrappers.TimeAwareObservation(gymnasium.make("Pendulum-v1")).spec
+    make("toy/wrapped-v0", [buffer(np.arange(4), True)], env=spec)
+    with pytest.raises(UserError, match=r"made in Pendulum-v1 within TimeAwareObservation: register an environment"):
+        foreign.environment_of("cube-double-play", Path("minari:toy/wrapped-v0"))
+    foreign.converted(Path("minari:toy/wrapped-v0"), "Pendulum-v1")
+    assert "WARNING: made in Pendulum-v1 within TimeAwareObservation, which is not there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scores", [(-5.0, -5.0), (0.0, np.nan)])
+def test_reference_scores_that_are_none(home: Path, scores: tuple[float, float], capsys: pytest.CaptureFixture):
+    reference = dict(ref_min_score=scores[0], ref_max_score=scores[1])
+    make("toy/scores-v0", [buffer(np.arange(4), True)], env="Pendulum-v1", **reference)
+    path = foreign.converted(Path("minari:toy/scores-v0"), "robot")
+    assert "reference" not in download.describe(path, "minari")
+    assert "no normalised score" in capsys.readouterr().out
 
 
 def test_minaris_actions_and_dictionaries(home: Path):

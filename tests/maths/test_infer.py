@@ -296,7 +296,8 @@ def test_an_agent_takes_lists_and_numpy_numbers_and_no_observation_at_all():
     assert agent.act(none, key=key).shape == (0, 1, 2)
     assert agent.sample_actions(none, 5, key=key).shape == (0, 5, 2)
     assert agent.sample_returns(none, np.zeros((0, 2)), 4, key=key).shape == (0, 4)
-    assert agent.q_value(none, np.zeros((0, 2)), key=key).shape == (0,)
+    assert agent.q_value(none, np.zeros((0, 2)), key=key).shape == agent.q_value([], [], key=key).shape == (0,)
+    assert agent.act([], key=key).shape == (0, 1, 2)
 
 
 def test_an_agent_inside_of_a_compiled_function():

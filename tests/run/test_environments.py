@@ -42,7 +42,13 @@ class Line(gymnasium.Env):
 
 
 gymnasium.register("Line-v0", Line)
-gymnasium.register("Discrete-v0", lambda: gymnasium.make("CartPole-v1").unwrapped)
+
+
+def Discrete() -> gymnasium.Env:
+    return gymnasium.make("CartPole-v1").unwrapped
+
+
+gymnasium.register("Discrete-v0", Discrete)
 
 
 def test_actions_are_in_units_and_observations_vectors():
@@ -85,6 +91,67 @@ def test_what_an_agent_is_evaluated_in(tmp_path: Path, monkeypatch: pytest.Monke
         environments.evaluation_id("robots_of_mine:Mine", 0)
     with pytest.raises(UserError, match=r"no_such_module cannot be imported .*No module named"):
         environments.evaluation_id("no_such_module:Mine-v0", 0)
+
+
+BROKEN = {
+    "Reset": dict(reset=RuntimeError("no robot")),
+    "Step": dict(step=RuntimeError("no robot")),
+    "Nan": dict(observation=np.array([np.nan], np.float32)),
+    "Wide": dict(observation=np.zeros((1, 1), np.float32)),
+    "Long": dict(observation=np.zeros(2, np.float32)),
+    "Reward": dict(reward=np.array([1.0, 2.0])),
+    "NanReward": dict(reward=np.nan),
+    "Word": dict(info=dict(success="yes")),
+    "None": dict(info=dict(success=np.zeros(0))),
+    "Parts": dict(info=dict(success={"a": True})),
+}
+
+
+class Broken(gymnasium.Env):
+    observation_space, action_space = spaces.Box(-1.0, 1.0, (1,)), spaces.Box(-1.0, 1.0, (1,))
+
+    def __init__(self, fault: dict[str, Any]):
+        self.fault = fault
+        self.observation = fault.get("observation", np.zeros(1, np.float32))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        if "reset" in self.fault:
+            raise self.fault["reset"]
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict]:
+        if "step" in self.fault:
+            raise self.fault["step"]
+        return self.observation, self.fault.get("reward", 0.0), False, False, self.fault.get("info", {})
+
+
+for _name, _fault in (BROKEN | {"Whole": {}}).items():
+    gymnasium.register(f"{_name}-v0", Broken, kwargs=dict(fault=_fault), disable_env_checker=True)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_an_environment_that_does_not_run_is_found_out_at_the_start(name: str):
+    environments.check_sizes("Whole-v0", {}, 1, 1)
+    with pytest.raises(UserError, match=rf"{name}-v0 does not run .*--eval-episodes 0"):
+        environments.check_sizes(f"{name}-v0", {}, 1, 1)
+
+
+def test_a_constructor_that_fails_is_a_sentence():
+    with pytest.raises(UserError, match=r"Pendulum-v1 cannot be made .*unexpected keyword argument 'colour'"):
+        environments.make_env("Pendulum-v1", colour="red")
+
+
+def test_actions_of_a_wrapper_count(capsys: pytest.CaptureFixture):
+    """Of an environment that is discrete, or in other units, below a wrapper that its registration includes."""
+    box = spaces.Box(0.0, 4.0, (1,))
+    within = dict(
+        Chosen=lambda: gymnasium.wrappers.TransformAction(Discrete(), lambda a: int(a[0] > 2), box),
+        Scaled=lambda: gymnasium.wrappers.RescaleAction(Broken({}), np.float32(0), np.float32(4)),
+    )
+    for name, make in within.items():
+        gymnasium.register(f"{name}-v0", make, disable_env_checker=True)
+        environments.check_sizes(f"{name}-v0", {}, 1 if name == "Scaled" else 4, 1)
+        assert f"actions in [-1, 1] are executed as [0.0] to [4.0] in {name}-v0" in capsys.readouterr().out
 
 
 def test_an_environment_of_other_sizes_than_the_data():
