@@ -483,7 +483,7 @@ run_cli(lambda _: evor_bc.main(args), evor_bc.Args)
 class OneStep(Episodes):
     """Episodes of one step, from observations that are known, solved where the action is small."""
 
-    def __init__(self, gym_ids, *, num_episodes, horizon):
+    def __init__(self, gym_ids, *, num_episodes, horizon, settings):
         self.shape, self.horizon = (len(gym_ids), num_episodes), horizon
 
     def close(self):
