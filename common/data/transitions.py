@@ -77,7 +77,6 @@ def monte_carlo_returns(
     """
     if not rewards.shape == masks.shape == terminals.shape:
         raise ValueError(f"the shapes must be equal: {rewards.shape}, {masks.shape}, {terminals.shape}.")
-    masks = masks.astype(np.float64)
     ends = np.flatnonzero(terminals)
     starts = np.concatenate([[0], ends[:-1] + 1])
     returns, tails = np.zeros(len(rewards)), np.ones(len(rewards))
