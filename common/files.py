@@ -89,7 +89,7 @@ def sha256_path(path: Path) -> Path:
 def record_sha256(content: Path, path: Path) -> None:
     """Records the SHA-256 of the file `content`, which stands or will stand under `path`."""
     with atomic(sha256_path(path)) as temporary:
-        temporary.write_text(f"{sha256(content)}  {path.name}\n", encoding="utf-8")
+        temporary.write_text(f"{sha256(content)}  {path.name}\n", encoding="utf-8", errors="surrogateescape")
 
 
 @contextlib.contextmanager
@@ -155,7 +155,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes dictionaries as a CSV file, atomically."""
-    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with (
+        atomic(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
         writer.writerows(rows)

@@ -58,17 +58,14 @@ def integrate(
     """
     z_0, steps = jnp.asarray(z_0), operator.index(ode.steps)
     if steps < 1 or ode.solver not in SOLVERS or jnp.iscomplexobj(z_0):
-        raise ValueError(
-            f"integrate needs a step or more, one of {list(SOLVERS)}, and real numbers, not {ode}, {z_0.dtype}."
-        )
+        raise ValueError(f"a solver of {list(SOLVERS)}, a step and real numbers are needed: {ode}, {z_0.dtype}.")
     z_0 = z_0 if jnp.issubdtype(z_0.dtype, jnp.floating) else z_0.astype(jnp.float32)
     end_time = jnp.asarray(end_time, z_0.dtype)
     if end_time.shape != z_0.shape[: end_time.ndim]:
         raise ValueError(f"end_time must have the first axes of z_0, {z_0.shape}, not {end_time.shape}.")
     scale = end_time.reshape(end_time.shape + (1,) * (z_0.ndim - end_time.ndim))
 
-    def field(u, z, args):
-        del args
+    def field(u, z, _):
         moves = velocity(z, u * end_time)
         if jnp.shape(moves) != z.shape:
             raise ValueError(f"the velocity must have the shape of z, {z.shape}, not {jnp.shape(moves)}.")

@@ -48,7 +48,7 @@ class Metrics:
         values: Mapping[str, Iterable[Any]],
     ) -> None:
         """Logs metrics after `step` gradient steps: `values` maps a name to one number per (task, seed) replica."""
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
+        with open(self.path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             for metric, numbers in values.items():
                 for (task, seed), value in zip(replicas, numbers, strict=True):

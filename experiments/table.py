@@ -135,7 +135,8 @@ def beyond_ogbench(env: str) -> list[str]:
         "scalar": "baselines.critics --critic scalar",
     }
     return [
-        f"experiments.gym_data --env {env} --out runs/tables/beyond-ogbench/{env}.json",
+        f"experiments.gym_data --env {env} {'--steps 100000' if env == 'HalfCheetah-v5' else ''} "
+        f"--out runs/tables/beyond-ogbench/{env}.json",
         f"evor_bc.py {data} --steps 30000 --run-dir runs/{run}",
         *(f"{command} {about} --run-dir runs/{run}-{name}" for name, command in critics.items()),
     ]

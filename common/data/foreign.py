@@ -311,12 +311,9 @@ def read_d4rl(path: Path) -> dict[str, np.ndarray]:
             raise UserError(f"{key} in {path} must be 0 or 1 everywhere.")
     if len(arrays["terminals"]) == 0:
         raise UserError(f"{path} has no rows.")
-    columns = {key: arrays[key].shape[1] for key in ("observations", "next_observations") if key in arrays}
-    if len(set(columns.values())) > 1:
-        raise UserError(
-            f"observations and next_observations in {path} have {columns['observations']} and "
-            f"{columns['next_observations']} columns: they must be equal."
-        )
+    columns = [arrays[key].shape[1] for key in ("observations", "next_observations") if key in arrays]
+    if len(set(columns)) > 1:
+        raise UserError(f"observations and next_observations in {path} have {columns} columns: make them equal.")
     return arrays
 
 
