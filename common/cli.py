@@ -14,6 +14,7 @@ from typing import Any
 
 import tyro
 
+from common.args import flag_of
 from common.errors import UserError
 
 FULL = "RESOURCE_EXHAUSTED"  # how JAX begins to say that memory ran out
@@ -49,7 +50,7 @@ def flags_of(args: Any, fields: Collection[str]) -> str:
     """The values of these fields, as they are typed."""
     values = {name: getattr(args, name) for name in fields}
     texts = {name: " ".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in values.items()}
-    return " ".join(f"--{name.replace('_', '-')} {text}" for name, text in texts.items())
+    return " ".join(f"{flag_of(name)} {text}" for name, text in texts.items())
 
 
 def run_cli(

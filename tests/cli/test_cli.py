@@ -35,6 +35,8 @@ from common.args import check
 from common.cli import parse_args, run_cli
 from common.errors import UserError
 from common.run import STATE_FILES
+from experiments.run import parse
+from experiments.table import MAZE
 from recipes import recipe_of
 from tests.helpers import contents, rewrite, tiny_dataset
 
@@ -99,6 +101,21 @@ def test_the_recipe_is_printed_as_it_is_followed(monkeypatch: pytest.MonkeyPatch
     run_cli(lambda args: None, evor_value.Args, evor_value.PRESETS, recipe_of=recipe_of)
     flags = "--horizon 2 --ignore-observations 6 7 8 9 10 11 --policy-steps 200000"
     assert capsys.readouterr().out == f"recipe of cube-double-play: {flags}\n"
+
+
+@pytest.mark.parametrize("script", ["evor_bc", "evor_value", "baselines.critics", "baselines.qc"])
+def test_every_training_follows_recipes_on_the_real_command_line(script: str, tmp_path: Path):
+    """A width that is refused ends it there. Fails if a script does not hand its recipes on."""
+    env = os.environ | dict(PYTHONPATH=str(ROOT), HOME=str(tmp_path))
+    command = [sys.executable, "-m", script, "--preview", "--width", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 2 and "--width must be at least 1" in done.stderr
+    assert done.stdout.startswith("recipe of cube-double-play: --horizon 5 --ignore-observations 6 7 8 9 10 11 --")
+
+
+def test_an_experiment_follows_recipes_too():
+    (_, args), (_, maze) = (parse(f"evor_value.py --env {env} --preview") for env in ("scene-play", MAZE))
+    assert (args.horizon, maze.horizon, maze.next_action) == (5, 1, "softmax")
 
 
 def test_recipes_are_those_of_the_docs():
