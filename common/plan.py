@@ -90,7 +90,9 @@ def print_plan(
         return [*first, *value_stages(of, of_sizes, rate)]
 
     here = stages(args, args.horizon)
-    print(f"plan: {describe(here)}, on {num_cores()} core{'s' if num_cores() > 1 else ''}", flush=True)
+    print(
+        f"plan, without compiling: {describe(here)}, on {num_cores()} core{'s' if num_cores() > 1 else ''}", flush=True
+    )
     if seconds(here) > 3_600 and not args.preview:
         print(f"  with --preview: {describe(stages(preview, preview.horizon))}")
 
@@ -106,4 +108,6 @@ def describe(stages: Sequence[Stage]) -> str:
 
 
 def _time(seconds: float) -> str:
+    if seconds < 60:
+        return "below 1 min"
     return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3_600:.1f} h"

@@ -212,7 +212,7 @@ def test_a_file_of_d4rl_is_trained_on_and_evaluated_in_its_environment(
     assert (alone["num_actions"], best["num_actions"]) == (1, 2) and best["mean_length"] == 200
     assert -1_800 < best["low"] <= best["return"] <= best["high"] < 0 and "success" not in best
     said = capsys.readouterr().out
-    assert "plan: 1 reward model, 2 steps: 0 min; evaluation, at most: " in said
+    assert "plan, without compiling: 1 reward model, 2 steps: below 1 min; evaluation, at most: " in said
     assert f"best of 2            {score_text(best, 1)} of 2 episodes" in said
     metrics = read_csv(Path("runs/Pendulum-v1/value/metrics.csv"))
     assert [float(row["value"]) for row in metrics if row["metric"] == "return"] == [best["return"]]

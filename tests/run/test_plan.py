@@ -58,11 +58,15 @@ def test_the_plan_is_said_and_what_preview_would_take(
         return capsys.readouterr().out.splitlines()
 
     slow = said(ARGS, 1e9)
-    assert len(slow) == 2 and slow[0].startswith("plan: base policy, 1,000,000 steps: ") and "h in all" in slow[0]
+    assert (
+        len(slow) == 2
+        and slow[0].startswith("plan, without compiling: base policy, 1,000,000 steps: ")
+        and "h in all" in slow[0]
+    )
     assert slow[1].startswith("  with --preview: base policy, 100,000 steps: ")
     assert len(said(short, 1e9)) == len(said(ARGS, 1e13)) == 1
     (trained,) = said(ARGS, 1e13, is_trained=True)
-    assert trained.startswith("plan: 1 reward model, 1,000 steps: ")
+    assert trained.startswith("plan, without compiling: 1 reward model, 1,000 steps: ")
 
 
 def test_the_rate_is_one():
