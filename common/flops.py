@@ -46,7 +46,7 @@ def step_flops(args: Any, critic: Critic, policy: FlowPolicy | None = None) -> f
     solve = args.ode.evaluations
     macs += velocity * {"paper": 1, "velocity": solve + 1}.get(args.td_target, solve)
     if args.next_action == "softmax":
-        macs += args.num_next_actions * (features + args.backup_returns * solve * velocity)
+        macs += args.num_next_actions * (features + args.backup_returns * args.backup_steps * velocity)
     if policy is not None:
         whole, first = policy_macs(policy)
         shared = policy.spec.observation * policy.mlp.hidden[0].weight.shape[1]

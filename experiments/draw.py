@@ -34,6 +34,7 @@ from experiments import (
     sweeps,
     targets,
     tasks,
+    thirty,
     training,
 )
 from experiments.rows import Place
@@ -41,6 +42,7 @@ from experiments.rows import Place
 # The module of each table. It has FILES, the names of its row files, and `draw`; and, where rows are made of runs,
 # `gather_all`, and maybe `refuse` and KEY, the columns that tell whether two rows are of the same run.
 DRAWN: dict[str, ModuleType] = {
+    "thirty-tasks": thirty,
     "tasks": tasks,
     **dict.fromkeys(("targets", "target_steps", "next_actions", "critics"), targets),
     **dict.fromkeys(("baselines", "backups"), baselines),

@@ -43,9 +43,11 @@ def finished(run: Path, files: Sequence[str] = FILES) -> dict[str, Any]:
 
 def settings(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Every setting of a run that is one value, and where it comes from."""
-    model, policy = run / "value" / "model.eqx", {"steps": ""}  # of a policy that was trained with the reward model
+    model = run / "value" / "model.eqx"
+    of_policy: dict[str, Any] = {"args": {"steps": ""}}  # of one that was trained with the reward model
     if config["policy_run_dir"] is not None:
-        policy = json.loads((Path(config["policy_run_dir"]) / "bc" / "config.json").read_text())["args"]
+        of_policy = json.loads((Path(config["policy_run_dir"]) / "bc" / "config.json").read_text())
+    policy = of_policy["args"]
     args = {key: value for key, value in config["args"].items() if key not in OF_A_SEED and not isinstance(value, list)}
     return args | dict(
         env=config["env"],
@@ -60,6 +62,7 @@ def settings(run: Path, config: dict[str, Any]) -> dict[str, Any]:
         train_revision=checkpoint.read_header(model, stage="value", remedy="train it again.").get("git_revision", ""),
         git_revision=config["git_revision"],  # of the evaluation, where that was made anew
         hardware=config.get("hardware", ""),
+        policy_seconds=of_policy.get("seconds", ""),  # of the base policy, all its seeds together
         train_seconds=config.get("seconds", ""),  # of all tasks and seeds of the run together
         **{f"version_{name}": version for name, version in config["versions"].items()},
     )

@@ -33,20 +33,21 @@ SMALL = (
     "--overwrite --run-dir {out}/{name}"
 )
 VALUE = f"evor_value {SMALL} --policy-run-dir {{out}}/{{policy}} --num-next-actions 2 --eval-episodes 1 --tasks 1 2"
+MLP = f"{VALUE} --critic mlp"  # named, so that another default changes nothing here
 BASELINE = VALUE.replace("evor_value", "baselines.{module}")
 # Name and command. `{out}`, `{name}` and `{policy}`, the case with the base policy, are filled in by `train`.
 CASES: dict[str, str] = {
     "bc": f"evor_bc {SMALL} --seeds 2",
     "bc-horizon": f"evor_bc {SMALL} --horizon 3 --schedule cosine --ignore-observations 1",
-    "value": f"{VALUE} --seeds 2".replace("--run-dir {out}/{name}", "--run-dir {out}/bc"),
-    "horizon": f"{VALUE} --horizon 3 --eval-every 20".replace("{policy}", "bc-horizon"),
+    "value": f"{MLP} --seeds 2".replace("--run-dir {out}/{name}", "--run-dir {out}/bc"),
+    "horizon": f"{MLP} --horizon 3 --eval-every 20".replace("{policy}", "bc-horizon"),
     "infer": "evor_infer --env pointmaze-medium-navigate --run-dir {out}/bc --out {out}/infer "
     "--num-actions 1 4 --num-returns 2 --eval-episodes 1",
-    **{target: f"{VALUE} --td-target {target}" for target in ("paper", "independent-noise", "velocity")},
-    "dataset": f"{VALUE} --next-action dataset",
-    "softmax": f"{VALUE} --next-action softmax --backup-temperature 0.5 --redraw-bank 20",
-    "trunk": f"{VALUE} --critic trunk --return-axis std --solver euler --schedule cosine --reward sparse",
-    "bounds": f"{VALUE} --return-axis bounds --policy-seed 1 --seeds 2 --discount 0.995",
+    **{target: f"{MLP} --td-target {target}" for target in ("paper", "independent-noise", "velocity")},
+    "dataset": f"{MLP} --next-action dataset",
+    "softmax": f"{MLP} --next-action softmax --backup-temperature 0.5 --redraw-bank 20",
+    "trunk": f"{VALUE} --critic trunk --head-width 64 --return-axis std --solver euler --schedule cosine --reward sparse",
+    "bounds": f"{MLP} --return-axis bounds --policy-seed 1 --seeds 2 --discount 0.995",
     **{
         critic: f"{BASELINE} --critic {critic} --next-action {backup}".replace("{module}", "critics")
         for critic, backup in dict(scalar="base", c51="softmax", qr="dataset").items()

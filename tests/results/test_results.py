@@ -21,7 +21,7 @@ from common.files import read_csv, sha256, write_csv
 from common.networks import CriticSpec, PolicySpec
 from common.statistics import mean_interval, success_interval
 from evor_infer import AgentSpec
-from experiments import check, draw, gather, rows, saturation, sweeps, tasks
+from experiments import check, draw, gather, rows, saturation, sweeps, tasks, thirty
 
 ROOT = Path(__file__).parents[2]
 
@@ -744,3 +744,27 @@ def test_axes_before_and_after(here: Path):
 def test_the_readmes_table_of_axes_is_that_of_the_rows():
     table = re.search("<!-- table axes -->\n(.*?)<!-- end -->", (ROOT / "results/axes/README.md").read_text(), re.S)[1]
     assert table in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_the_thirty_tasks_methods_stand_beside_each_other(here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(thirty.tasks, "PUBLISHED", ROOT / "results" / "tasks")
+    made = {
+        "default-2": (evor_value.Args(next_action="softmax"), 8, 2),
+        "default-3": (evor_value.Args(next_action="softmax"), 4, 3),
+        "base": (evor_value.Args(), 3, 2),
+        "paper": (evor_value.Args(td_target="paper"), 2, 2),
+        "scalar": (critics.Args(critic="scalar", next_action="softmax"), 5, 2),
+        "qc": (qc.Args(horizon=5, num_actions=32, policy="frozen"), 1, 2),
+    }
+    runs = [make_run(here / name, args, solved=solved, task=task) for name, (args, solved, task) in made.items()]
+    config = here / "default-2-base" / "bc" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(seconds=90)))
+    text = stored("thirty-tasks", *runs)
+    names = "EVOR | `base` backup | published target | scalar critic | QC, chunks of 5"
+    assert f"| data | {names} |" in text
+    rates = re.search(r"\| cube-double-play \| (.*) \|$", text.splitlines()[-1])[1].split(" | ")
+    assert [cell.split()[0] for cell in rates] == ["60%", "30%", "20%", "50%", "10%"]
+    assert "|  | 80% | 40% |  |  | **60%" in text and "74% (DSRL, chunks of 5)" in text and "| 2 + ? |" in text
+    other = make_run(here / "other", evor_value.Args(next_action="softmax", steps=7), solved=1)
+    with pytest.raises(UserError, match="differ in steps"):
+        stored("thirty-tasks", *runs, other)
