@@ -1,0 +1,102 @@
+"""The thirty tasks: one line per environment, the methods beside each other, and the highest success that is known.
+
+A line is of the default: what `--preview` trains for the environment. The others change one thing: the backup, the TD
+target, the critic, or the method (QC). Means are over tasks, intervals by bootstrap over seeds and episodes. Runs of one
+environment that differ in data or in the steps of the value are refused.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from common import figures
+from experiments import gather, tasks
+from experiments.rows import Frame, Place, cell, complete, numbers, percent, rate, read, table
+
+FILES = ("runs.csv", "episodes.csv")
+gather_all = gather.gather_all
+KEY = ("run",)
+DEFAULT = "EVOR"
+SETTINGS = ("policy", "critic", "td_target", "next_action", "horizon", "reward", "policy_seconds", "train_seconds")
+LINES = "data | task 1 | task 2 | task 3 | task 4 | task 5 | mean | base policy alone | highest known | minutes"
+
+
+def method(row: dict[str, str]) -> str:
+    """What a run trained, in the words of the table."""
+    if row["policy"]:
+        return f"QC, chunks of {row['horizon']}"
+    if row["critic"] == "scalar":
+        return "scalar critic"
+    if row["td_target"] == "paper":
+        return "published target"
+    return DEFAULT if row["next_action"] == "softmax" else f"`{row['next_action']}` backup"
+
+
+def refuse(frames: Sequence[Frame]) -> None:
+    """Raises `UserError` for runs whose numbers do not stand beside each other."""
+    for _, of_env in frames[0].groupby("env"):
+        gather.refuse_differences(of_env, ("steps", "data_sha256"), ": they share no table.")
+
+
+def known(env: str) -> str:
+    """The highest success that others published."""
+    rows = read(tasks.PUBLISHED / "published.csv")
+    found = rows[rows["env"] == env.replace(", sparse", " (sparse)")]
+    return f"{found['success'].iloc[0]}% ({found['method'].iloc[0]})" if len(found) else ""
+
+
+def minutes(rows: Frame) -> str:
+    """Of the base policy and of the reward models of all tasks and seeds of a run."""
+    first = rows.iloc[0]
+    return " + ".join(f"{float(first[name]) / 60:.0f}" if first[name] else "?" for name in SETTINGS[-2:])
+
+
+def draw(frames: Sequence[Frame], place: Place) -> str:
+    """Markdown, and a figure: the methods' means on each environment."""
+    runs, episodes = complete(frames[0], SETTINGS), frames[1]
+    runs = runs.assign(
+        line=[tasks.named(row) for row in runs.to_dict("records")],
+        method=[method(row) for row in runs.to_dict("records")],
+    )
+    episodes = episodes.merge(runs[["run", "task", "seed", "line", "method"]], on=["run", "task", "seed"])
+    extracted = episodes[episodes["num_actions"] != "1"]
+    lines, environments = [], list(dict.fromkeys(runs["line"]))
+    for env in environments:
+        of_env = extracted[(extracted["line"] == env) & (extracted["method"] == DEFAULT)]
+        alone = episodes[(episodes["line"] == env) & (episodes["method"] == DEFAULT) & (episodes["num_actions"] == "1")]
+        if of_env.empty:
+            continue
+        of_tasks = [of_env[of_env["task"] == str(task)] for task in range(1, 6)]
+        each = (percent(*rate(rows)).partition(" ")[0] if len(rows) else "" for rows in of_tasks)
+        own = runs[(runs["line"] == env) & (runs["method"] == DEFAULT)]
+        lines.append((env, *each, f"**{cell(of_env)}**", cell(alone), known(env), minutes(own)))
+    methods = list(dict.fromkeys(runs["method"]))
+    of_methods = [
+        (env, *(cell(rows) if len(rows := of(extracted, env, name)) else "" for name in methods))
+        for env in environments
+    ]
+    draw_methods(extracted, environments, methods, place)
+    seeds, number = runs["seed"].nunique(), len(of(extracted, environments[0], methods[0]))
+    about = f"{seeds} seeds, {number // max(1, 5 * seeds)} episodes a task and seed, last checkpoint."
+    return "\n".join([f"{about}\n", table(LINES, lines), table(f"data | {' | '.join(methods)}", of_methods)])
+
+
+def of(episodes: Frame, env: str, name: str) -> Frame:
+    """The episodes of a method in an environment."""
+    return episodes[(episodes["line"] == env) & (episodes["method"] == name)]
+
+
+def draw_methods(episodes: Frame, environments: Sequence[str], methods: Sequence[str], place: Place) -> None:
+    """Means over tasks with their intervals: a group of bars for each environment."""
+    figure, axes = figures.subplots(1, 1, width=3.0 + 1.6 * len(environments), height=3.2)
+    axis, width = axes[0, 0], 0.8 / len(methods)
+    for i, name in enumerate(methods):
+        present = [(j, of(episodes, env, name)) for j, env in enumerate(environments)]
+        points = [(j, *rate(rows)) for j, rows in present if len(rows)]
+        where, height, low, high = (np.array(column) for column in zip(*points, strict=True))
+        ends = 100 * np.abs([height - low, high - height])
+        axis.bar(where + width * (i - (len(methods) - 1) / 2), 100 * height, 0.9 * width, yerr=ends, label=name)
+    axis.set(ylabel="success (%)", ylim=(0, 105), xticks=range(len(environments)))
+    axis.set_xticklabels(environments, fontsize=7)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figures.save(figure, place.path("figure.png"))
