@@ -48,7 +48,7 @@ from recipes import recipe_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(steps=2_000, width=128, batch_size=128, episodes=30, steps_per_call=500),
-    "preview": dict(steps=100_000, schedule="cosine", learning_rate=1e-3),
+    "preview": dict(steps=100_000, width=256, schedule="cosine", learning_rate=1e-3),
 }
 
 

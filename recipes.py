@@ -9,24 +9,28 @@ from typing import Any
 from common.data.names import parse_env
 from common.errors import UserError
 
-# Without the velocities of the arm's six joints and with chunks, the base policy commits to one of several objects.
-SEVERAL_OBJECTS = dict(horizon=5, ignore_observations=(6, 7, 8, 9, 10, 11))
-# A base policy that hardly ever arrives has a value that cannot guide: that of the extracted policy is learned instead.
-FAR_GOALS = dict(next_action="softmax", discount=0.995)
+# Chunks of actions commit to a direction or an object, and the value of the extracted policy is learned instead of the
+# base policy's, which hardly ever arrives.
+ALL = dict(horizon=5, next_action="softmax")
+MAZE = ALL | dict(discount=0.995)
+# The velocities of the arm's six joints say where the demonstrator goes: a policy that sees them looks at nothing else.
+MANIPULATION = ALL | dict(ignore_observations=(6, 7, 8, 9, 10, 11), policy_steps=200_000)
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "cube-double": SEVERAL_OBJECTS | dict(policy_steps=200_000),
-    "scene": SEVERAL_OBJECTS,
-    "pointmaze-medium": FAR_GOALS,
+    "pointmaze": MAZE,
+    "cube": MANIPULATION,
+    "puzzle": MANIPULATION,
+    "scene": MANIPULATION | dict(reward="sparse"),  # as QC reports it
 }
 
 
 def recipe_of(args: Any) -> dict[str, Any]:
     """The fields of `args` that the recipe of `args.env` sets; none for other environments and data."""
     try:
-        recipe = dict(RECIPES.get(parse_env(args.env).prefix, {}))
+        family = parse_env(args.env).prefix.partition("-")[0]
     except UserError:
         return {}
+    recipe = dict(RECIPES.get(family, {}))
     fields = {field.name for field in dataclasses.fields(args)}
     if "policy_steps" in recipe and "policy_steps" not in fields:  # of stage 1
         recipe["steps"] = recipe.pop("policy_steps")
