@@ -46,7 +46,8 @@ CASES: dict[str, str] = {
     **{target: f"{MLP} --td-target {target}" for target in ("paper", "independent-noise", "velocity")},
     "dataset": f"{MLP} --next-action dataset",
     "softmax": f"{MLP} --next-action softmax --backup-temperature 0.5 --redraw-bank 20",
-    "trunk": f"{VALUE} --critic trunk --head-width 64 --return-axis std --solver euler --schedule cosine --reward sparse",
+    "trunk": f"{VALUE} --critic trunk --head-width 64 --return-axis std --solver euler --schedule cosine "
+    "--reward sparse",
     "bounds": f"{MLP} --return-axis bounds --policy-seed 1 --seeds 2 --discount 0.995",
     **{
         critic: f"{BASELINE} --critic {critic} --next-action {backup}".replace("{module}", "critics")

@@ -8,14 +8,19 @@ CUBE = "cube-double-play"
 SINGLE = "cube-single-play"
 MAZE = "pointmaze-medium-navigate"
 SCENE = "scene-play"
+PUZZLE = "puzzle-3x3-play"
+LARGE = "pointmaze-large-navigate"
 PREVIEW = (SINGLE, CUBE, MAZE)
+THIRTY = (MAZE, LARGE, SINGLE, CUBE, SCENE, PUZZLE)
 GYMNASIUM = ("Pendulum-v1", "Hopper-v5", "HalfCheetah-v5")
-FULL = ("pointmaze-large-navigate", SINGLE, CUBE, SCENE, "puzzle-3x3-play")
+FULL = (LARGE, SINGLE, CUBE, SCENE, PUZZLE)
 ENVIRONMENTS = tuple(dict.fromkeys((*PREVIEW, *FULL, *GYMNASIUM)))
-HORIZON = dict.fromkeys((CUBE, SCENE, "puzzle-3x3-play"), "--horizon 5")
-POLICY = dict.fromkeys((CUBE, SCENE), "--ignore-observations 6 7 8 9 10 11")  # joint velocities, see docs/tuning.md
+# What the experiments before `thirty-tasks` set instead of the recipes and presets of today.
+HORIZON = {env: f"--horizon {5 if env in (CUBE, SCENE, PUZZLE) else 1}" for env in ENVIRONMENTS}
+POLICY = dict.fromkeys(ENVIRONMENTS, "--ignore-observations")
+POLICY |= dict.fromkeys((CUBE, SCENE), "--ignore-observations 6 7 8 9 10 11")
+BASE = "--width 512 --next-action base --discount 0.99 --reward default"
 IMPROVED = "--next-action softmax --discount 0.995"  # what mazes need, see docs/tuning.md
-BASE = {MAZE: "--next-action base --discount 0.99"}  # instead of what its recipe says
 GREEDY = "--action-temperature 0"  # the best candidate
 BEST = "--num-actions 16"
 VALUES = "0 0.03 0.1 0.2 0.3 0.5 1 3 inf"
@@ -34,21 +39,22 @@ AXES_ON = {  # flags, and how long the range of the possible returns is
 
 
 def policy(env: str, flags: str) -> str:
-    return f"evor_bc.py --env {env} {HORIZON.get(env, '')} {POLICY.get(env, '')} {flags}"
+    return f"evor_bc.py --env {env} {HORIZON[env]} {POLICY[env]} {'--width 512' * ('--preview' in flags)} {flags}"
 
 
 def preview(env: str, name: str, flags: str = "") -> str:
     return (
-        f"evor_value.py --env {env} --preview {HORIZON.get(env, '')} --steps 50000 {BASE.get(env, '')} {flags} "
+        f"evor_value.py --env {env} --preview {HORIZON[env]} {POLICY[env]} --steps 50000 {BASE} {flags} "
         f"--run-dir runs/{name}/{env} --policy-run-dir runs/{env}"
     )
 
 
 def small(env: str, run: str, flags: str = "", *, script: str = "evor_value.py") -> str:
     """At the scale of the preset, with the temperatures of the stored rows."""
+    before = "--width 512" if script == "baselines.qc" else BASE
     return (
-        f"{script} --env {env} --preview --return-temperature 0.1 {GREEDY} {HORIZON.get(env, '')} {flags} "
-        f"--run-dir runs/{run} --policy-run-dir runs/{env}"
+        f"{script} --env {env} --preview --return-temperature 0.1 {GREEDY} {HORIZON[env]} {POLICY[env]} --steps 20000 "
+        f"{before} {flags} --run-dir runs/{run} --policy-run-dir runs/{env}"
     )
 
 
@@ -62,7 +68,7 @@ def compared(run: str, flags: str, *, critic: str | None = None) -> str:
 
 def full(env: str, name: str, flags: str = "") -> str:
     return (
-        f"evor_value.py --env {env} {HORIZON.get(env, '')} --critic trunk --tasks 1 2 3 4 5 --seeds 5 {flags} "
+        f"evor_value.py --env {env} {HORIZON[env]} --critic trunk --tasks 1 2 3 4 5 --seeds 5 {flags} "
         f"--run-dir runs/full/{name} --policy-run-dir runs/full/{env}"
     )
 
@@ -116,7 +122,8 @@ def axis_temperatures(env: str, table: str) -> list[str]:
     ]
     return [
         policy(env, f"--preview --steps 100000 --episodes 400 --run-dir runs/{run}"),
-        f"evor_value.py {about} --preview --episodes 400 {HORIZON.get(env, '')} {flags} --seeds 2 --policy-seed 0 "
+        f"evor_value.py {about} --preview --steps 20000 --episodes 400 {HORIZON[env]} {POLICY[env]} {BASE} {flags} "
+        f"--seeds 2 --policy-seed 0 "
         f"--policy-run-dir runs/{run} --eval-episodes 0",
         f"evor_infer.py {about} {readout} --action-temperature 0.003 0 0.03 0.01 --out tau_q",
         draw(f"axis_temperatures/{table}", f"{run}/tau_q"),
@@ -127,7 +134,9 @@ def axis_temperatures(env: str, table: str) -> list[str]:
 def beyond_ogbench(env: str) -> list[str]:
     """Two seeds of critics on one base policy of data that does not come from OGBench."""
     run, width = f"beyond/{env}", 128 if env == "Pendulum-v1" else 256
-    data = f"--dataset minari:evor/{env.rpartition('-')[0].lower()}-v0 --env {env} --preview --width {width}"
+    data = (
+        f"--dataset minari:evor/{env.rpartition('-')[0].lower()}-v0 --env {env} --preview --width {width} --steps 20000"
+    )
     about = f"{data} --policy-run-dir runs/{run} --policy-seed 0 --seeds 2"
     critics = {
         "default": "evor_value.py",
@@ -140,6 +149,38 @@ def beyond_ogbench(env: str) -> list[str]:
         f"evor_bc.py {data} --steps 30000 --run-dir runs/{run}",
         *(f"{command} {about} --run-dir runs/{run}-{name}" for name, command in critics.items()),
     ]
+
+
+def thirty(env: str) -> list[str]:
+    """Five tasks and two seeds on one base policy: the default, then each method that changes one thing."""
+    about, run = f"--env {env} --preview --tasks 1 2 3 4 5 --seeds 2 --policy-seed 0", f"runs/thirty/{env}"
+    methods = {
+        "base": "evor_value.py --next-action base",
+        "paper": "evor_value.py --td-target paper",
+        "scalar": "baselines.critics --critic scalar",
+        "qc": "baselines.qc",
+    }
+    short = f"runs/thirty-h1/{env}"
+    return [
+        f"evor_value.py {about} --run-dir {run}",
+        *(
+            f"{command} {about} --policy-run-dir {run} --run-dir runs/thirty-{name}/{env}"
+            for name, command in methods.items()
+        ),
+        f"evor_bc.py --env {env} --preview --horizon 1 --run-dir {short}",
+        f"baselines.qc {about} --horizon 1 --num-next-actions 4 --run-dir {short}",
+    ]
+
+
+def thirty_sweeps(env: str) -> list[str]:
+    """What the paper's figures sweep, on the reward models of `thirty`."""
+    about = f"evor_infer.py --env {env} --run-dir runs/thirty/{env} --num-returns 8 --eval-episodes 20"
+    swept = {
+        "num_actions": "--num-actions 1 2 4 8 16 32 64",
+        "tau_q": f"{BEST} --action-temperature 0 0.003 0.03 0.3 3 inf",
+        "tau_r": f"{BEST} --return-temperature 0 0.03 0.1 0.3 1 3 inf",
+    }
+    return [f"{about} {flags} --out {name}" for name, flags in swept.items()]
 
 
 def targets() -> list[str]:
@@ -208,7 +249,9 @@ def same_data(env: str) -> str:
 
 
 EXPERIMENTS: dict[str, list[str]] = {
-    "policies": [policy(env, "--preview" + " --steps 200000" * (env == CUBE)) for env in PREVIEW],
+    "thirty-tasks": [command for env in THIRTY for command in thirty(env)],
+    "thirty-sweeps": [command for env in THIRTY for command in thirty_sweeps(env)],
+    "policies": [policy(env, f"--preview --steps {200 if env == CUBE else 100}000") for env in PREVIEW],
     "tasks": [preview(env, "tasks", f"--tasks 1 2 3 4 5 {GREEDY * (env == MAZE)}") for env in PREVIEW],
     "seeds": [preview(env, "seeds", f"--first-seed 1 --policy-seed 0 {GREEDY * (env == MAZE)}") for env in PREVIEW],
     "paper": [
@@ -227,7 +270,7 @@ EXPERIMENTS: dict[str, list[str]] = {
             *MAZES,
         ),
     ],
-    "scene_policy": [policy(SCENE, "--preview")],
+    "scene_policy": [policy(SCENE, "--preview --steps 100000")],
     "axes": [
         *(command for env in AXES_ON for command in axes(env)),
         draw("axes", *(f"axis-{name}/{env}" for name in AXES for env in AXES_ON)),
@@ -256,7 +299,8 @@ EXPERIMENTS: dict[str, list[str]] = {
         f"runs/policy-constant/{CUBE} --out runs/tables/base_policy/schedule.csv",
     ],
     "velocities": [  # seen or hidden
-        f"evor_bc.py --env {CUBE} --preview --ignore-observations --steps 250000 --run-dir runs/{CUBE}-velocities",
+        f"evor_bc.py --env {CUBE} --preview --width 512 --ignore-observations --steps 250000 "
+        f"--run-dir runs/{CUBE}-velocities",
         *(f"benchmarks.base_policy --env {env} --out runs/tables/base_policy/{env}.csv" for env in PREVIEW[:2]),
         f"benchmarks.base_policy --env {CUBE} --run-dirs runs/{CUBE}-velocities "
         f"--out runs/tables/base_policy/{CUBE}_velocities.csv",
@@ -337,7 +381,7 @@ EXPERIMENTS: dict[str, list[str]] = {
     "baselines": baselines(),
     "backups": backups(),
     # Collected data against data of OGBench's own script (data_gen_scripts/ of its repository), in reference/.
-    "same_data": [same_data(env) for env in (CUBE, "pointmaze-large-navigate")],
+    "same_data": [same_data(env) for env in (CUBE, LARGE)],
     # For a GPU: `--only full-cube-double-play --slot 9`.
     **{
         f"full-{env}": [policy(env, f"--seeds 5 --run-dir runs/full/{env}"), full(env, env, IMPROVED * ("maze" in env))]

@@ -1,8 +1,8 @@
 """The thirty tasks: one line per environment, the methods beside each other, and the highest success that is known.
 
 A line is of the default: what `--preview` trains for the environment. The others change one thing: the backup, the TD
-target, the critic, or the method (QC). Means are over tasks, intervals by bootstrap over seeds and episodes. Runs of one
-environment that differ in data or in the steps of the value are refused.
+target, the critic, or the method (QC). Means are over tasks, intervals by bootstrap over seeds and episodes. Runs of
+one environment that differ in data or in the steps of the value are refused.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 
 from common import figures
 from experiments import gather, tasks
-from experiments.rows import Frame, Place, cell, complete, numbers, percent, rate, read, table
+from experiments.rows import Frame, Place, cell, complete, percent, rate, read, table
 
 FILES = ("runs.csv", "episodes.csv")
 gather_all = gather.gather_all

@@ -81,7 +81,7 @@ def test_the_preview_of_an_environment_follows_its_recipe():
     without `--preview`, to another environment, or to a field that the script does not have."""
     cube, arm = "--env=cube-double-play", (6, 7, 8, 9, 10, 11)
     args = parse_with_recipe(evor_value, cube, "--preview")
-    assert (args.horizon, args.ignore_observations, args.policy_steps, args.steps) == (5, arm, 200_000, 20_000)
+    assert (args.horizon, args.ignore_observations, args.policy_steps, args.steps) == (5, arm, 200_000, 10_000)
     assert parse_with_recipe(evor_value, "--preview") == args  # the default environment
     policy = parse_with_recipe(evor_bc, "--preview", "--env", "cube-double-play-singletask-task2-v0")
     assert (policy.horizon, policy.ignore_observations, policy.steps) == (5, arm, 200_000)
@@ -89,9 +89,16 @@ def test_the_preview_of_an_environment_follows_its_recipe():
     args = parse_with_recipe(evor_value, cube, "--preview", "--horizon", "1", "--ignore-observations")
     assert (args.horizon, args.ignore_observations, args.policy_steps) == (1, (), 200_000)
     maze = parse_with_recipe(evor_value, "--preview", "--env", "pointmaze-medium-navigate")
-    assert (maze.next_action, maze.discount, maze.horizon) == ("softmax", 0.995, 1)
+    assert (maze.next_action, maze.discount, maze.horizon) == ("softmax", 0.995, 5)
+    scene = parse_with_recipe(evor_value, "--preview", "--env", "scene-play")
+    assert (scene.reward, scene.discount, scene.ignore_observations) == ("sparse", 0.99, arm)
     assert parse_with_recipe(qc, cube, "--preview").horizon == 5
-    for argv in ([cube], [cube, "--quick"], ["--env=cube-single-play", "--preview"], ["--env=Hopper-v5", "--preview"]):
+    for argv in (
+        [cube],
+        [cube, "--quick"],
+        ["--env=antmaze-large-navigate", "--preview"],
+        ["--env=Hopper-v5", "--preview"],
+    ):
         args = parse_with_recipe(evor_value, *argv)
         assert (args.horizon, args.ignore_observations, args.policy_steps) == (1, (), None)
 
@@ -99,7 +106,7 @@ def test_the_preview_of_an_environment_follows_its_recipe():
 def test_the_recipe_is_printed_as_it_is_followed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(sys, "argv", ["evor_value.py", "--preview", "--horizon", "2"])
     run_cli(lambda args: None, evor_value.Args, evor_value.PRESETS, recipe_of=recipe_of)
-    flags = "--horizon 2 --ignore-observations 6 7 8 9 10 11 --policy-steps 200000"
+    flags = "--horizon 2 --next-action softmax --ignore-observations 6 7 8 9 10 11 --policy-steps 200000"
     assert capsys.readouterr().out == f"recipe of cube-double-play: {flags}\n"
 
 
@@ -110,12 +117,12 @@ def test_every_training_follows_recipes_on_the_real_command_line(script: str, tm
     command = [sys.executable, "-m", script, "--preview", "--width", "0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 2 and "--width must be at least 1" in done.stderr
-    assert done.stdout.startswith("recipe of cube-double-play: --horizon 5 --ignore-observations 6 7 8 9 10 11 --")
+    assert done.stdout.startswith("recipe of cube-double-play: --horizon 5 ")
 
 
 def test_an_experiment_follows_recipes_too():
     (_, args), (_, maze) = (parse(f"evor_value.py --env {env} --preview") for env in ("scene-play", MAZE))
-    assert (args.horizon, maze.horizon, maze.next_action) == (5, 1, "softmax")
+    assert (args.horizon, args.reward, maze.discount) == (5, "sparse", 0.995)
 
 
 def test_recipes_are_those_of_the_docs():
