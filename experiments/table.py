@@ -4,6 +4,13 @@ The last command of most draws their table. What is not `full-*` is for two CPU 
 paper, for a GPU.
 """
 
+import dataclasses
+from types import ModuleType
+
+import evor_bc
+import evor_value
+from common.cli import flags_of
+
 CUBE = "cube-double-play"
 SINGLE = "cube-single-play"
 MAZE = "pointmaze-medium-navigate"
@@ -39,7 +46,7 @@ AXES_ON = {  # flags, and how long the range of the possible returns is
 
 
 def policy(env: str, flags: str) -> str:
-    return f"evor_bc.py --env {env} {HORIZON[env]} {POLICY[env]} {'--width 512' * ('--preview' in flags)} {flags}"
+    return f"evor_bc.py --env {env} {HORIZON[env]} {POLICY[env]} --width 512 {flags}"
 
 
 def preview(env: str, name: str, flags: str = "") -> str:
@@ -66,9 +73,16 @@ def compared(run: str, flags: str, *, critic: str | None = None) -> str:
     return small(CUBE, run, f"--critic {critic} {flags}", script="baselines.critics")
 
 
+def recipe(script: ModuleType, env: str) -> str:
+    """The flags of an environment's recipe, but for how long a base policy is trained."""
+    args = script.Args(env=env)
+    found = {name: value for name, value in script.recipe_of(args).items() if not name.endswith("steps")}
+    return flags_of(dataclasses.replace(args, **found), found)
+
+
 def full(env: str, name: str, flags: str = "") -> str:
     return (
-        f"evor_value.py --env {env} {HORIZON[env]} --critic trunk --tasks 1 2 3 4 5 --seeds 5 {flags} "
+        f"evor_value.py --env {env} {recipe(evor_value, env)} --tasks 1 2 3 4 5 --seeds 5 {flags} "
         f"--run-dir runs/full/{name} --policy-run-dir runs/full/{env}"
     )
 
@@ -384,10 +398,13 @@ EXPERIMENTS: dict[str, list[str]] = {
     "same_data": [same_data(env) for env in (CUBE, LARGE)],
     # For a GPU: `--only full-cube-double-play --slot 9`.
     **{
-        f"full-{env}": [policy(env, f"--seeds 5 --run-dir runs/full/{env}"), full(env, env, IMPROVED * ("maze" in env))]
+        f"full-{env}": [
+            f"evor_bc.py --env {env} {recipe(evor_bc, env)} --seeds 5 --run-dir runs/full/{env}",
+            full(env, env),
+        ]
         for env in FULL
     },
-    "full-scene-play-sparse": [full(SCENE, "scene-play-sparse", "--reward sparse")],
+    "full-scene-play-default": [full(SCENE, "scene-play-default", "--reward default")],
 }
 # Not run unless they are named.
 NAMED_ONLY = ("same_data", *(name for name in EXPERIMENTS if name.startswith("full")))
