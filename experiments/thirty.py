@@ -6,6 +6,7 @@ one environment that differ in data or in the steps of the value are refused.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -14,11 +15,17 @@ from experiments import gather, tasks
 from experiments.rows import Frame, Place, cell, complete, percent, rate, read, table
 
 FILES = ("runs.csv", "episodes.csv")
-gather_all = gather.gather_all
+OF_AN_EPISODE = ["run", "task", "seed", "num_actions", "episode", "success", "length", "total"]
 KEY = ("run",)
 DEFAULT = "EVOR"
 SETTINGS = ("policy", "critic", "td_target", "next_action", "horizon", "reward", "policy_seconds", "train_seconds")
 LINES = "data | task 1 | task 2 | task 3 | task 4 | task 5 | mean | base policy alone | highest known | minutes"
+
+
+def gather_all(runs: Sequence[Path]) -> list[Frame]:
+    """Rows of runs, and of their episodes, which say no more than the run that they are of."""
+    of_runs, episodes = gather.gather_all(runs)
+    return [of_runs, episodes[OF_AN_EPISODE]]
 
 
 def method(row: dict[str, str]) -> str:

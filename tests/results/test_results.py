@@ -21,7 +21,7 @@ from common.files import read_csv, sha256, write_csv
 from common.networks import CriticSpec, PolicySpec
 from common.statistics import mean_interval, success_interval
 from evor_infer import AgentSpec
-from experiments import check, draw, gather, rows, saturation, sweeps, tasks, thirty
+from experiments import check, draw, gather, relative, rows, saturation, sweeps, tasks, thirty
 
 ROOT = Path(__file__).parents[2]
 
@@ -768,3 +768,17 @@ def test_the_thirty_tasks_methods_stand_beside_each_other(here: Path, monkeypatc
     other = make_run(here / "other", evor_value.Args(next_action="softmax", steps=7), solved=1)
     with pytest.raises(UserError, match="differ in steps"):
         stored("thirty-tasks", *runs, other)
+
+
+def test_success_of_one_setting_in_all_environments(here: Path):
+    counts = [("a", 1, 1, 1), ("a", 1, 16, 4), ("a", 2, 1, 0), ("a", 2, 16, 4), ("b", 1, 1, 3), ("b", 1, 16, 2)]
+    frame = rows.frame(
+        dict(env=env, task=task, num_actions=n, return_temperature=0.3, action_temperature=0.0, solved=k, episodes=4)
+        for env, task, n, k in counts
+    )
+    place = rows.Place(here, "thirty-tasks/num_actions", here)
+    text = relative.draw([frame], place)
+    assert text.splitlines()[2:] == ["| a | 12% | 100% |", "| b | 75% | 50% |"]
+    assert place.path("figure.png").stat().st_size > 0
+    with pytest.raises(UserError, match="must be swept, not none"):
+        relative.draw([frame[frame["num_actions"] == "1"]], place)
