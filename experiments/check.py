@@ -1,7 +1,8 @@
-"""Does a command give its stored rows again? Compares a run with the rows of `results/tasks`, episode by episode.
+"""Does a command give its stored rows again? Compares a run with the rows of `results/thirty-tasks` or
+`results/tasks`, episode by episode.
 
-    python -m experiments.run --only policies seeds
-    python -m experiments.check --runs runs/seeds/cube-single-play
+    python -m experiments.run --only thirty-tasks --env pointmaze-medium-navigate
+    python -m experiments.check --runs runs/thirty/pointmaze-medium-navigate
 
 A row is found by its run directory as it was named then, its task and its seed. On the same machine with the same
 versions all episodes are the same; elsewhere rounding differs, and after long training so do the numbers: the table
@@ -10,6 +11,8 @@ shows both, and what of data, versions and hardware is not as it was.
 
 import dataclasses
 from pathlib import Path
+
+import pandas as pd
 
 from common.cli import run_cli
 from common.errors import UserError
@@ -20,6 +23,7 @@ from experiments.rows import Frame, complete, percent, read, table
 from experiments.tasks import ALIKE, FILES, METHOD
 
 HEADER = "run | task | seed | success | stored | same episodes | CRPS | stored"
+TABLES = ("thirty-tasks", "tasks")
 EPISODE = ["run", "task", "seed", "num_actions", "episode", "success", "length"]
 
 
@@ -40,7 +44,7 @@ def stored_row(new: dict[str, str], stored: Frame) -> dict[str, str]:
     run, task, seed = (new[name] for name in ("run", "task", "seed"))
     same = stored[(stored["run"] == run) & (stored["task"] == task) & (stored["seed"] == seed)]
     if not len(same):
-        raise UserError(f"results/tasks has no row of {run}, task {task}, seed {seed}.")
+        raise UserError(f"no table has a row of {run}, task {task}, seed {seed}.")
     old = same.iloc[0].to_dict()
     # The base policy's file may be another: it names its revision. Whether it does the same, its own episodes say.
     for field in {*METHOD, *ALIKE, "bc_steps"} - {"policy_sha256"}:
@@ -58,7 +62,8 @@ def success_cell(row: dict[str, str]) -> str:
 
 def main(args: Args) -> str:
     """Prints and returns the comparison."""
-    stored, stored_episodes = (read(rows.RESULTS / "tasks" / file) for file in FILES)
+    folders = [folder for name in TABLES if (folder := rows.RESULTS / name).is_dir()]
+    stored, stored_episodes = (pd.concat([read(folder / file) for folder in folders]).fillna("") for file in FILES)
     new_rows, episodes = gather_all(args.runs)
     lines, around = [], {}
     for new in complete(new_rows, METHOD).to_dict("records"):

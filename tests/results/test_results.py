@@ -653,6 +653,7 @@ def test_a_run_is_compared_with_its_rows(here: Path):
     """Twelve episodes of which one changed, and other data; then another discount, which is no repetition."""
     run = make_run(here / "a", evor_value.Args(), solved=8)
     stored("tasks", run)
+    stored("thirty-tasks", make_run(here / "other", evor_value.Args(next_action="softmax"), solved=1))
     text = check.main(check.Args(runs=(run,)))
     assert "| 2 | 0 | 80% [49%, 94%] | 80% [49%, 94%] | 12 of 12 | 3.0 | 3.0 |" in text
     assert text.endswith("Data, versions and hardware alike.")
