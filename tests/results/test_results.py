@@ -667,7 +667,7 @@ def test_a_run_is_compared_with_its_rows(here: Path):
     config.write_text(config.read_text().replace('"discount": 0.99', '"discount": 0.9'))
     with pytest.raises(UserError, match=r"another discount than its row: 0\.9, not 0\.99"):
         check.main(check.Args(runs=(run,)))
-    with pytest.raises(UserError, match="has no row of"):
+    with pytest.raises(UserError, match="no table has a row of"):
         check.main(check.Args(runs=(make_run(here / "b", evor_value.Args(), solved=8),)))
 
 
