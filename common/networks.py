@@ -62,6 +62,7 @@ class CriticSpec:
 
 
 BOUND = 10.0  # of standardised observations; the usual one (VecNormalize of Stable-Baselines3)
+FIRST_LAYER = 3.0  # standard deviation of what the first layer of a policy makes of a standardised observation
 
 
 class Standardizer(eqx.Module):
@@ -187,7 +188,15 @@ class FlowPolicy(eqx.Module):
 
     def __init__(self, observation: int, action: int, *, width: int = 512, depth: int = 4, key: PRNGKeyArray):
         self.spec = PolicySpec(observation, action, width, depth)
-        self.mlp = MLP(observation + action + 1, action, width=width, depth=depth, layer_norm=False, key=key)
+        mlp = MLP(observation + action + 1, action, width=width, depth=depth, layer_norm=False, key=key)
+        # With Glorot's small weights and no biases the first layer is nearly linear in x, and a policy smears what
+        # differs between neighbouring states. Wide ones bend in many places.
+        weight_key, bias_key = jax.random.split(jax.random.fold_in(key, 1))
+        weight = FIRST_LAYER / observation**0.5 * jax.random.normal(weight_key, (observation, width))
+        bias = FIRST_LAYER * jax.random.normal(bias_key, (width,))
+        first = mlp.hidden[0]
+        wide = first.weight.at[:observation].set(weight), bias
+        self.mlp = eqx.tree_at(lambda mlp: (mlp.hidden[0].weight, mlp.hidden[0].bias), mlp, wide)
 
     def features(self, observation: Float[Array, " observation"]) -> Float[Array, " width"]:
         has_shapes((observation, self.spec.observation))

@@ -438,7 +438,7 @@ def test_importing_the_scripts_does_nothing(tmp_path: Path):
 
 # --- Mistakes ----------------------------------------------------------------------------------------------------
 
-SMALL = dict(steps=4, steps_per_call=2, width=8, depth=1, batch_size=4)
+SMALL = dict(steps=4, steps_per_call=2, width=8, depth=2, batch_size=4)
 SMALL_VALUE = SMALL | dict(eval_episodes=0, eval_every=0, num_next_actions=2, flow_steps=2)
 
 

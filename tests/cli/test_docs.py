@@ -62,9 +62,9 @@ def test_each_change_has_a_command():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("A fifth TD target", "FlowCritic mlp 0 True"),
+        ("A fifth TD target", "FlowCritic trunk 0 True"),
         ("A critic of your own", "SquashedCritic squashed 0 True"),
-        ("Another policy network", "FlowCritic mlp 2 True"),
+        ("Another policy network", "FlowCritic trunk 2 True"),
     ],
 )
 def test_changes_that_the_docs_show(tmp_path: Path, change: str, says: str):

@@ -33,7 +33,10 @@ def test_every_experiment_finds_what_it_needs():
             if module == "evor_bc":
                 policies[args.run_dir or default_run_dir(args.env, quick=False)] = args
             elif module in run.TRAINED:
-                policy = policies[args.policy_run_dir]
+                if args.policy_run_dir is None:  # trained on the way, if it is not there
+                    policy = policies.setdefault(args.directory, evor_bc.args_for(args))
+                else:
+                    policy = policies[args.policy_run_dir]
                 assert (policy.env, policy.horizon) == (args.env, args.horizon), command
                 values.add(args.run_dir)
                 if name.startswith("full"):
