@@ -193,7 +193,7 @@ class FlowPolicy(eqx.Module):
         # differs between neighbouring states. Wide ones bend in many places.
         weight_key, bias_key = jax.random.split(jax.random.fold_in(key, 1))
         weight = FIRST_LAYER / observation**0.5 * jax.random.normal(weight_key, (observation, width))
-        bias = FIRST_LAYER * jax.random.normal(bias_key, (width,))
+        bias = jax.random.normal(bias_key, (width,))
         first = mlp.hidden[0]
         wide = first.weight.at[:observation].set(weight), bias
         self.mlp = eqx.tree_at(lambda mlp: (mlp.hidden[0].weight, mlp.hidden[0].bias), mlp, wide)
