@@ -26,7 +26,8 @@ act_one = jax.jit(evor_infer.act_one)
 def make_agent(seed=0, kind="mlp"):
     policy_key, critic_key = jax.random.split(jax.random.key(seed))
     return Agent(
-        policy=FlowPolicy(3, 2, width=16, depth=2, key=policy_key),
+        # Scaled down: untrained, its actions would lie at their bounds.
+        policy=jax.tree.map(lambda x: 0.3 * x, FlowPolicy(3, 2, width=16, depth=2, key=policy_key)),
         critic=FlowCritic(3, 2, kind=kind, width=16, depth=3, key=critic_key),
         standardizer=Standardizer(jnp.array([1.0, 0.0, -1.0]), jnp.array([2.0, 1.0, 0.5])),
         axis=affine_axis(-50.0, 25.0, low=-100.0, high=0.0),

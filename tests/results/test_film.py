@@ -57,7 +57,8 @@ def test_an_agent_is_filmed_with_what_it_does(tmp_path: Path, capsys: pytest.Cap
     action that is executed; the environment is closed after it."""
     env, drawn, executed, closed = Counter(), [], [], []
     agent = Agent(
-        policy=FlowPolicy(1, 3, width=8, depth=2, key=jax.random.key(0)),
+        # Scaled down: untrained, its actions would lie at their bounds.
+        policy=jax.tree.map(lambda x: 0.3 * x, FlowPolicy(1, 3, width=8, depth=2, key=jax.random.key(0))),
         critic=FlowCritic(1, 3, width=8, depth=2, key=jax.random.key(1)),
         standardizer=Standardizer(jnp.zeros(1), jnp.ones(1)),
         axis=affine_axis(-5.0, 0.5, low=-10.0, high=0.0),

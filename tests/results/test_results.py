@@ -83,12 +83,12 @@ def stored(name: str, *runs: Path, append: bool = False) -> str:
 
 def test_seeds_share_a_line_and_settings_do_not(here: Path):
     runs = [
-        make_run(here / "a", evor_value.Args(horizon=5, width=64), solved=8),
-        make_run(here / "elsewhere" / "a", evor_value.Args(horizon=5, width=64, first_seed=1), solved=4),
+        make_run(here / "a", evor_value.Args(critic="mlp", horizon=5, width=64), solved=8),
+        make_run(here / "elsewhere" / "a", evor_value.Args(critic="mlp", horizon=5, width=64, first_seed=1), solved=4),
         make_run(here / "b", critics.Args(critic="c51", horizon=5, width=64, next_action="softmax"), solved=1),
         make_run(here / "c", qc.Args(horizon=1, num_actions=32, policy="frozen"), solved=0, policy="other"),
         make_run(here / "d", qc.Args(horizon=1, num_actions=32), solved=0, policy=""),
-        make_run(here / "e", evor_value.Args(horizon=5, width=64, next_action="dataset"), solved=3),
+        make_run(here / "e", evor_value.Args(critic="mlp", horizon=5, width=64, next_action="dataset"), solved=3),
         make_run(
             here / "f",
             critics.Args(critic="c51", horizon=5, width=64, next_action="softmax", backup_temperature=0.02),
