@@ -117,7 +117,16 @@ def test_the_noise_of_a_batch_has_the_right_laws_and_is_spread_evenly():
 # --- One step: who gets gradients, who is the target -------------------------------------------------------------
 
 ARGS = evor_value.Args(
-    width=16, depth=2, batch_size=32, steps_per_call=1, steps=1, learning_rate=1e-2, discount=0.9, flow_steps=2, tau=0.1
+    width=16,
+    depth=2,
+    batch_size=32,
+    steps_per_call=1,
+    steps=1,
+    learning_rate=1e-2,
+    discount=0.9,
+    flow_steps=2,
+    tau=0.1,
+    critic="mlp",
 )
 
 
@@ -223,7 +232,15 @@ def test_replicas_use_their_own_task_and_bank():
         bank=jnp.concatenate([dataset.bank] * 2),
     )
     args = evor_value.Args(
-        steps=300, steps_per_call=300, width=16, depth=2, batch_size=64, learning_rate=1e-2, discount=0.9, flow_steps=1
+        steps=300,
+        steps_per_call=300,
+        width=16,
+        depth=2,
+        batch_size=64,
+        learning_rate=1e-2,
+        discount=0.9,
+        flow_steps=1,
+        critic="mlp",
     )
     sizes = Sizes(observation=1, action=1, horizon=1)
     keys = jax.vmap(jax.random.key)(np.array([0, 1]))
@@ -239,7 +256,7 @@ def test_replicas_use_their_own_task_and_bank():
 
 TRAIN = evor_value.Args(
     steps=1500, steps_per_call=1500, width=48, depth=2, batch_size=128, learning_rate=3e-3, schedule="cosine", tau=0.02,
-    num_next_actions=4,
+    num_next_actions=4, critic="mlp",
 )  # fmt: skip
 
 # Largest W1 distance allowed, as a share of the range of a probe's laws. A wrong law, N(Q, 1) on the axis, is off by 15
@@ -284,8 +301,9 @@ def test_laws_are_as_exact_as_promised():
     far apart as the atoms: at most 1.5% of their range after 10,000 steps with the preview's settings. With the axis of
     the possible returns and ten Euler steps two such lotteries were off by 26% and 28%."""
     probe = probes.lottery((0.0, -1.0, -4.0), discount=0.99, unit=1e3)
-    preview = {name: evor_value.PRESETS["preview"][name] for name in ("schedule", "learning_rate", "tau", "critic")}
-    args = evor_value.Args(**preview, steps=10_000, steps_per_call=10_000, width=256)
+    names = ("steps", "width", "head_width", "schedule", "learning_rate", "tau")
+    preview = {name: evor_value.PRESETS["preview"][name] for name in names}
+    args = evor_value.Args(**preview, steps_per_call=preview["steps"])
     off = distance(*probes.train(probe, args), probe)
     assert off < 0.015, off
 
