@@ -106,9 +106,9 @@ class Args(TrainArgs):
     backup_returns: Count = 4
     """Return draws per banked action in the softmax backup."""
     backup_steps: Count = 1
-    """Euler steps of these draws. One gives `z_0 + s(z_0, 0 | x, a)`, the mean of the returns that start at z_0."""
+    """Euler steps of these draws. One gives `z_0 + s(z_0, 0 | x, a)`, the mean of what starts at z_0."""
     critic: Literal["mlp", "trunk"] = "trunk"
-    """Features of (x, a) with a small flow head, or the paper's MLP (3.3 times the time)."""
+    """Features of (x, a) with a small flow head, or the paper's MLP, which takes longer."""
     head_width: Count = 128
     """Units per hidden layer of the trunk critic's head."""
     head_depth: Count = 3

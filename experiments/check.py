@@ -1,8 +1,8 @@
 """Does a command give its stored rows again? Compares a run with the rows of `results/thirty-tasks` or
 `results/tasks`, episode by episode.
 
-    python -m experiments.run --only thirty-tasks --env pointmaze-medium-navigate
-    python -m experiments.check --runs runs/thirty/pointmaze-medium-navigate
+    python -m experiments.run --only thirty-tasks --env pointmaze-large-navigate
+    python -m experiments.check --runs runs/thirty/pointmaze-large-navigate
 
 A row is found by its run directory as it was named then, its task and its seed. On the same machine with the same
 versions all episodes are the same; elsewhere rounding differs, and after long training so do the numbers: the table

@@ -165,6 +165,9 @@ def beyond_ogbench(env: str) -> list[str]:
     ]
 
 
+COMPARED = ("thirty", "thirty-base", "thirty-paper", "thirty-scalar", "thirty-qc", "thirty-h1")
+
+
 def thirty(env: str) -> list[str]:
     """Five tasks and two seeds on one base policy: the default, then each method that changes one thing."""
     about, run = f"--env {env} --preview --tasks 1 2 3 4 5 --seeds 2 --policy-seed 0", f"runs/thirty/{env}"
@@ -263,7 +266,10 @@ def same_data(env: str) -> str:
 
 
 EXPERIMENTS: dict[str, list[str]] = {
-    "thirty-tasks": [command for env in THIRTY for command in thirty(env)],
+    "thirty-tasks": [
+        *(command for env in THIRTY for command in thirty(env)),
+        draw("thirty-tasks", *(f"{name}/{env}" for name in COMPARED for env in THIRTY)),
+    ],
     "thirty-sweeps": [command for env in THIRTY for command in thirty_sweeps(env)],
     "policies": [policy(env, f"--preview --steps {200 if env == CUBE else 100}000") for env in PREVIEW],
     "tasks": [preview(env, "tasks", f"--tasks 1 2 3 4 5 {GREEDY * (env == MAZE)}") for env in PREVIEW],

@@ -98,3 +98,11 @@ def test_unknown_critic_is_refused():
 def test_stratified_normal_is_the_midpoint_quantiles():
     np.testing.assert_allclose(stratified_normal(4), stats.norm.ppf([0.125, 0.375, 0.625, 0.875]), rtol=1e-5)
     np.testing.assert_allclose(stratified_normal(1), [0.0], atol=1e-7)
+
+
+def test_the_first_layer_of_a_policy_is_wide():
+    """Standardised observations of any number give its units a variance of 3^2 + 1. Fails with Glorot's weights."""
+    for size in (2, 40):
+        policy = FlowPolicy(size, 3, width=512, key=jax.random.key(0))
+        features = jax.vmap(policy.features)(jax.random.normal(jax.random.key(1), (500, size)))
+        assert abs(float(jnp.var(features)) - 10.0) < 1.5

@@ -117,17 +117,9 @@ def test_the_noise_of_a_batch_has_the_right_laws_and_is_spread_evenly():
 # --- One step: who gets gradients, who is the target -------------------------------------------------------------
 
 ARGS = evor_value.Args(
-    width=16,
-    depth=2,
-    batch_size=32,
-    steps_per_call=1,
-    steps=1,
-    learning_rate=1e-2,
-    discount=0.9,
-    flow_steps=2,
-    tau=0.1,
-    critic="mlp",
-)
+    critic="mlp", width=16, depth=2, batch_size=32, steps_per_call=1, steps=1, learning_rate=1e-2, discount=0.9,
+    flow_steps=2, tau=0.1,
+)  # fmt: skip
 
 
 REPLICA = Replica(jnp.array(0), jnp.array(0), affine_axis(0.0, 5.0, low=-10.0, high=10.0), jax.random.key(0))
@@ -153,6 +145,16 @@ def test_target_network_is_what_bootstraps(kind, next_action):
     _, _, perturbed = one_step(args, perturb_target=0.3)
     assert float(metrics["loss"]) != float(perturbed["loss"])
     assert np.isfinite(float(perturbed["loss"]))
+
+
+def test_the_softmax_backup_scores_by_euler_steps_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """Fails if it takes the solver of the target, two midpoint steps here."""
+    used, choose = [], evor_value.choose_next_action
+    monkeypatch.setattr(
+        evor_value, "choose_next_action", lambda *args, **named: (used.append(named["ode"]), choose(*args, **named))[1]
+    )
+    one_step(dataclasses.replace(ARGS, next_action="softmax", backup_steps=3))
+    assert set(used) == {Ode(3, "euler")}
 
 
 def test_target_network_moves_by_polyak_averaging_of_the_updated_parameters():
@@ -232,16 +234,9 @@ def test_replicas_use_their_own_task_and_bank():
         bank=jnp.concatenate([dataset.bank] * 2),
     )
     args = evor_value.Args(
-        steps=300,
-        steps_per_call=300,
-        width=16,
-        depth=2,
-        batch_size=64,
-        learning_rate=1e-2,
-        discount=0.9,
+        critic="mlp", steps=300, steps_per_call=300, width=16, depth=2, batch_size=64, learning_rate=1e-2, discount=0.9,
         flow_steps=1,
-        critic="mlp",
-    )
+    )  # fmt: skip
     sizes = Sizes(observation=1, action=1, horizon=1)
     keys = jax.vmap(jax.random.key)(np.array([0, 1]))
     axis = affine_axis(np.zeros(2), np.ones(2), low=np.full(2, -10.0), high=np.full(2, 10.0))

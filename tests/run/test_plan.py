@@ -12,16 +12,9 @@ from common.networks import Sizes
 
 SIZES = Sizes(30, 6, 1)
 ARGS = evor_value.Args(
-    width=256,
-    depth=3,
-    steps=1_000,
-    env="scene-play",
-    num_actions=3,
-    num_returns=2,
-    flow_steps=4,
+    critic="mlp", width=256, depth=3, steps=1_000, env="scene-play", num_actions=3, num_returns=2, flow_steps=4,
     solver="euler",
-    critic="mlp",
-)
+)  # fmt: skip
 
 
 def test_a_policy_takes_its_operations_over_the_rate():
