@@ -4,7 +4,7 @@
 
 Given the base policy (stage 1) and the reward-to-go law (stage 2), in an observation x:
 
-    a^(1..N_pi) ~ pi_base(. | x)                                    candidates
+    a^(i) = psi_1(lambda e_i | x),  e_i ~ N(0, I),  i = 1..N_pi     candidates, by the flow psi of stage 1
     Z^(i,1..N)  ~ law of Z(x, a^(i))                                draws of the reward-to-go, by the flow of stage 2
     Q*(x, a^(i)) = T log( (1/N) sum_j exp(Z^(i,j) / T) )            log-mean-exp, T = tau_R sigma
     a ~ softmax_i( Q*(x, a^(i)) / (tau_Q sigma) )                   tau_Q = 0: the best candidate
@@ -13,16 +13,19 @@ Given the base policy (stage 1) and the reward-to-go law (stage 2), in an observ
 |--------|----------------------|---------|----------------------|
 | N_pi   | `num_actions`        | tau_R   | `return_temperature` |
 | N      | `num_returns`        | tau_Q   | `action_temperature` |
+| lambda | `noise_scale`        |         |                      |
 
 sigma is the standard deviation of the data's returns, over all its states. So temperatures do not depend on the units
 of the rewards. With `--absolute` sigma is 1, as in the paper: temperatures are in the environment's units.
-`num_actions = 1` is the base policy.
+With lambda = 1 candidates are draws of the base policy, and `num_actions = 1` is that policy. A smaller lambda keeps to
+what it does most, and leaves out its rare actions, whose value is a guess.
 
 Lists on the command line are a sweep: every combination is evaluated on the same episodes, without retraining.
 Reads `runs/ENV/value/model.eqx`; writes `runs/ENV/infer/{config.json, episodes.csv, summary.csv, sweep.png}`.
 
 Source: EVOR, arXiv 2510.08218, stage 3 and equation 22, with log-*mean*-exp in the place of log-sum-exp and one set of
-return noise for all candidates. *Ours*, not disclosed there: N, both temperatures, flow steps.
+return noise for all candidates. lambda is that of low-temperature sampling (Decision Diffuser, arXiv 2211.15657).
+*Ours*, not disclosed there: N, both temperatures, flow steps.
 """
 
 import dataclasses
@@ -71,13 +74,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Extraction(eqx.Module):
-    """How an action is extracted. Temperatures are traced by `jit`: sweeping them compiles nothing anew. The numbers of
-    draws and steps set array shapes and are static."""
+    """How an action is extracted. Temperatures and the scale are traced by `jit`: sweeping them compiles nothing anew.
+    The numbers of draws and steps set array shapes and are static."""
 
     num_actions: Count = eqx.field(static=True, default=32)
     num_returns: Count = eqx.field(static=True, default=16)
     return_temperature: Annotated[float, not_negative] = 0.3
     action_temperature: Annotated[float, not_negative] = 0.003
+    noise_scale: Annotated[float | None, not_negative] = None  # the agent's
     flow_steps: Count = eqx.field(static=True, default=5)
     solver: Solver = eqx.field(static=True, default="midpoint")
     independent_noise: bool = eqx.field(static=True, default=False)
@@ -99,6 +103,7 @@ class Settings(TypedDict, total=False):
     num_returns: int
     return_temperature: float
     action_temperature: float
+    noise_scale: float | None
     flow_steps: int
     solver: Solver
     independent_noise: bool
@@ -134,6 +139,8 @@ class Args(Paths):
     """tau_R, in standard deviations of the data's returns (ours); inf scores by the mean, 0 by the largest draw."""
     action_temperature: Annotated[tuple[float, ...], each(not_negative)] = (Extraction.action_temperature,)
     """tau_Q, in standard deviations of the data's returns (ours); 0 takes the best candidate, inf any."""
+    noise_scale: Annotated[tuple[float, ...], each(not_negative)] = ()
+    """lambda: standard deviation of the noise that candidates start from; that of stage 2 by default."""
     absolute: bool = Extraction.absolute
     """Temperatures in the environment's units, as in the paper."""
     flow_steps: Count = Extraction.flow_steps
@@ -243,7 +250,7 @@ def act_one(
     candidate_key, noise_key, select_key = jax.random.split(key, 3)
     observation = agent.standardizer(observation)
     noise = jax.random.normal(candidate_key, (settings.num_actions, agent.policy.spec.action))
-    candidates = agent.policy.sample(observation, noise, settings.ode)
+    candidates = agent.policy.sample(observation, agent.scale(settings) * noise, settings.ode)
     if settings.num_actions == 1:
         return candidates[0]
     unit = settings.unit(agent.axis)
@@ -273,6 +280,10 @@ class AgentSpec:
             yield "the parts of this agent do not fit each other."
 
 
+def _real(number: Float[ArrayLike, "*replicas"]) -> Float[Array, "*replicas"]:
+    return jnp.asarray(number, jnp.float32)
+
+
 class Agent(eqx.Module):
     """A trained agent. Its methods are batched and jitted once per shape.
 
@@ -290,6 +301,7 @@ class Agent(eqx.Module):
     standardizer: Standardizer
     axis: ReturnAxis
     horizon: int = eqx.field(static=True, default=1)
+    noise_scale: Float[Array, "*replicas"] = eqx.field(converter=_real, default=1.0)  # lambda
 
     def spec(self) -> AgentSpec:
         return AgentSpec(self.policy.spec, self.critic.spec, self.horizon, self.axis.returns.shape[-1])
@@ -298,6 +310,10 @@ class Agent(eqx.Module):
     def chunk(self) -> tuple[int, int]:
         """Its actions, and their size."""
         return self.horizon, self.policy.spec.action // self.horizon
+
+    def scale(self, settings: Extraction) -> Float[ArrayLike, "*replicas"]:
+        """lambda: that of the settings, or else the agent's own."""
+        return self.noise_scale if settings.noise_scale is None else settings.noise_scale
 
     def act(
         self, observations: Any, *, key: PRNGKeyArray, **settings: Unpack[Settings]
@@ -409,7 +425,7 @@ def _sample_actions(agent, observations, settings, *, key):
     noise = jax.random.normal(key, (len(observations), settings.num_actions, agent.policy.spec.action))
 
     def one(x, z):
-        return agent.policy.sample(agent.standardizer(x), z, settings.ode)
+        return agent.policy.sample(agent.standardizer(x), agent.scale(settings) * z, settings.ode)
 
     return in_blocks(one, observations, noise, rows=settings.num_actions)
 
@@ -508,7 +524,8 @@ def open_run(args: Args) -> tuple[dict[str, Any], list[tuple[int, int]], list[st
 
 def combinations(args: Args) -> list[Extraction]:
     """All combinations of the lists."""
-    grid = itertools.product(args.num_actions, args.num_returns, args.return_temperature, args.action_temperature)
+    lists = args.num_actions, args.num_returns, args.return_temperature, args.action_temperature
+    grid = itertools.product(*lists, args.noise_scale or (None,))
     rest = args.flow_steps, args.solver, args.independent_noise, args.absolute
     return list(dict.fromkeys(Extraction(*point, *rest) for point in grid))
 

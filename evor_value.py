@@ -99,6 +99,9 @@ class Args(TrainArgs):
     """Whose reward-to-go: the base policy's, the data's, or the extracted policy's."""
     num_next_actions: Count = 4
     """K: banked next actions per transition."""
+    noise_scale: Annotated[float, not_negative] = unread(1.0)
+    """lambda: standard deviation of the noise that actions of the base policy start from, in the bank and at
+    evaluation. 1 is the learned policy, less keeps to what it does most."""
     redraw_bank: Annotated[int, not_negative, multiple_of("steps_per_call")] = unread(0)
     """Gradient steps after which the bank is drawn anew; 0 keeps the first."""
     backup_temperature: Annotated[float, not_negative] = 0.0
@@ -183,18 +186,12 @@ class Args(TrainArgs):
     @property
     def extraction(self) -> Extraction:
         """How actions are extracted at evaluation."""
-        return Extraction(
-            self.num_actions,
-            self.num_returns,
-            self.return_temperature,
-            self.action_temperature,
-            self.flow_steps,
-            self.solver,
-        )
+        names = (field.name for field in dataclasses.fields(Extraction))
+        return Extraction(**{name: getattr(self, name) for name in names if hasattr(self, name)})
 
     @property
     def base_policy_alone(self) -> Extraction:
-        return dataclasses.replace(self.extraction, num_actions=1)
+        return dataclasses.replace(self.extraction, num_actions=1, noise_scale=1.0)
 
 
 class TrainState(NamedTuple):
@@ -427,7 +424,8 @@ def main(args: Args) -> list[dict[str, Any]]:
         problem = ValueProblem(args, load_policy=load_policy)
 
         def agents(state: TrainState) -> Agent:
-            return Agent(problem.policies, state.critic, problem.standardizers, problem.axis, args.horizon)
+            parts = problem.policies, state.critic, problem.standardizers, problem.axis
+            return Agent(*parts, args.horizon, problem.noise_scales)
 
         state = run.start(problem, init_state, model=agents)
         evaluation = Evaluation(args, problem, run)

@@ -203,7 +203,8 @@ def main(args: Args) -> list[dict[str, Any]]:
         problem = ValueProblem(args, load_policy=evor_bc.load_or_train)
 
         def agents(state: TrainState) -> Agent:
-            return Agent(problem.policies, state.critic, problem.standardizers, problem.axis, args.horizon)
+            parts = problem.policies, state.critic, problem.standardizers, problem.axis
+            return Agent(*parts, args.horizon, problem.noise_scales)
 
         state = run.start(problem, init_state, model=agents)
         evaluation = Evaluation(args, problem, run)

@@ -75,6 +75,8 @@ class Args(critics.Args):
     """softmax is QC's: with --backup-temperature 0, the best of N. The others need --policy frozen."""
     action_temperature: Annotated[float, not_negative] = unread(0.0)
     """tau_Q at evaluation; 0 is QC's: the best of N."""
+    noise_scale: Annotated[float, not_negative] = 1.0
+    """Of the noise that the draws start from; 1 is QC's."""
     ensemble: Count = 2
     """Critics, whose mean is the value."""
 
@@ -127,7 +129,7 @@ def train_step(
     reward, bootstrap = (x[replica.task, batch.index] for x in (dataset.rewards, dataset.bootstraps))
 
     def next_action(observation, noise):
-        candidates = state.policy.sample(observation, noise, args.ode)
+        candidates = state.policy.sample(observation, args.noise_scale * noise, args.ode)
         return best_of(state.critic, observation, candidates)
 
     noise = jax.random.normal(action_key, (args.batch_size, args.num_next_actions, state.policy.spec.action))
@@ -186,7 +188,8 @@ def main(args: Args) -> list[dict[str, Any]]:
         problem = ValueProblem(args, load_policy=None)
 
         def agents(state: TrainState) -> Agent:
-            return Agent(state.policy, state.critic, problem.standardizers, problem.axis, args.horizon)
+            parts = state.policy, state.critic, problem.standardizers, problem.axis
+            return Agent(*parts, args.horizon, problem.noise_scales)
 
         state = run.start(problem, init_state, model=agents)
         evaluation = Evaluation(args, problem, run)

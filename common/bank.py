@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float16, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Float16, Int, PRNGKeyArray
 from tqdm import tqdm
 
 from common import checkpoint
@@ -29,6 +29,7 @@ def sample_actions(
     observations: Float[Array, "batch observation"],
     index: Int[Array, " batch"],
     num_actions: int,
+    noise_scale: Float[ArrayLike, ""],
     ode: Ode,
     *,
     key: PRNGKeyArray,
@@ -37,7 +38,7 @@ def sample_actions(
 
     def one(observation, i):
         noise = jax.random.normal(jax.random.fold_in(key, i), (num_actions, policy.spec.action))
-        return policy.sample(observation, noise, ode).astype(jnp.float16)
+        return policy.sample(observation, noise_scale * noise, ode).astype(jnp.float16)
 
     return jax.vmap(one)(observations, index)
 
@@ -49,6 +50,7 @@ def make_bank(
     *,
     seeds: Sequence[int],
     num_actions: int,
+    noise_scale: float,
     ode: Ode,
     draw: int = 0,
     path: Path | None = None,
@@ -62,18 +64,20 @@ def make_bank(
     Args:
         policies: one policy per seed, along a leading axis.
         observations: standardised, all rows of the dataset.
+        noise_scale: standard deviation of the noise that the draws start from.
         draw: another number draws other actions.
         path: where the bank is kept; nowhere if None.
     """
     header = dict(
-        stage="bank", seeds=seeds, num_actions=num_actions, ode=ode._asdict(), draw=draw, states=len(states),
-        **made_of,
+        stage="bank", seeds=seeds, num_actions=num_actions, noise_scale=noise_scale, ode=ode._asdict(), draw=draw,
+        states=len(states), **made_of,
     )  # fmt: skip
     header, remedy = checkpoint.plain(header), "delete it."
     if path is not None and path.is_file() and checkpoint.read_header(path, stage="bank", remedy=remedy) == header:
         like = jax.ShapeDtypeStruct((len(seeds), len(states), num_actions, policies.spec.action), jnp.float16)
         return np.asarray(checkpoint.load(path, lambda _: like, stage="bank", remedy=remedy)[1])
-    bank = draw_bank(policies, observations, states, seeds=seeds, num_actions=num_actions, ode=ode, draw=draw)
+    drawn = dict(num_actions=num_actions, noise_scale=noise_scale, ode=ode, draw=draw)
+    bank = draw_bank(policies, observations, states, seeds=seeds, **drawn)
     if path is not None and jax.process_index() == 0:
         checkpoint.save(path, header, bank)
     return bank
@@ -86,6 +90,7 @@ def draw_bank(
     *,
     seeds: Sequence[int],
     num_actions: int,
+    noise_scale: float,
     ode: Ode,
     draw: int,
 ) -> Float16[np.ndarray, "seeds n num_actions action"]:
@@ -101,7 +106,8 @@ def draw_bank(
         # A stream of its own: the seed's key and its first splits belong to training.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seeds[replica]), 2**31 - 1), draw)
         inputs = observations[states[index]], jnp.asarray(index)
-        return np.asarray(sample_actions(policy, *inputs, num_actions, ode, key=key))[: len(states) - first]
+        actions = sample_actions(policy, *inputs, num_actions, noise_scale, ode, key=key)
+        return np.asarray(actions)[: len(states) - first]
 
     draw_batch(0, 0)  # compiles
     began = time.monotonic()

@@ -118,6 +118,7 @@ SAYS = {
     "num_returns": "N, returns per candidate",
     "return_temperature": "tau_R",
     "action_temperature": "tau_Q",
+    "noise_scale": "lambda, scale of the candidates' noise",
     "action_noise": "standard deviation of the action noise",
 }
 
@@ -125,7 +126,8 @@ SAYS = {
 def sweep(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str, by: Sequence[str] = ("task",)) -> None:
     """Success over each swept setting that takes more than one value; a line for each value of the columns `by` and of
     the other settings."""
-    names = ("num_actions", "num_returns", "return_temperature", "action_temperature", "action_noise")
+    names = ("num_actions", "num_returns", "return_temperature", "action_temperature", "noise_scale")
+    names += ("action_noise",)
     swept = [n for n in names if len({row[n] for row in summary}) > 1] or ["num_actions"]
     figure, axes = subplots(1, len(swept), width=5.6 * len(swept), height=3.8)
     for axis, name in zip(axes[0], swept, strict=True):

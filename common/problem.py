@@ -303,6 +303,11 @@ class ValueProblem(Problem):
         return jax.tree.map(lambda x: x[self._policy_index], self.base.policies)
 
     @property
+    def noise_scales(self) -> Float[Array, " replicas"]:
+        """lambda of `evor_infer`, for each replica."""
+        return jnp.full(len(self.pairs), self.args.noise_scale)
+
+    @property
     def standardizers(self) -> Standardizer:
         """The standardizer, for each replica."""
         return jax.tree.map(lambda x: jnp.stack([x] * len(self.pairs)), self.standardizer)
@@ -332,6 +337,7 @@ class ValueProblem(Problem):
             starts + args.horizon,
             seeds=args.policy_seeds,
             num_actions=args.num_next_actions,
+            noise_scale=args.noise_scale,
             ode=args.ode,
             draw=draw,
             path=None if draw else self.base.path.parent / f"{name}.eqx",

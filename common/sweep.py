@@ -74,7 +74,7 @@ class Sweep:
             print(
                 f"task {row['task']}  N_pi {row['num_actions']:<3} N {row['num_returns']:<3} "
                 f"tau_R {row['return_temperature']:<5g} tau_Q {row['action_temperature']:<5g} "
-                f"noise {row['action_noise']:<5g} "
+                f"lambda {row['noise_scale']:<5g} noise {row['action_noise']:<5g} "
                 f"{score_text(row)} of {row['episodes']} episodes"
             )
         for name, file in (("rows", "episodes.csv"), ("summary", "summary.csv"), ("figure", "sweep.png")):

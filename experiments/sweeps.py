@@ -17,7 +17,7 @@ from experiments.rows import Frame, Place, complete, frame, numbers, percent, ra
 FILES = ("episodes.csv",)
 ALIKE = ("env", "data_sha256", "policy_sha256", "steps", "next_action", "backup_return_temperature", "critic")
 ALIKE += ("horizon", "discount", "flow_steps", "solver", "absolute", "eval_seed")
-SETTINGS = ("num_actions", "num_returns", "return_temperature", "action_temperature", "action_noise")
+SETTINGS = ("num_actions", "num_returns", "return_temperature", "action_temperature", "noise_scale", "action_noise")
 MODEL = ["td_target", "task", "seed"]
 # Whether temperatures are absolute, and whether rows say what tau_Q is in units of return. Those of revision 90dd10a
 # do not say the first. Later ones that do not say the second have a tau_Q in standard deviations of the scores.
@@ -92,7 +92,8 @@ def summarise(episodes: Frame) -> list[dict[str, Any]]:
 
 def draw(frames: Sequence[Frame], place: Place) -> str:
     """Markdown, and the figure."""
-    episodes = complete(frames[0], ["absolute", "action_temperature_units"])
+    episodes = complete(frames[0], ["absolute", "action_temperature_units", "noise_scale"])
+    episodes["noise_scale"] = episodes["noise_scale"].replace("", "1")  # older revisions had no other
     episodes = numbers(episodes, whole=["task"], real=[*SETTINGS, "success"])
     summary, first = summarise(episodes), episodes.iloc[0]
     swept = [name for name in SETTINGS if episodes[name].nunique() > 1] or ["num_actions"]

@@ -37,7 +37,7 @@ def make_agent(seed=0, kind="mlp"):
 # Every setting of an extraction, none at its default.
 OTHERS = dict(
     num_actions=3, num_returns=5, return_temperature=7.0, action_temperature=40.0, flow_steps=2, solver="euler",
-    independent_noise=True, absolute=True,
+    noise_scale=0.4, independent_noise=True, absolute=True,
 )  # fmt: skip
 
 
@@ -153,13 +153,27 @@ def test_replicas_act_with_their_own_parameters_and_episode_keys():
     assert len(np.unique(flat.round(5), axis=0)) == 6, "replicas, episodes and steps must draw differently"
 
 
+def test_candidates_start_from_scaled_noise():
+    """A policy whose velocity is zero hands on its noise: candidates have the standard deviation lambda, the agent's
+    own or that of the settings. At lambda = 0 all are `psi_1(0 | x)`."""
+    agent, x, key = make_agent(), jnp.ones((1, 3)), jax.random.key(0)
+    still = dataclasses.replace(agent, policy=jax.tree.map(jnp.zeros_like, agent.policy))
+    for settings, expected in ((dict(), 0.2), (dict(noise_scale=0.1), 0.1), (dict(noise_scale=0.3), 0.3)):
+        actions = dataclasses.replace(still, noise_scale=0.2).sample_actions(x, 4_000, key=key, **settings)
+        assert float(jnp.std(actions)) == pytest.approx(expected, rel=0.05)
+    assert float(jnp.std(still.sample_actions(x, 4_000, key=key))) > 0.7  # lambda = 1, clipped to [-1, 1]
+    mode = agent.policy.sample(agent.standardizer(x[0]), jnp.zeros((1, 2)), Ode())
+    for action in (agent.act(x, key=key, noise_scale=0.0)[0], agent.sample_actions(x, 3, key=key, noise_scale=0.0)[0]):
+        np.testing.assert_allclose(action, jnp.broadcast_to(mode, action.shape), rtol=1e-5)
+
+
 def test_temperatures_compile_nothing_anew():
     agents = jax.tree.map(lambda a: a[None], make_agent())
     keys = jax.vmap(jax.random.key)(np.array([0]))
     shapes = (jnp.zeros((1, 2, 3)), jnp.zeros((1, 2), int), jnp.zeros((1, 2), int))
     before = evor_infer._decide._cache_size()
     for temperature in (0.0, 0.1, float("inf")):
-        settings = Extraction(3, 2, temperature, temperature, 2)
+        settings = Extraction(3, 2, temperature, temperature, temperature + 0.1 if temperature < 1 else 0.5, 2)
         agents.decide(*shapes, settings, keys=keys)
     assert evor_infer._decide._cache_size() == before + 1
 
@@ -218,7 +232,7 @@ def test_choices_do_not_depend_on_where_the_scores_are():
 
 def test_rows_of_an_evaluation_keep_their_settings(tmp_path: Path):
     """Fails if a flag is read as text: a resumed run would drop its earlier evaluations as those of other settings."""
-    settings = dataclasses.asdict(Extraction(absolute=True))
+    settings = dataclasses.asdict(Extraction(absolute=True, noise_scale=1.0))
     write_csv(tmp_path / "evaluation.csv", [*settings, "success"], [settings | dict(success=1.0)])
     (row,) = read_episodes(tmp_path / "evaluation.csv")
     assert row == settings | dict(success=1.0)

@@ -227,6 +227,10 @@ def test_bank_is_reused_only_with_what_it_was_made_of(tmp_path, dataset):
     evor_bc.main(evor_bc.Args(**settings | {"steps": 20}, overwrite=True))
     evor_value.main(args)
     assert bank.stat().st_mtime_ns != stamp, "a new policy makes a new bank"
+    for scale, one_action in ((1.0, False), (0.0, True)):  # lambda = 0: every draw of a state is the same
+        scaled = dataclasses.replace(args, noise_scale=scale)
+        drawn = np.asarray(ValueProblem(scaled, load_policy=evor_value.load_policy).data(0).bank)
+        assert (drawn == drawn[:, :, :1]).all() == one_action
 
 
 def test_the_bank_is_drawn_anew_when_asked(tmp_path, dataset, monkeypatch):
