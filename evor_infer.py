@@ -81,7 +81,7 @@ class Extraction(eqx.Module):
     num_returns: Count = eqx.field(static=True, default=16)
     return_temperature: Annotated[float, not_negative] = 0.3
     action_temperature: Annotated[float, not_negative] = 0.003
-    noise_scale: Annotated[float | None, not_negative] = None  # the agent's
+    noise_scale: Annotated[float, not_negative] = 1.0
     flow_steps: Count = eqx.field(static=True, default=5)
     solver: Solver = eqx.field(static=True, default="midpoint")
     independent_noise: bool = eqx.field(static=True, default=False)
@@ -96,6 +96,9 @@ class Extraction(eqx.Module):
         return jnp.ones_like(axis.spread) if self.absolute else axis.spread
 
 
+SWEPT = ("num_actions", "num_returns", "return_temperature", "action_temperature", "noise_scale")
+
+
 class Settings(TypedDict, total=False):
     """The fields of `Extraction`, as keyword arguments."""
 
@@ -103,7 +106,7 @@ class Settings(TypedDict, total=False):
     num_returns: int
     return_temperature: float
     action_temperature: float
-    noise_scale: float | None
+    noise_scale: float
     flow_steps: int
     solver: Solver
     independent_noise: bool
@@ -130,22 +133,22 @@ class Args(Paths):
     preview: bool = False
     """Preset: a short sweep over the number of actions."""
 
-    # --- extraction ---
-    num_actions: Annotated[tuple[int, ...], each(at_least(1))] = (Extraction.num_actions,)
+    # --- extraction: what is not given is as stage 2 evaluated ---
+    num_actions: Annotated[tuple[int, ...] | None, each(at_least(1))] = None
     """N_pi: candidates from the base policy (32: the paper's)."""
-    num_returns: Annotated[tuple[int, ...], each(at_least(1))] = (Extraction.num_returns,)
+    num_returns: Annotated[tuple[int, ...] | None, each(at_least(1))] = None
     """N: draws of the reward-to-go per candidate (ours)."""
-    return_temperature: Annotated[tuple[float, ...], each(not_negative)] = (Extraction.return_temperature,)
+    return_temperature: Annotated[tuple[float, ...] | None, each(not_negative)] = None
     """tau_R, in standard deviations of the data's returns (ours); inf scores by the mean, 0 by the largest draw."""
-    action_temperature: Annotated[tuple[float, ...], each(not_negative)] = (Extraction.action_temperature,)
+    action_temperature: Annotated[tuple[float, ...] | None, each(not_negative)] = None
     """tau_Q, in standard deviations of the data's returns (ours); 0 takes the best candidate, inf any."""
-    noise_scale: Annotated[tuple[float, ...], each(not_negative)] = ()
-    """lambda: standard deviation of the noise that candidates start from; that of stage 2 by default."""
+    noise_scale: Annotated[tuple[float, ...] | None, each(not_negative)] = None
+    """lambda: standard deviation of the noise that candidates start from."""
     absolute: bool = Extraction.absolute
     """Temperatures in the environment's units, as in the paper."""
-    flow_steps: Count = Extraction.flow_steps
+    flow_steps: Count | None = None
     """Steps of both flows (ours)."""
-    solver: Solver = Extraction.solver
+    solver: Solver | None = None
     """Their solver; midpoint takes two evaluations a step, euler one."""
     independent_noise: bool = Extraction.independent_noise
     """Draw the return noise at random, still shared by all candidates, instead of normal quantiles."""
@@ -250,7 +253,7 @@ def act_one(
     candidate_key, noise_key, select_key = jax.random.split(key, 3)
     observation = agent.standardizer(observation)
     noise = jax.random.normal(candidate_key, (settings.num_actions, agent.policy.spec.action))
-    candidates = agent.policy.sample(observation, agent.scale(settings) * noise, settings.ode)
+    candidates = agent.policy.sample(observation, settings.noise_scale * noise, settings.ode)
     if settings.num_actions == 1:
         return candidates[0]
     unit = settings.unit(agent.axis)
@@ -280,16 +283,13 @@ class AgentSpec:
             yield "the parts of this agent do not fit each other."
 
 
-def _real(number: Float[ArrayLike, "*replicas"]) -> Float[Array, "*replicas"]:
-    return jnp.asarray(number, jnp.float32)
-
-
 class Agent(eqx.Module):
     """A trained agent. Its methods are batched and jitted once per shape.
 
     Observations are (batch, observation). Actions are (batch, chunk) or (batch, horizon, action); a chunk of h actions
     is one vector. Both are arrays or lists. Returns are in the environment's units. `settings` are fields of
-    `Extraction`, such as `num_returns=16` or `solver="euler"`.
+    `Extraction`, such as `num_returns=16` or `solver="euler"`; those not given are the agent's own, what stage 2 was
+    evaluated with.
 
     The methods raise `UserError` for settings that the command line refuses, `ValueError` for other shapes.
 
@@ -301,7 +301,7 @@ class Agent(eqx.Module):
     standardizer: Standardizer
     axis: ReturnAxis
     horizon: int = eqx.field(static=True, default=1)
-    noise_scale: Float[Array, "*replicas"] = eqx.field(converter=_real, default=1.0)  # lambda
+    settings: Extraction = eqx.field(static=True, default=Extraction())
 
     def spec(self) -> AgentSpec:
         return AgentSpec(self.policy.spec, self.critic.spec, self.horizon, self.axis.returns.shape[-1])
@@ -311,16 +311,12 @@ class Agent(eqx.Module):
         """Its actions, and their size."""
         return self.horizon, self.policy.spec.action // self.horizon
 
-    def scale(self, settings: Extraction) -> Float[ArrayLike, "*replicas"]:
-        """lambda: that of the settings, or else the agent's own."""
-        return self.noise_scale if settings.noise_scale is None else settings.noise_scale
-
     def act(
         self, observations: Any, *, key: PRNGKeyArray, **settings: Unpack[Settings]
     ) -> Float[Array, "batch horizon action"]:
         """Extracted action chunks, in [-1, 1]."""
         observations = self._batch(observations)
-        actions = _act(self, observations, _extraction(settings), key=key)
+        actions = _act(self, observations, self._extraction(settings), key=key)
         return actions.reshape(len(actions), *self.chunk)
 
     def sample_actions(
@@ -328,7 +324,7 @@ class Agent(eqx.Module):
     ) -> Float[Array, "batch num_actions chunk"]:
         """Candidates of the base policy, in [-1, 1]."""
         observations = self._batch(observations)
-        return _sample_actions(self, observations, _extraction(settings, num_actions=num_actions), key=key)
+        return _sample_actions(self, observations, self._extraction(settings, num_actions=num_actions), key=key)
 
     def sample_returns(
         self, observations: Any, actions: Any, num_returns: int, *, key: PRNGKeyArray, **settings: Unpack[Settings]
@@ -336,7 +332,8 @@ class Agent(eqx.Module):
         """Draws of the reward-to-go. By default their noise is the quantiles of N(0, 1), in increasing order."""
         observations = self._batch(observations)
         actions = self._chunks(observations, actions)
-        return _sample_returns(self, observations, actions, _extraction(settings, num_returns=num_returns), key=key)
+        extraction = self._extraction(settings, num_returns=num_returns)
+        return _sample_returns(self, observations, actions, extraction, key=key)
 
     def q_value(
         self, observations: Any, actions: Any, *, key: PRNGKeyArray, **settings: Unpack[Settings]
@@ -344,7 +341,7 @@ class Agent(eqx.Module):
         """`Q*(x, a)`, the log-mean-exp of the returns."""
         observations = self._batch(observations)
         actions = self._chunks(observations, actions)
-        return _q_value(self, observations, actions, _extraction(settings), key=key)
+        return _q_value(self, observations, actions, self._extraction(settings), key=key)
 
     def decide(
         self,
@@ -359,6 +356,21 @@ class Agent(eqx.Module):
         episode and the step alone, so results do not depend on how episodes are spread over environments."""
         chunks = _decide(self, observations, episodes, steps, settings, keys=keys)
         return chunks.reshape(*chunks.shape[:2], *self.chunk)
+
+    def _extraction(self, settings: Settings, **given: int) -> Extraction:
+        """
+        Raises:
+            UserError: a setting that the command line refuses.
+        """
+
+        def number(x):
+            on_host = isinstance(x, np.generic) or (isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer))
+            return x.item() if on_host else x
+
+        numbers = {name: number(x) for name, x in (*settings.items(), *given.items())}
+        extraction = dataclasses.replace(self.settings, **numbers)
+        check(extraction)
+        return extraction
 
     def _batch(self, observations: Any) -> Float[Array, "batch observation"]:
         """
@@ -385,16 +397,6 @@ class Agent(eqx.Module):
         if actions.shape not in (shape, steps):
             raise ValueError(f"actions must be {shape} or {steps}, not {actions.shape}.")
         return actions.reshape(shape)
-
-
-def _extraction(settings: Settings, **given: int) -> Extraction:
-    def number(x):
-        on_host = isinstance(x, np.generic) or (isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer))
-        return x.item() if on_host else x
-
-    extraction = Extraction(**{name: number(x) for name, x in (*settings.items(), *given.items())})
-    check(extraction)
-    return extraction
 
 
 @jax.jit
@@ -425,7 +427,7 @@ def _sample_actions(agent, observations, settings, *, key):
     noise = jax.random.normal(key, (len(observations), settings.num_actions, agent.policy.spec.action))
 
     def one(x, z):
-        return agent.policy.sample(agent.standardizer(x), agent.scale(settings) * z, settings.ode)
+        return agent.policy.sample(agent.standardizer(x), settings.noise_scale * z, settings.ode)
 
     return in_blocks(one, observations, noise, rows=settings.num_actions)
 
@@ -469,11 +471,14 @@ def load_agents(
     """
     check_devices()
     path = run_dir / "value" / "model.eqx"
+    defaults = dataclasses.asdict(Extraction())
 
     def build(header):
         spec = checkpoint.read_spec(AgentSpec, header["model"])
         keys = jax.random.split(jax.random.key(0), len(header["replicas"]))
-        return eqx.filter_eval_shape(jax.vmap(lambda key: init_agent(spec, key=key)), keys)
+        agents = eqx.filter_eval_shape(jax.vmap(lambda key: init_agent(spec, key=key)), keys)
+        given = {name: type(x)(header["args"][name]) for name, x in defaults.items() if name in header["args"]}
+        return dataclasses.replace(agents, settings=checkpoint.read_spec(Extraction, given))
 
     header, agents = checkpoint.load(path, build, stage="value", remedy="train it with evor_value.py first.")
     chosen = checkpoint.choose(header, path, tasks=tasks, seeds=seeds)
@@ -522,12 +527,13 @@ def open_run(args: Args) -> tuple[dict[str, Any], list[tuple[int, int]], list[st
     return header, pairs, gym_ids, agents
 
 
-def combinations(args: Args) -> list[Extraction]:
-    """All combinations of the lists."""
-    lists = args.num_actions, args.num_returns, args.return_temperature, args.action_temperature
-    grid = itertools.product(*lists, args.noise_scale or (None,))
-    rest = args.flow_steps, args.solver, args.independent_noise, args.absolute
-    return list(dict.fromkeys(Extraction(*point, *rest) for point in grid))
+def combinations(args: Args, trained: Extraction) -> list[Extraction]:
+    """All combinations of the lists; a setting without one is that of `trained`."""
+    lists = {name: getattr(args, name) or (getattr(trained, name),) for name in SWEPT}
+    rest = dict(independent_noise=args.independent_noise, absolute=args.absolute)
+    rest |= {name: getattr(args, name) or getattr(trained, name) for name in ("flow_steps", "solver")}
+    points = (dict(zip(lists, point, strict=True)) for point in itertools.product(*lists.values()))
+    return list(dict.fromkeys(Extraction(**point, **rest) for point in points))
 
 
 def main(args: Args) -> list[dict[str, Any]]:
@@ -543,7 +549,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     in_common = dict(num_episodes=args.eval_episodes, horizon=agents.horizon, seed=args.eval_seed, settings=settings)
     for noise in dict.fromkeys(args.action_noise):
         with Episodes(gym_ids, **in_common, action_noise=noise, workers=args.workers) as episodes:
-            for extraction in combinations(args):
+            for extraction in combinations(args, agents.settings):
                 sweep.add(play(agents, episodes, extraction, **played, action_noise=noise))
     summary = sweep.finish()
     if filmed is not None:

@@ -204,7 +204,7 @@ def main(args: Args) -> list[dict[str, Any]]:
 
         def agents(state: TrainState) -> Agent:
             parts = problem.policies, state.critic, problem.standardizers, problem.axis
-            return Agent(*parts, args.horizon, problem.noise_scales)
+            return Agent(*parts, args.horizon, args.extraction)
 
         state = run.start(problem, init_state, model=agents)
         evaluation = Evaluation(args, problem, run)

@@ -56,12 +56,11 @@ def play(
         f"tau_Q={settings.action_temperature:g}"
     )
     units = np.asarray(settings.unit(agents.axis))
-    scales = np.broadcast_to(np.asarray(agents.scale(settings)), units.shape)
     rows = []
     for row in episodes.run(act, desc=" ".join([desc, *(f"{name}={value:g}" for name, value in columns.items())])):
         replica = row.pop("replica")
         task, replica_seed = pairs[replica]
-        of_settings = dataclasses.asdict(settings) | dict(noise_scale=float(scales[replica]))
+        of_settings = dataclasses.asdict(settings)
         for name in ("return_temperature", "action_temperature"):
             of_settings[f"{name}_units"] = getattr(settings, name) * float(units[replica])
         if reference is not None:

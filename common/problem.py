@@ -303,11 +303,6 @@ class ValueProblem(Problem):
         return jax.tree.map(lambda x: x[self._policy_index], self.base.policies)
 
     @property
-    def noise_scales(self) -> Float[Array, " replicas"]:
-        """lambda of `evor_infer`, for each replica."""
-        return jnp.full(len(self.pairs), self.args.noise_scale)
-
-    @property
     def standardizers(self) -> Standardizer:
         """The standardizer, for each replica."""
         return jax.tree.map(lambda x: jnp.stack([x] * len(self.pairs)), self.standardizer)

@@ -158,13 +158,24 @@ def test_candidates_start_from_scaled_noise():
     own or that of the settings. At lambda = 0 all are `psi_1(0 | x)`."""
     agent, x, key = make_agent(), jnp.ones((1, 3)), jax.random.key(0)
     still = dataclasses.replace(agent, policy=jax.tree.map(jnp.zeros_like, agent.policy))
+    own = dataclasses.replace(still, settings=Extraction(noise_scale=0.2))
     for settings, expected in ((dict(), 0.2), (dict(noise_scale=0.1), 0.1), (dict(noise_scale=0.3), 0.3)):
-        actions = dataclasses.replace(still, noise_scale=0.2).sample_actions(x, 4_000, key=key, **settings)
+        actions = own.sample_actions(x, 4_000, key=key, **settings)
         assert float(jnp.std(actions)) == pytest.approx(expected, rel=0.05)
     assert float(jnp.std(still.sample_actions(x, 4_000, key=key))) > 0.7  # lambda = 1, clipped to [-1, 1]
     mode = agent.policy.sample(agent.standardizer(x[0]), jnp.zeros((1, 2)), Ode())
     for action in (agent.act(x, key=key, noise_scale=0.0)[0], agent.sample_actions(x, 3, key=key, noise_scale=0.0)[0]):
         np.testing.assert_allclose(action, jnp.broadcast_to(mode, action.shape), rtol=1e-5)
+
+
+def test_a_sweep_takes_from_stage_2_what_it_does_not_sweep():
+    trained = Extraction(**OTHERS | dict(independent_noise=False, absolute=False))
+    assert evor_infer.combinations(evor_infer.Args(), trained) == [trained]
+    swept = evor_infer.combinations(
+        evor_infer.Args(num_actions=(1, 9), noise_scale=(0.0, 1.0), solver="midpoint"), trained
+    )
+    assert [(e.num_actions, e.noise_scale) for e in swept] == [(1, 0.0), (1, 1.0), (9, 0.0), (9, 1.0)]
+    assert {(e.num_returns, e.action_temperature, e.flow_steps, e.solver) for e in swept} == {(5, 40.0, 2, "midpoint")}
 
 
 def test_temperatures_compile_nothing_anew():

@@ -218,7 +218,7 @@ def test_bank_is_reused_only_with_what_it_was_made_of(tmp_path, dataset):
     """The same policy and data: the file stays; another number of actions: another file."""
     settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "r", **SMALL)
     evor_bc.main(evor_bc.Args(**settings))
-    args = evor_value.Args(**settings, overwrite=True)
+    args = evor_value.Args(**settings, overwrite=True, num_actions=3, action_temperature=float("inf"))
     evor_value.main(args)
     bank = tmp_path / "r" / "bc" / "bank-4-seeds-0.eqx"
     stamp = bank.stat().st_mtime_ns
@@ -227,6 +227,7 @@ def test_bank_is_reused_only_with_what_it_was_made_of(tmp_path, dataset):
     evor_bc.main(evor_bc.Args(**settings | {"steps": 20}, overwrite=True))
     evor_value.main(args)
     assert bank.stat().st_mtime_ns != stamp, "a new policy makes a new bank"
+    assert evor_infer.load_agent(tmp_path / "r").settings == args.extraction, "the agent acts as stage 2 evaluated it"
     for scale, one_action in ((1.0, False), (0.0, True)):  # lambda = 0: every draw of a state is the same
         scaled = dataclasses.replace(args, noise_scale=scale)
         drawn = np.asarray(ValueProblem(scaled, load_policy=evor_value.load_policy).data(0).bank)
