@@ -42,6 +42,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import evor_bc
 import evor_value
+import recipes
 from baselines import critics
 from common.args import Count, at_least, not_negative, unread
 from common.cli import run_cli
@@ -51,7 +52,6 @@ from common.problem import Dataset, Replica, ValueProblem, sample_batch
 from common.replicas import chunked, in_blocks
 from common.run import Run
 from evor_infer import Agent
-from recipes import recipe_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     name: {key: value for key, value in preset.items() if key != "num_actions"}
@@ -94,6 +94,12 @@ class Args(critics.Args):
     @property
     def method(self) -> str:
         return f"QC, {self.policy} policy"
+
+
+def recipe_of(args: Any) -> dict[str, Any]:
+    """An environment's recipe, without what it says about EVOR's extraction."""
+    recipe = recipes.recipe_of(args)
+    return {name: value for name, value in recipe.items() if name not in recipes.LIKELY}
 
 
 class TrainState(NamedTuple):

@@ -26,8 +26,9 @@ ENVIRONMENTS = tuple(dict.fromkeys((*PREVIEW, *FULL, *GYMNASIUM)))
 HORIZON = {env: f"--horizon {5 if env in (CUBE, SCENE, PUZZLE) else 1}" for env in ENVIRONMENTS}
 POLICY = dict.fromkeys(ENVIRONMENTS, "--ignore-observations")
 POLICY |= dict.fromkeys((CUBE, SCENE), "--ignore-observations 6 7 8 9 10 11")
-BASE = "--width 512 --next-action base --discount 0.99 --reward default"
+BASE = "--width 512 --next-action base --discount 0.99 --reward default --noise-scale 1 --num-actions 16"
 IMPROVED = "--next-action softmax --discount 0.995"  # what mazes need, see docs/tuning.md
+CHANCE = "--action-temperature 0.003"
 GREEDY = "--action-temperature 0"  # the best candidate
 BEST = "--num-actions 16"
 VALUES = "0 0.03 0.1 0.2 0.3 0.5 1 3 inf"
@@ -51,7 +52,8 @@ def policy(env: str, flags: str) -> str:
 
 def preview(env: str, name: str, flags: str = "") -> str:
     return (
-        f"evor_value.py --env {env} --preview {HORIZON[env]} {POLICY[env]} --steps 50000 {BASE} {flags} "
+        f"evor_value.py --env {env} --preview {HORIZON[env]} {POLICY[env]} --steps 50000 {BASE} "
+        f"{'' if '--action-temperature' in flags else CHANCE} {flags} "
         f"--run-dir runs/{name}/{env} --policy-run-dir runs/{env}"
     )
 
@@ -191,11 +193,11 @@ def thirty(env: str) -> list[str]:
 
 def thirty_sweeps(env: str) -> list[str]:
     """What the paper's figures sweep, on the reward models of `thirty`."""
-    about = f"evor_infer.py --env {env} --run-dir runs/thirty/{env} --num-returns 8 --eval-episodes 20"
+    about = f"evor_infer.py --env {env} --run-dir runs/thirty/{env} --eval-episodes 20"
     swept = {
         "num_actions": "--num-actions 1 2 4 8 16 32 64",
-        "tau_q": f"{BEST} --action-temperature 0 0.003 0.03 0.3 3 inf",
-        "tau_r": f"{BEST} --return-temperature 0 0.03 0.1 0.3 1 3 inf",
+        "tau_q": "--action-temperature 0 0.003 0.03 0.3 3 inf",
+        "tau_r": "--return-temperature 0 0.03 0.1 0.3 1 3 inf",
     }
     return [f"{about} {flags} --out {name}" for name, flags in swept.items()]
 

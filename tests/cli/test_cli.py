@@ -73,7 +73,7 @@ def test_a_flag_may_ask_for_the_default_against_its_preset():
 
 
 def parse_with_recipe(script: Any, *argv: str) -> Any:
-    return parse_args(script.Args, script.PRESETS, list(argv), recipe_of=recipe_of)
+    return parse_args(script.Args, script.PRESETS, list(argv), recipe_of=script.recipe_of)
 
 
 def test_the_preview_of_an_environment_follows_its_recipe():
@@ -90,6 +90,10 @@ def test_the_preview_of_an_environment_follows_its_recipe():
     assert (args.horizon, args.ignore_observations, args.policy_steps) == (1, (), 200_000)
     maze = parse_with_recipe(evor_value, "--preview", "--env", "pointmaze-medium-navigate")
     assert (maze.next_action, maze.discount, maze.horizon) == ("softmax", 0.995, 5)
+    assert (maze.noise_scale, maze.num_actions, maze.action_temperature) == (0.3, 8, 0.03)
+    baseline = parse_with_recipe(qc, "--preview", "--env", "pointmaze-medium-navigate")
+    assert (baseline.discount, baseline.horizon) == (0.995, 5)
+    assert (baseline.noise_scale, baseline.num_actions, baseline.action_temperature) == (1.0, None, 0.0)  # QC's own
     scene = parse_with_recipe(evor_value, "--preview", "--env", "scene-play")
     assert (scene.reward, scene.discount, scene.ignore_observations) == ("sparse", 0.99, arm)
     assert parse_with_recipe(qc, cube, "--preview").horizon == 5
