@@ -146,7 +146,7 @@ class Args(Paths):
     """lambda: standard deviation of the noise that candidates start from."""
     absolute: bool = Extraction.absolute
     """Temperatures in the environment's units, as in the paper."""
-    flow_steps: Count | None = None
+    flow_steps: Annotated[int | None, at_least(1)] = None
     """Steps of both flows (ours)."""
     solver: Solver | None = None
     """Their solver; midpoint takes two evaluations a step, euler one."""

@@ -20,7 +20,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 def summary_row(task: int, num_actions: int, success: float, **changes) -> dict:
-    row = dict(task=task, num_actions=num_actions, success=success, low=success - 0.1, high=success + 0.05)
+    row = dict(
+        task=task, num_actions=num_actions, success=success, low=success - 0.1, high=success + 0.05, noise_scale=1.0
+    )
     return row | dict(num_returns=8, return_temperature=0.1, action_temperature=0.0, action_noise=0.0) | changes
 
 
