@@ -20,7 +20,8 @@ of the rewards. With `--absolute` sigma is 1, as in the paper: temperatures are 
 With lambda = 1 candidates are draws of the base policy, and `num_actions = 1` is that policy. A smaller lambda keeps to
 what it does most, and leaves out its rare actions, whose value is a guess.
 
-Lists on the command line are a sweep: every combination is evaluated on the same episodes, without retraining.
+Lists on the command line are a sweep: every combination is evaluated on the same episodes, without retraining. What is
+not given is what stage 2 was trained with.
 Reads `runs/ENV/value/model.eqx`; writes `runs/ENV/infer/{config.json, episodes.csv, summary.csv, sweep.png}`.
 
 Source: EVOR, arXiv 2510.08218, stage 3 and equation 22, with log-*mean*-exp in the place of log-sum-exp and one set of
@@ -115,7 +116,8 @@ class Settings(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Args(Paths):
-    """Stage 3: evaluate the extracted policy; lists are a sweep."""
+    """Stage 3: evaluate the extracted policy; lists are a sweep. A setting of the extraction that is None is the
+    one that stage 2 was trained with."""
 
     # --- experiment ---
     env: str = "cube-double-play"
@@ -133,7 +135,7 @@ class Args(Paths):
     preview: bool = False
     """Preset: a short sweep over the number of actions."""
 
-    # --- extraction: what is not given is as stage 2 evaluated ---
+    # --- extraction ---
     num_actions: Annotated[tuple[int, ...] | None, each(at_least(1))] = None
     """N_pi: candidates from the base policy (32: the paper's)."""
     num_returns: Annotated[tuple[int, ...] | None, each(at_least(1))] = None
@@ -145,7 +147,7 @@ class Args(Paths):
     noise_scale: Annotated[tuple[float, ...] | None, each(not_negative)] = None
     """lambda: standard deviation of the noise that candidates start from."""
     absolute: bool = Extraction.absolute
-    """Temperatures in the environment's units, as in the paper."""
+    """Temperatures in the environment's units, as in the paper: give both."""
     flow_steps: Annotated[int | None, at_least(1)] = None
     """Steps of both flows (ours)."""
     solver: Solver | None = None
@@ -289,7 +291,7 @@ class Agent(eqx.Module):
     Observations are (batch, observation). Actions are (batch, chunk) or (batch, horizon, action); a chunk of h actions
     is one vector. Both are arrays or lists. Returns are in the environment's units. `settings` are fields of
     `Extraction`, such as `num_returns=16` or `solver="euler"`; those not given are the agent's own, what stage 2 was
-    evaluated with.
+    trained with.
 
     The methods raise `UserError` for settings that the command line refuses, `ValueError` for other shapes.
 
@@ -477,6 +479,7 @@ def load_agents(
         spec = checkpoint.read_spec(AgentSpec, header["model"])
         keys = jax.random.split(jax.random.key(0), len(header["replicas"]))
         agents = eqx.filter_eval_shape(jax.vmap(lambda key: init_agent(spec, key=key)), keys)
+        # By type: a header says inf in words.
         given = {name: type(x)(header["args"][name]) for name, x in defaults.items() if name in header["args"]}
         return dataclasses.replace(agents, settings=checkpoint.read_spec(Extraction, given))
 

@@ -126,8 +126,7 @@ SAYS = {
 def sweep(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str, by: Sequence[str] = ("task",)) -> None:
     """Success over each swept setting that takes more than one value; a line for each value of the columns `by` and of
     the other settings."""
-    names = ("num_actions", "num_returns", "return_temperature", "action_temperature", "noise_scale")
-    names += ("action_noise",)
+    names = tuple(SAYS)
     swept = [n for n in names if len({row[n] for row in summary}) > 1] or ["num_actions"]
     figure, axes = subplots(1, len(swept), width=5.6 * len(swept), height=3.8)
     for axis, name in zip(axes[0], swept, strict=True):

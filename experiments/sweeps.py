@@ -17,7 +17,7 @@ from experiments.rows import Frame, Place, complete, frame, numbers, percent, ra
 FILES = ("episodes.csv",)
 ALIKE = ("env", "data_sha256", "policy_sha256", "steps", "next_action", "backup_return_temperature", "critic")
 ALIKE += ("horizon", "discount", "flow_steps", "solver", "absolute", "eval_seed")
-SETTINGS = ("num_actions", "num_returns", "return_temperature", "action_temperature", "noise_scale", "action_noise")
+SETTINGS = tuple(figures.SAYS)
 MODEL = ["td_target", "task", "seed"]
 # Whether temperatures are absolute, and whether rows say what tau_Q is in units of return. Those of revision 90dd10a
 # do not say the first. Later ones that do not say the second have a tau_Q in standard deviations of the scores.

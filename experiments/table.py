@@ -28,7 +28,7 @@ POLICY = dict.fromkeys(ENVIRONMENTS, "--ignore-observations")
 POLICY |= dict.fromkeys((CUBE, SCENE), "--ignore-observations 6 7 8 9 10 11")
 BASE = "--width 512 --next-action base --discount 0.99 --reward default --noise-scale 1 --num-actions 16"
 IMPROVED = "--next-action softmax --discount 0.995"  # what mazes need, see docs/tuning.md
-CHANCE = "--action-temperature 0.003"
+CHANCE = "--action-temperature 0.003"  # a later flag beats an earlier one
 GREEDY = "--action-temperature 0"  # the best candidate
 BEST = "--num-actions 16"
 VALUES = "0 0.03 0.1 0.2 0.3 0.5 1 3 inf"
@@ -52,8 +52,7 @@ def policy(env: str, flags: str) -> str:
 
 def preview(env: str, name: str, flags: str = "") -> str:
     return (
-        f"evor_value.py --env {env} --preview {HORIZON[env]} {POLICY[env]} --steps 50000 {BASE} "
-        f"{'' if '--action-temperature' in flags else CHANCE} {flags} "
+        f"evor_value.py --env {env} --preview {HORIZON[env]} {POLICY[env]} --steps 50000 {BASE} {CHANCE} {flags} "
         f"--run-dir runs/{name}/{env} --policy-run-dir runs/{env}"
     )
 

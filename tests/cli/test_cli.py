@@ -91,6 +91,7 @@ def test_the_preview_of_an_environment_follows_its_recipe():
     maze = parse_with_recipe(evor_value, "--preview", "--env", "pointmaze-medium-navigate")
     assert (maze.next_action, maze.discount, maze.horizon) == ("softmax", 0.995, 5)
     assert (maze.noise_scale, maze.num_actions, maze.action_temperature) == (0.3, 8, 0.03)
+    assert (maze.extraction.noise_scale, maze.base_policy_alone.noise_scale) == (0.3, 1.0)
     baseline = parse_with_recipe(qc, "--preview", "--env", "pointmaze-medium-navigate")
     assert (baseline.discount, baseline.horizon) == (0.995, 5)
     assert (baseline.noise_scale, baseline.num_actions, baseline.action_temperature) == (1.0, None, 0.0)  # QC's own

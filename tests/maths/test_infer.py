@@ -183,8 +183,8 @@ def test_temperatures_compile_nothing_anew():
     keys = jax.vmap(jax.random.key)(np.array([0]))
     shapes = (jnp.zeros((1, 2, 3)), jnp.zeros((1, 2), int), jnp.zeros((1, 2), int))
     before = evor_infer._decide._cache_size()
-    for temperature in (0.0, 0.1, float("inf")):
-        settings = Extraction(3, 2, temperature, temperature, temperature + 0.1 if temperature < 1 else 0.5, 2)
+    for temperature, scale in ((0.0, 1.0), (0.1, 0.0), (float("inf"), 0.5)):
+        settings = Extraction(3, 2, temperature, temperature, scale, 2)
         agents.decide(*shapes, settings, keys=keys)
     assert evor_infer._decide._cache_size() == before + 1
 

@@ -66,16 +66,17 @@ def start(seed: int = 0) -> qc.TrainState:
     return state._replace(critic=bold(state.critic), target=bold(other.critic))
 
 
-def test_the_update_is_the_formula(tmp_path: Path):
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_the_update_is_the_formula(tmp_path: Path, scale: float):
     """One step against a loop over the batch in NumPy: chunk rewards, masks, N draws of the policy by Euler steps, the
     best by the online critic, its value by the target critic, both losses."""
     trajectories, dataset = small_data(tmp_path)
     state = start()
-    after, metrics = STEP(ARGS, state, dataset, REPLICA)
+    after, metrics = STEP(dataclasses.replace(ARGS, noise_scale=scale), state, dataset, REPLICA)
 
     batch_key, policy_key, action_key = jax.random.split(jax.random.fold_in(REPLICA.key, 0), 3)
     picked = np.asarray(dataset.starts)[jax.random.randint(batch_key, (32,), 0, len(dataset.starts))]
-    noise = np.asarray(jax.random.normal(action_key, (32, 5, 6)))
+    noise = scale * np.asarray(jax.random.normal(action_key, (32, 5, 6)))
     policy, online, target = state.policy, state.critic, state.target
     losses, targets, values_of_targets, masked = [], [], [], 0
     for i, row in enumerate(picked):
