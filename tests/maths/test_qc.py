@@ -1,5 +1,6 @@
 """QC: its update against NumPy, who chooses and who values, the policy trained beside it, and the run directory."""
 
+import dataclasses
 from pathlib import Path
 
 import equinox as eqx
