@@ -288,10 +288,18 @@ class Run:
                 yield step
         if first == args.steps:
             state = self.fetch(self._state)  # on all hosts
-            if jax.process_index() == 0 and not checkpoint.complete(self.model_path):
-                checkpoint.save(self.model_path, {**self.header, "step": first}, self._model(state))  # somebody lost it
+            if jax.process_index() == 0 and not self._model_is_current():
+                checkpoint.save(self.model_path, {**self.header, "step": first}, self._model(state))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("saved")  # the other hosts read what the first one wrote
+
+    def _model_is_current(self) -> bool:
+        """Whether `model.eqx` is whole, and says how this run evaluates."""
+        if not checkpoint.complete(self.model_path):
+            return False
+        saved = checkpoint.read_header(self.model_path, stage=self.stage, remedy=START_OVER)["args"]
+        now = checkpoint.plain(self.args)
+        return all(saved.get(name) == now[name] for name in getattr(self.args, "evaluation_only", ()))
 
     def record(self, state: Any, metrics: dict[str, Any]) -> None:
         """Takes the state after a call and its mean metrics: logs, gives up what is not finite, saves where due."""

@@ -565,6 +565,21 @@ def test_a_finished_run_mends_its_model(tmp_path: Path, damage: bytes | None):
     assert arrays(path) == before
 
 
+def test_the_model_says_how_the_resumed_run_evaluates(tmp_path: Path):
+    """`load_agent` extracts as it says. Fails if a finished run keeps the settings that it was trained with."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Evaluated(Args):
+        episodes: int = 5
+        evaluation_only = ("episodes",)
+
+    path = train(tmp_path, Evaluated())[0].model_path
+    before = arrays(path)
+    train(tmp_path, Evaluated(resume=True, episodes=7))
+    header = checkpoint.read_header(path, stage="toy", remedy="")
+    assert (header["args"]["episodes"], header["step"]) == (7, 12) and arrays(path) == before
+
+
 def test_a_parameter_that_the_last_update_spoiled(tmp_path: Path):
     """Its losses were finite, and it must not be saved as good."""
     with Run(Args(run_dir=tmp_path), stage="toy") as run:
