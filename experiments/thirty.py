@@ -1,8 +1,9 @@
 """The thirty tasks: one line per environment, the methods beside each other, and the highest success that is known.
 
 A line is of the default: what `--preview` trains for the environment. The others change one thing: the backup, the TD
-target, the critic, or the method (QC). Means are over tasks, intervals by bootstrap over seeds and episodes. Runs of
-one environment that differ in data or in the steps of the value are refused.
+target, the critic, or the method (QC). They stand beside each other on the environment's default task, and those that
+ran all five tasks on the five. Means are over tasks, intervals by bootstrap over seeds and episodes. Runs of one
+environment that differ in data or in the steps of the value are refused.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common import figures
+from common.data.names import NUM_TASKS, parse_env
 from experiments import gather, tasks
 from experiments.rows import Frame, Place, cell, complete, percent, rate, read, table
 
@@ -65,7 +67,7 @@ def draw(frames: Sequence[Frame], place: Place) -> str:
         line=[tasks.named(row) for row in runs.to_dict("records")],
         method=[method(row) for row in runs.to_dict("records")],
     )
-    episodes = episodes.merge(runs[["run", "task", "seed", "line", "method"]], on=["run", "task", "seed"])
+    episodes = episodes.merge(runs[["run", "task", "seed", "env", "line", "method"]], on=["run", "task", "seed"])
     extracted = episodes[episodes["num_actions"] != "1"]
     lines, environments = [], list(dict.fromkeys(runs["line"]))
     for env in environments:
@@ -73,19 +75,29 @@ def draw(frames: Sequence[Frame], place: Place) -> str:
         alone = episodes[(episodes["line"] == env) & (episodes["method"] == DEFAULT) & (episodes["num_actions"] == "1")]
         if of_env.empty:
             continue
-        of_tasks = [of_env[of_env["task"] == str(task)] for task in range(1, 6)]
+        of_tasks = [of_env[of_env["task"] == str(task)] for task in range(1, NUM_TASKS + 1)]
         each = (percent(*rate(rows)).partition(" ")[0] if len(rows) else "" for rows in of_tasks)
         own = runs[(runs["line"] == env) & (runs["method"] == DEFAULT)]
         lines.append((env, *each, f"**{cell(of_env)}**", cell(alone), known(env), minutes(own)))
     methods = list(dict.fromkeys(runs["method"]))
-    of_methods = [
-        (env, *(cell(rows) if len(rows := of(extracted, env, name)) else "" for name in methods))
-        for env in environments
-    ]
-    draw_methods(extracted, environments, methods, place)
+    on_default = extracted[extracted["task"] == extracted["env"].map(lambda env: str(parse_env(env).default_task))]
+    all_tasks = extracted.groupby(["line", "method"])["task"].transform("nunique") == NUM_TASKS
+    draw_methods(on_default, environments, methods, place)
     seeds, number = runs["seed"].nunique(), len(of(extracted, environments[0], methods[0]))
-    about = f"{seeds} seeds, {number // max(1, 5 * seeds)} episodes a task and seed, last checkpoint."
-    return "\n".join([f"{about}\n", table(LINES, lines), table(f"data | {' | '.join(methods)}", of_methods)])
+    about = f"{seeds} seeds, {number // max(1, NUM_TASKS * seeds)} episodes a task and seed, last checkpoint."
+    beside = [beside_each_other(on_default, "default task"), beside_each_other(extracted[all_tasks], "five tasks")]
+    return "\n".join([f"{about}\n", table(LINES, lines), *filter(None, beside)])
+
+
+def beside_each_other(episodes: Frame, what: str) -> str:
+    """The methods' success in the environments in which several ran; nothing where there is none."""
+    episodes = episodes[episodes.groupby("line")["method"].transform("nunique") > 1]
+    methods = list(episodes["method"].unique())
+    lines = [
+        (env, *(cell(rows) if len(rows := of(episodes, env, name)) else "" for name in methods))
+        for env in episodes["line"].unique()
+    ]
+    return table(f"{what} | {' | '.join(methods)}", lines) if lines else ""
 
 
 def of(episodes: Frame, env: str, name: str) -> Frame:
@@ -94,7 +106,7 @@ def of(episodes: Frame, env: str, name: str) -> Frame:
 
 
 def draw_methods(episodes: Frame, environments: Sequence[str], methods: Sequence[str], place: Place) -> None:
-    """Means over tasks with their intervals: a group of bars for each environment."""
+    """Success on the default task with its interval: a group of bars for each environment."""
     figure, axes = figures.subplots(1, 1, width=3.0 + 1.6 * len(environments), height=3.2)
     axis, width = axes[0, 0], 0.8 / len(methods)
     for i, name in enumerate(methods):
@@ -103,7 +115,7 @@ def draw_methods(episodes: Frame, environments: Sequence[str], methods: Sequence
         where, height, low, high = (np.array(column) for column in zip(*points, strict=True))
         ends = 100 * np.abs([height - low, high - height])
         axis.bar(where + width * (i - (len(methods) - 1) / 2), 100 * height, 0.9 * width, yerr=ends, label=name)
-    axis.set(ylabel="success (%)", ylim=(0, 105), xticks=range(len(environments)))
+    axis.set(ylabel="success on the default task (%)", ylim=(0, 105), xticks=range(len(environments)))
     axis.set_xticklabels(environments, fontsize=7)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figures.save(figure, place.path("figure.png"))

@@ -762,10 +762,17 @@ def test_the_thirty_tasks_methods_stand_beside_each_other(here: Path, monkeypatc
     config.write_text(json.dumps(json.loads(config.read_text()) | dict(seconds=90)))
     text = stored("thirty-tasks", *runs)
     names = "EVOR | `base` backup | published target | scalar critic | QC, chunks of 5"
-    assert f"| data | {names} |" in text
+    assert f"| default task | {names} |" in text and "five tasks" not in text
     rates = re.search(r"\| cube-double-play \| (.*) \|$", text.splitlines()[-1])[1].split(" | ")
-    assert [cell.split()[0] for cell in rates] == ["60%", "30%", "20%", "50%", "10%"]
+    assert [cell.split()[0] for cell in rates] == ["80%", "30%", "20%", "50%", "10%"]
     assert "|  | 80% | 40% |  |  | **60%" in text and "74% (DSRL, chunks of 5)" in text and "| 2 + ? |" in text
+    for task, solved in ((1, 10), (4, 5), (5, 6)):  # both methods on all five
+        runs.append(make_run(here / f"default-{task}", made["default-2"][0], solved=solved, task=task))
+    runs += [make_run(here / f"base-{task}", made["base"][0], solved=task, task=task) for task in (1, 3, 4, 5)]
+    text = stored("thirty-tasks", *runs)
+    assert "| five tasks | EVOR | `base` backup |" in text
+    last = re.search(r"\| cube-double-play \| (.*) \|$", text.splitlines()[-1])[1].split(" | ")
+    assert [cell.split()[0] for cell in last] == ["66%", "32%"]
     other = make_run(here / "other", evor_value.Args(next_action="softmax", steps=7), solved=1)
     with pytest.raises(UserError, match="differ in steps"):
         stored("thirty-tasks", *runs, other)
