@@ -5,7 +5,7 @@
 Given the base policy (stage 1) and the reward-to-go law (stage 2), in an observation x:
 
     a^(i) = psi_1(lambda e_i | x),  e_i ~ N(0, I),  i = 1..N_pi     candidates, by the flow psi of stage 1
-    Z^(i,1..N)  ~ law of Z(x, a^(i))                                draws of the reward-to-go, by the flow of stage 2
+    Z^(i,1..N)  ~ law of Z(x, a^(i))                                its returns, by the flow of stage 2
     Q*(x, a^(i)) = T log( (1/N) sum_j exp(Z^(i,j) / T) )            log-mean-exp, T = tau_R sigma
     a ~ softmax_i( Q*(x, a^(i)) / (tau_Q sigma) )                   tau_Q = 0: the best candidate
 

@@ -4,7 +4,7 @@
 
 `s_theta(z_t, t | x, a)` is a velocity field on the line. It moves noise z_0 ~ N(0, 1) to draws of z = h(Z). Z is the
 reward-to-go of the action chunk a, `Z(x, a) = r + g Z(x', a')` in law with a' ~ pi_base(. | x'), where r is the
-chunk's discounted reward and g = discount^horizon, or 0 if the chunk solved the task. h is the return axis, an
+chunk's discounted reward and g = discount^horizon, or 0 if the episode ended in it. h is the return axis, an
 increasing map made from the data's returns (`common/returns.py`). On it the Bellman equation is z = f(z') in law with
 f(z') = h(r + g h^-1(z')).
 
@@ -24,8 +24,9 @@ fixed point is the law of h(Z). That of `paper` is N(h(Q), 1), where Q is the me
 arguments. `paper` and `velocity` need an affine h, for which f(z') = f(0) + g z'.
 
 The policy is frozen, so next actions are drawn once, K for each transition (the bank). `--next-action base` takes one
-of them: the law is that of pi_base. `dataset` takes the action that was taken. `softmax` picks among the K as stage 3
-does: the trained network chooses, the target network gives the value, and the law is that of a policy extracted from K.
+of them: the law is that of pi_base. `dataset` takes the action that was taken. `softmax` picks among the K by stage 3's
+score, with the `--backup-*` settings; the default takes the best. The trained network chooses, the target network gives
+the value, and the law is that of a policy extracted from K.
 
 Source: EVOR, arXiv 2510.08218, stage 2. *Ours*, not disclosed there: discount, Polyak rate, batch size, LayerNorm, flow
 steps.
@@ -124,8 +125,8 @@ class Args(TrainArgs):
     clip_margin: Annotated[float, not_negative] = 0.1
     """How far beyond the possible returns bootstrapped ones may go, as a fraction of the return range (ours)."""
     flow_steps: Count = Extraction.flow_steps
-    """Steps of all flows: the target's, whose error the bootstrap multiplies by 1 / (1 - discount^horizon), the next
-    actions', and at evaluation (ours)."""
+    """Steps of the flows: the target's, whose error the bootstrap multiplies by 1 / (1 - discount^horizon), the next
+    actions', and at evaluation (ours). The softmax backup chooses with `--backup-steps`."""
     solver: Solver = Extraction.solver
     """Their solver: midpoint takes two evaluations a step, euler one (ours)."""
     tau: Annotated[float, within(0, 1, brackets="(]")] = 0.005
@@ -288,7 +289,7 @@ def choose_next_action(
     ode: Ode,
     key: PRNGKeyArray,
 ) -> Float[Array, " action"]:
-    """The softmax backup: stage 3's extraction over the K banked actions, by the online critic."""
+    """The softmax backup: stage 3's score and choice over the K banked actions, by the online critic."""
     score = functools.partial(evor_infer.score_one, temperature=return_temperature * axis.spread, ode=ode)
     scores = jax.vmap(score, (None, None, None, 0, None))(critic, axis, observation, candidates, noise)
     return candidates[evor_infer.select(scores, action_temperature * axis.spread, key=key)]
@@ -359,7 +360,7 @@ def train_step(
     batch = sample_batch(dataset, args.batch_size, args.horizon, key=batch_key)
     reward, bootstrap = (x[replica.task, batch.index] for x in (dataset.rewards, dataset.bootstraps))
 
-    # The bootstrap: everything below the next state comes from the target network.
+    # The bootstrap. The online critic may choose a' (`softmax`); what a' is worth says the target network.
     chosen = next_actions(args, state.critic, dataset, replica, batch, key=action_key)
     next_features = jax.vmap(state.target.features)(batch.next_observations, chosen)
 
@@ -370,7 +371,8 @@ def train_step(
         return integrate(next_velocity, z_0, args.ode, end_time=end_time)
 
     noise = draw_noise(args.batch_size, replica.axis, key=noise_key)
-    # Most returns of a sparse task lie at the lowest bound. Clipped exactly there, only the errors below it would go.
+    # Most returns of a sparse task lie at the lowest bound. Clipping there would cut the errors below it and not those
+    # above, and so raise the mean: hence the margin.
     z_t, target = td_target(
         args.td_target, reward, bootstrap, noise, next_velocity, next_flow, replica.axis, margin=args.clip_margin
     )
