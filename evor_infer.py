@@ -43,7 +43,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PRNGKeyArray
 
 from common import checkpoint, film
-from common.args import Count, Paths, Seed, at_least, check, each, not_negative
+from common.args import Count, NoiseScale, Paths, Seed, at_least, check, each, finite, not_negative, size
 from common.cli import run_cli
 from common.data.names import default_run_dir, run_name
 from common.environments import evaluation_id, settings_of
@@ -74,16 +74,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+MOST = 10_000  # that anybody could mean, also of a file
+Draws = Annotated[int, at_least(1), size(MOST)]
+IN_UNITS = "needs the temperatures, too: those of stage 2 are in standard deviations of the data's returns."
+
+
 class Extraction(eqx.Module):
     """How an action is extracted. Temperatures and the scale are traced by `jit`: sweeping them compiles nothing anew.
     The numbers of draws and steps set array shapes and are static."""
 
-    num_actions: Count = eqx.field(static=True, default=32)
-    num_returns: Count = eqx.field(static=True, default=16)
+    num_actions: Draws = eqx.field(static=True, default=32)
+    num_returns: Draws = eqx.field(static=True, default=16)
     return_temperature: Annotated[float, not_negative] = 0.3
     action_temperature: Annotated[float, not_negative] = 0.003
-    noise_scale: Annotated[float, not_negative] = 1.0
-    flow_steps: Count = eqx.field(static=True, default=5)
+    noise_scale: NoiseScale = 1.0
+    flow_steps: Draws = eqx.field(static=True, default=5)
     solver: Solver = eqx.field(static=True, default="midpoint")
     independent_noise: bool = eqx.field(static=True, default=False)
     absolute: bool = eqx.field(static=True, default=False)
@@ -136,19 +141,19 @@ class Args(Paths):
     """Preset: a short sweep over the number of actions."""
 
     # --- extraction ---
-    num_actions: Annotated[tuple[int, ...] | None, each(at_least(1))] = None
+    num_actions: Annotated[tuple[int, ...] | None, each(at_least(1)), each(size(MOST))] = None
     """N_pi: candidates from the base policy (32: the paper's)."""
-    num_returns: Annotated[tuple[int, ...] | None, each(at_least(1))] = None
+    num_returns: Annotated[tuple[int, ...] | None, each(at_least(1)), each(size(MOST))] = None
     """N: draws of the reward-to-go per candidate (ours)."""
     return_temperature: Annotated[tuple[float, ...] | None, each(not_negative)] = None
     """tau_R, in standard deviations of the data's returns (ours); inf scores by the mean, 0 by the largest draw."""
     action_temperature: Annotated[tuple[float, ...] | None, each(not_negative)] = None
     """tau_Q, in standard deviations of the data's returns (ours); 0 takes the best candidate, inf any."""
-    noise_scale: Annotated[tuple[float, ...] | None, each(not_negative)] = None
+    noise_scale: Annotated[tuple[float, ...] | None, each(finite)] = None
     """lambda: standard deviation of the noise that candidates start from."""
     absolute: bool = Extraction.absolute
-    """Temperatures in the environment's units, as in the paper: give both."""
-    flow_steps: Annotated[int | None, at_least(1)] = None
+    """Temperatures in the environment's units, as in the paper; needs both of them."""
+    flow_steps: Annotated[int | None, at_least(1), size(MOST)] = None
     """Steps of both flows (ours)."""
     solver: Solver | None = None
     """Their solver; midpoint takes two evaluations a step, euler one."""
@@ -169,6 +174,10 @@ class Args(Paths):
     settings of the sweep: a .gif, or .mp4 with ffmpeg."""
     out: str = "infer"
     """Folder of the run directory to write to; another name keeps an earlier sweep."""
+
+    def conflicts(self) -> Iterator[str]:
+        if self.absolute and None in (self.return_temperature, self.action_temperature):
+            yield f"--absolute {IN_UNITS}"
 
     @property
     def directory(self) -> Path:
@@ -318,7 +327,8 @@ class Agent(eqx.Module):
     ) -> Float[Array, "batch horizon action"]:
         """Extracted action chunks, in [-1, 1]."""
         observations = self._batch(observations)
-        actions = _act(self, observations, self._extraction(settings), key=key)
+        extraction = self._extraction(settings, "return_temperature", "action_temperature")
+        actions = _act(self, observations, extraction, key=key)
         return actions.reshape(len(actions), *self.chunk)
 
     def sample_actions(
@@ -343,7 +353,7 @@ class Agent(eqx.Module):
         """`Q*(x, a)`, the log-mean-exp of the returns."""
         observations = self._batch(observations)
         actions = self._chunks(observations, actions)
-        return _q_value(self, observations, actions, self._extraction(settings), key=key)
+        return _q_value(self, observations, actions, self._extraction(settings, "return_temperature"), key=key)
 
     def decide(
         self,
@@ -359,8 +369,11 @@ class Agent(eqx.Module):
         chunks = _decide(self, observations, episodes, steps, settings, keys=keys)
         return chunks.reshape(*chunks.shape[:2], *self.chunk)
 
-    def _extraction(self, settings: Settings, **given: int) -> Extraction:
+    def _extraction(self, settings: Settings, *temperatures: str, **given: int) -> Extraction:
         """
+        Args:
+            temperatures: those that the caller uses.
+
         Raises:
             UserError: a setting that the command line refuses.
         """
@@ -369,6 +382,8 @@ class Agent(eqx.Module):
             on_host = isinstance(x, np.generic) or (isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer))
             return x.item() if on_host else x
 
+        if settings.get("absolute") and not set(temperatures) <= settings.keys():
+            raise UserError(f"absolute=True {IN_UNITS}")
         numbers = {name: number(x) for name, x in (*settings.items(), *given.items())}
         extraction = dataclasses.replace(self.settings, **numbers)
         check(extraction)
@@ -479,8 +494,9 @@ def load_agents(
         spec = checkpoint.read_spec(AgentSpec, header["model"])
         keys = jax.random.split(jax.random.key(0), len(header["replicas"]))
         agents = eqx.filter_eval_shape(jax.vmap(lambda key: init_agent(spec, key=key)), keys)
-        # By type: a header says inf in words.
-        given = {name: type(x)(header["args"][name]) for name, x in defaults.items() if name in header["args"]}
+        # Temperatures of revisions that know no lambda have other units. By type: a header says inf in words.
+        args = header["args"] if "noise_scale" in header["args"] else {}
+        given = {name: type(x)(args[name]) for name, x in defaults.items() if name in args}
         return dataclasses.replace(agents, settings=checkpoint.read_spec(Extraction, given))
 
     header, agents = checkpoint.load(path, build, stage="value", remedy="train it with evor_value.py first.")

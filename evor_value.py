@@ -47,7 +47,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 import evor_bc
 import evor_infer
-from common.args import Count, TrainArgs, at_least, learning_rate, multiple_of, not_negative, unread, within
+from common.args import Count, NoiseScale, TrainArgs, at_least, learning_rate, multiple_of, not_negative, unread, within
 from common.cli import parse_args, run_cli
 from common.data.names import NUM_TASKS
 from common.evaluation import Evaluation
@@ -58,7 +58,7 @@ from common.problem import BasePolicy, Batch, Dataset, Replica, ValueProblem, ac
 from common.replicas import chunked, in_blocks
 from common.returns import WIDTH, AxisKind, ReturnAxis
 from common.run import Run
-from evor_infer import Agent, Extraction
+from evor_infer import Agent, Draws, Extraction
 from recipes import recipe_of
 
 Target = Literal["paper", "shared-noise", "independent-noise", "velocity"]
@@ -100,7 +100,7 @@ class Args(TrainArgs):
     """Whose reward-to-go: the base policy's, the data's, or the extracted policy's."""
     num_next_actions: Count = 4
     """K: banked next actions per transition."""
-    noise_scale: Annotated[float, not_negative] = unread(1.0)
+    noise_scale: NoiseScale = unread(1.0)
     """lambda: standard deviation of the noise that actions of the base policy start from, in the bank and at
     evaluation. 1 is the learned policy, less keeps to what it does most."""
     redraw_bank: Annotated[int, not_negative, multiple_of("steps_per_call")] = unread(0)
@@ -124,7 +124,7 @@ class Args(TrainArgs):
     of the possible returns (ours); quantiles by default, std for targets that need an affine axis."""
     clip_margin: Annotated[float, not_negative] = 0.1
     """How far beyond the possible returns bootstrapped ones may go, as a fraction of the return range (ours)."""
-    flow_steps: Count = Extraction.flow_steps
+    flow_steps: Draws = Extraction.flow_steps
     """Steps of the flows: the target's, whose error the bootstrap multiplies by 1 / (1 - discount^horizon), the next
     actions', and at evaluation (ours). The softmax backup chooses with `--backup-steps`."""
     solver: Solver = Extraction.solver
@@ -137,9 +137,9 @@ class Args(TrainArgs):
     """Gradient steps between evaluations; one always ends the run, 0 leaves out the others."""
     eval_episodes: Annotated[int, not_negative] = unread(50)
     """Episodes per task and seed (OGBench: 50); 0 skips evaluation."""
-    num_actions: Count = unread(Extraction.num_actions)
+    num_actions: Draws = unread(Extraction.num_actions)
     """N_pi at evaluation (32: the paper's)."""
-    num_returns: Count = unread(Extraction.num_returns)
+    num_returns: Draws = unread(Extraction.num_returns)
     """N at evaluation (ours)."""
     return_temperature: Annotated[float, not_negative] = Extraction.return_temperature
     """tau_R, in the softmax backup and at evaluation, in standard deviations of the data's returns (ours)."""
@@ -182,7 +182,9 @@ class Args(TrainArgs):
     def evaluation_only(self) -> tuple[str, ...]:
         """Settings that training does not depend on: `--resume` may change them, and then evaluates anew."""
         names = ("eval_episodes", "num_actions", "num_returns", "action_temperature")
-        return names if self.next_action == "softmax" else (*names, "return_temperature")
+        in_training = {"softmax": ("noise_scale", "return_temperature"), "base": ("noise_scale",), "dataset": ()}
+        others = ("noise_scale", "return_temperature")
+        return (*names, *(name for name in others if name not in in_training[self.next_action]))
 
     @property
     def extraction(self) -> Extraction:

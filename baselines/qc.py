@@ -44,7 +44,7 @@ import evor_bc
 import evor_value
 import recipes
 from baselines import critics
-from common.args import Count, at_least, not_negative, unread
+from common.args import Count, NoiseScale, at_least, not_negative, unread
 from common.cli import run_cli
 from common.evaluation import Evaluation
 from common.networks import DirectCritic, FlowPolicy, Sizes
@@ -75,7 +75,7 @@ class Args(critics.Args):
     """softmax is QC's: with --backup-temperature 0, the best of N. The others need --policy frozen."""
     action_temperature: Annotated[float, not_negative] = unread(0.0)
     """tau_Q at evaluation; 0 is QC's: the best of N."""
-    noise_scale: Annotated[float, not_negative] = 1.0
+    noise_scale: NoiseScale = 1.0
     """Of the noise that the draws start from; 1 is QC's."""
     ensemble: Count = 2
     """Critics, whose mean is the value."""

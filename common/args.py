@@ -79,6 +79,8 @@ def size(most: int) -> Constraint:
 not_negative = Constraint(lambda x, _: x >= 0, lambda flag, x, _: f"{flag} must not be negative: {x}.")
 positive = Constraint(lambda x, _: x > 0, lambda flag, x, _: f"{flag} must be positive, not {x}.")
 
+finite = within(0, 1000, brackets="[]")
+NoiseScale = Annotated[float, finite]
 Count = Annotated[int, at_least(1)]
 Seed = Annotated[int, within(0, 2**31, brackets="[)")]  # JAX takes seeds modulo 2^32
 

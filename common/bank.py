@@ -75,7 +75,9 @@ def make_bank(
     header, remedy = checkpoint.plain(header), "delete it."
     if path is not None and path.is_file() and checkpoint.read_header(path, stage="bank", remedy=remedy) == header:
         like = jax.ShapeDtypeStruct((len(seeds), len(states), num_actions, policies.spec.action), jnp.float16)
-        return np.asarray(checkpoint.load(path, lambda _: like, stage="bank", remedy=remedy)[1])
+        found, bank = checkpoint.load(path, lambda _: like, stage="bank", remedy=remedy)
+        if found == header:  # no other run has replaced it meanwhile
+            return np.asarray(bank)
     drawn = dict(num_actions=num_actions, noise_scale=noise_scale, ode=ode, draw=draw)
     bank = draw_bank(policies, observations, states, seeds=seeds, **drawn)
     if path is not None and jax.process_index() == 0:

@@ -20,6 +20,7 @@ from common.problem import ValueProblem, action_chunks
 from common.run import Run
 from common.statistics import bootstrap_interval, calibration, success_interval
 
+METHOD = ("num_actions", "noise_scale")  # the base policy alone, or an extracted one
 LEVELS = np.linspace(0.1, 0.9, 9)  # of the quantiles that returns are compared with
 WORDS = ("env", "data_source", "data_sha256", "solver")  # columns of rows that are no numbers
 WHOLE = ("task", "seed", "step", "steps", "eval_seed", "num_actions", "num_returns", "flow_steps", "episode", "length")
@@ -223,10 +224,9 @@ class Evaluation:
             report_calibration(self._calibrate(good), directory)
         rows = []
         if self.plays:
-            sweep = [args.extraction] if args.num_actions == 1 else [args.base_policy_alone, args.extraction]
-            rows = self._play(good, sweep)
+            rows = self._play(good, list(dict.fromkeys([args.base_policy_alone, args.extraction])))
         figures.training(directory / "metrics.csv", directory / "training.png", title=f"{args.name}: {args.method}")
-        summary = summarise(rows, ("task", "num_actions"))
+        summary = summarise(rows, ("task", *METHOD))
         if self.plays:
             title = f"{args.method}, {args.name} ({problem.info['source']} data)"
             figures.success(summary, directory / "evaluation.png", title=title)
@@ -264,8 +264,8 @@ class Evaluation:
                 rows += [columns | row for row in played]
         self.rows += rows
         write_csv(self.path, list(self.rows[0]), self.rows)
-        number = ("task", "seed", "num_actions")
-        of_pairs = [row for row in summarise(rows, number) if row["num_actions"] == self.args.num_actions]
+        extracted = [row for row in rows if all(row[name] == getattr(self.args, name) for name in METHOD)]
+        of_pairs = summarise(extracted, ("task", "seed"))
         measure = "success" if "success" in of_pairs[0] else "return"
         self.run.metrics.log(self.run.step, self.pairs, {measure: [row[measure] for row in of_pairs]})
         return rows
@@ -302,10 +302,10 @@ def last_screen(args: Any, problem: ValueProblem, run: Run, rows: Sequence[Mappi
 
 def success_lines(rows: Sequence[Mapping[str, Any]], *, by_seed: bool) -> Iterator[str]:
     """A line for each task and number of actions, and below it one for each seed; intervals of 95% over episodes."""
-    for row in summarise(rows, ("task", "num_actions")):
-        what = "base policy alone" if row["num_actions"] == 1 else f"best of {row['num_actions']}"
+    for row in summarise(rows, ("task", *METHOD)):
         task = f"task {row['task']}" if row["task"] else "        "
+        what = figures.method(*(row[name] for name in METHOD))
         yield f"  {task}  {what:<20} {score_text(row, 1)} of {row['episodes']} episodes"
-        same = [r for r in rows if (r["task"], r["num_actions"]) == (row["task"], row["num_actions"])]
+        same = [r for r in rows if all(r[name] == row[name] for name in ("task", *METHOD))]
         for seed in summarise(same, ("seed",)) if by_seed else ():
             yield f"      seed {seed['seed']}: {score_text(seed, 1)}"

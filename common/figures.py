@@ -50,18 +50,27 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> tuple[str, Float[np.ndarray, "
     return "success (%)" if name == "success" else "return of an episode", scale * values
 
 
+def method(num_actions: int, noise_scale: float) -> str:
+    """What chose the actions of an evaluation."""
+    if num_actions > 1:
+        return f"best of {num_actions}"
+    return "base policy alone" if noise_scale == 1 else f"one action, lambda {noise_scale:g}"
+
+
 def success(summary: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
     """Success rates or returns with 95% intervals: base policy alone beside the extracted policy, per task."""
     tasks = sorted({row["task"] for row in summary})
-    methods = sorted({row["num_actions"] for row in summary})
+    summary = [{"noise_scale": 1.0, **row} for row in summary]  # of older revisions
+    methods = sorted({(row["num_actions"], row["noise_scale"]) for row in summary})
     figure, axes = subplots(1, 1, width=3.0 + 1.3 * len(tasks), height=3.0)
     axis: Axes = axes[0, 0]
-    for i, number in enumerate(methods):
-        rows = {row["task"]: row for row in summary if row["num_actions"] == number}
+    for i, (number, scale) in enumerate(methods):
+        of_method = [row for row in summary if (row["num_actions"], row["noise_scale"]) == (number, scale)]
+        rows = {row["task"]: row for row in of_method}
         what, (height, low, high) = _scores([rows[task] for task in tasks])
-        label = "base policy alone" if number == 1 else f"best of {number}"
+        ends, label = np.abs([height - low, high - height]), method(number, scale)
         place = np.arange(len(tasks)) + 0.38 * (i - (len(methods) - 1) / 2)
-        axis.bar(place, height, 0.34, yerr=np.abs([height - low, high - height]), capsize=3, label=label)
+        axis.bar(place, height, 0.34, yerr=ends, capsize=3, label=label)
     axis.set(ylabel=what, xticks=range(len(tasks)), title=title)
     if what == "success (%)":
         axis.set_ylim(0, 105)

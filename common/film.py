@@ -94,13 +94,14 @@ def film_episode(agent: Any, settings: Any, env: gymnasium.Env, path: Path, *, s
         agent, settings: an `Agent` and the `Extraction` of its actions.
     """
     choice, ode = dataclasses.asdict(settings), dict(flow_steps=settings.flow_steps, solver=settings.solver)
+    candidates = ode | dict(noise_scale=settings.noise_scale)
 
     def decide(observation: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         act_key, others_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
         x = jnp.asarray(observation, jnp.float32)[None]
         chunk = agent.act(x, key=act_key, **choice)
         draws = agent.sample_returns(x, chunk, 200, key=act_key, **ode)
-        others = agent.sample_actions(x, 8, key=others_key, **ode)[0]
+        others = agent.sample_actions(x, 8, key=others_key, **candidates)[0]
         means = agent.sample_returns(jnp.repeat(x, 8, axis=0), others, 16, key=act_key, **ode).mean(axis=1)
         return np.asarray(chunk[0]), np.asarray(draws[0]), np.asarray(means)
 
@@ -174,6 +175,6 @@ def draw(
     shares = np.histogram(np.clip(draws, *bounds), bins)[0] / len(draws)
     right.stairs(shares, bins, fill=True, alpha=0.5, label="return law of the chosen action")
     right.axvline(draws.mean(), color="C0", lw=2, label="its mean")
-    right.plot(others, np.full(len(others), -0.03), "|", color="C1", ms=10, label="means of base-policy actions")
+    right.plot(others, np.full(len(others), -0.03), "|", color="C1", ms=10, label="means of other candidates")
     right.set(xlim=bounds, ylim=(-0.06, 0.5), xlabel="discounted reward-to-go", ylabel="share of draws")
     right.legend(fontsize=7, loc="upper right")

@@ -325,6 +325,7 @@ class ValueProblem(Problem):
         many = len(self.files) > 1
         seeds = "-".join(map(str, args.policy_seeds))
         name = f"bank-{args.num_next_actions}-seeds-{seeds}" + f"-{file.stem}" * many
+        name += f"-lambda-{args.noise_scale:g}" * (args.noise_scale != 1)
         data_sha256 = download.fingerprint(file) if many else self.info["sha256"]
         return make_bank(
             self.base.policies,

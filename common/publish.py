@@ -17,7 +17,7 @@ from common import checkpoint
 from common.args import Paths
 from common.cli import run_cli
 from common.errors import UserError
-from common.evaluation import read_episodes, score_text, summarise
+from common.evaluation import METHOD, read_episodes, score_text, summarise
 
 HUB = "hf://"
 FILES = ("model.eqx", "config.json", "evaluation.csv", "calibration.csv")
@@ -65,7 +65,8 @@ def from_hub(name: str) -> Path:
 def card(header: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]], repository: str) -> str:
     """The README of a published agent, in Markdown: what it is, its data, how well it does, how to load it."""
     args, data = header["args"], header["data"]
-    best = [row for row in episodes if row["num_actions"] == args["num_actions"]]
+    # An older revision has no lambda.
+    best = [row for row in episodes if all(row.get(name, 1.0) == args.get(name, 1.0) for name in METHOD)]
     scores = [f"| {row['task'] or ''} | {score_text(row)} | {row['episodes']} |" for row in summarise(best, ("task",))]
     table = ["| task | best of {} actions | episodes |".format(args["num_actions"]), "|---|---|---|", *scores]
     method = header.get("method", args.get("td_target"))

@@ -288,18 +288,24 @@ class Run:
                 yield step
         if first == args.steps:
             state = self.fetch(self._state)  # on all hosts
-            if jax.process_index() == 0 and not self._model_is_current():
-                checkpoint.save(self.model_path, {**self.header, "step": first}, self._model(state))
+            if jax.process_index() == 0:
+                self._renew_model(state)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("saved")  # the other hosts read what the first one wrote
 
-    def _model_is_current(self) -> bool:
-        """Whether `model.eqx` is whole, and says how this run evaluates."""
-        if not checkpoint.complete(self.model_path):
-            return False
-        saved = checkpoint.read_header(self.model_path, stage=self.stage, remedy=START_OVER)["args"]
-        now = checkpoint.plain(self.args)
-        return all(saved.get(name) == now[name] for name in getattr(self.args, "evaluation_only", ()))
+    def _renew_model(self, state: Any) -> None:
+        """Writes the model of a finished run again where somebody lost it, or where it names other settings of the
+        extraction than the arguments. What trained it, and which revision, stays."""
+        header = {**self.header, "step": self.step}
+        if checkpoint.complete(self.model_path):
+            header = checkpoint.read_header(self.model_path, stage=self.stage, remedy=START_OVER)
+            now = checkpoint.plain(self.args)
+            names = set(getattr(self.args, "evaluation_only", ())) - {"eval_episodes"}  # which no agent reads
+            changed = {name: now[name] for name in names if header["args"].get(name) != now[name]}
+            if not changed:
+                return
+            header = header | {"args": header["args"] | changed}
+        checkpoint.save(self.model_path, header, self._model(state))
 
     def record(self, state: Any, metrics: dict[str, Any]) -> None:
         """Takes the state after a call and its mean metrics: logs, gives up what is not finite, saves where due."""

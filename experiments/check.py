@@ -48,7 +48,8 @@ def stored_row(new: dict[str, str], stored: Frame) -> dict[str, str]:
     old = same.iloc[0].to_dict()
     # The base policy's file may be another: it names its revision. Whether it does the same, its own episodes say.
     for field in {*METHOD, *ALIKE, "bc_steps"} - {"policy_sha256"}:
-        if new.get(field, "") != old.get(field, ""):
+        # An older row says less.
+        if old.get(field, "") not in ("", new.get(field, "")):
             raise UserError(
                 f"{run} was made with another {field} than its row: {new.get(field)}, not {old.get(field)}."
             )

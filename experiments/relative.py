@@ -12,7 +12,7 @@ from experiments import sweeps
 from experiments.rows import Frame, Place, complete, numbers, table
 
 FILES = ("rows.csv",)
-SWEPT = ("num_actions", "return_temperature", "action_temperature")
+SWEPT = ("num_actions", "return_temperature", "action_temperature", "noise_scale")
 ABOUT = ["env", "task", "seed", *SWEPT, "num_returns", "absolute", "eval_seed", "steps", "next_action", "horizon"]
 ABOUT += ["discount", "data_sha256", "policy_sha256", "critic_sha256", "train_revision", "git_revision", "hardware"]
 KEY = ("env",)
@@ -32,7 +32,7 @@ def swept_setting(rows: Frame) -> str:
     Raises:
         UserError: none does, or several do.
     """
-    found = [name for name in SWEPT if rows[name].nunique() > 1]
+    found = [name for name in SWEPT if complete(rows, SWEPT)[name].nunique() > 1]
     if len(found) != 1:
         raise UserError(f"one of {', '.join(SWEPT)} must be swept, not {', '.join(found) or 'none'}.")
     return found[0]

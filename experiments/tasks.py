@@ -25,6 +25,7 @@ ALIKE = ("head_width", "head_depth", "width", "depth", "batch_size", "tau", "tar
 ALIKE += ("solver",)
 ALIKE += ("num_next_actions", "backup_temperature", "learning_rate", "schedule", "num_actions", "num_returns")
 ALIKE += ("ignored_observations", "clip_margin", "backup_returns", "redraw_bank", "flow_steps", "policy_sha256")
+ALIKE += ("noise_scale",)
 MEANS = (
     "data | tasks | seeds | target | backup | critic | h | discount | tau_R | tau_Q | steps | EVOR "
     "| last three evaluations | base policy alone | CRPS"

@@ -21,6 +21,7 @@ OF_AN_EPISODE = ["run", "task", "seed", "num_actions", "episode", "success", "le
 KEY = ("run",)
 DEFAULT = "EVOR"
 SETTINGS = ("policy", "critic", "td_target", "next_action", "horizon", "reward", "policy_seconds", "train_seconds")
+HIDDEN = (*tasks.ALIKE, "discount", "return_temperature", "action_temperature")
 LINES = "data | task 1 | task 2 | task 3 | task 4 | task 5 | mean | base policy alone | highest known | minutes"
 
 
@@ -41,10 +42,17 @@ def method(row: dict[str, str]) -> str:
     return DEFAULT if row["next_action"] == "softmax" else f"`{row['next_action']}` backup"
 
 
+def methods_of(runs: Frame) -> list[str]:
+    return [method(row) for row in runs.to_dict("records")]
+
+
 def refuse(frames: Sequence[Frame]) -> None:
     """Raises `UserError` for runs whose numbers do not stand beside each other."""
-    for _, of_env in frames[0].groupby("env"):
+    runs = complete(frames[0], (*SETTINGS, *HIDDEN))
+    for _, of_env in runs.groupby("env"):
         gather.refuse_differences(of_env, ("steps", "data_sha256"), ": they share no table.")
+    for _, of_method in runs.assign(method=methods_of(runs)).groupby(["env", "reward", "method"]):
+        gather.refuse_differences(of_method, HIDDEN, ", which the table hides.")
 
 
 def known(env: str) -> str:
@@ -65,7 +73,7 @@ def draw(frames: Sequence[Frame], place: Place) -> str:
     runs, episodes = complete(frames[0], SETTINGS), frames[1]
     runs = runs.assign(
         line=[tasks.named(row) for row in runs.to_dict("records")],
-        method=[method(row) for row in runs.to_dict("records")],
+        method=methods_of(runs),
     )
     episodes = episodes.merge(runs[["run", "task", "seed", "env", "line", "method"]], on=["run", "task", "seed"])
     extracted = episodes[episodes["num_actions"] != "1"]
@@ -79,12 +87,12 @@ def draw(frames: Sequence[Frame], place: Place) -> str:
         each = (percent(*rate(rows)).partition(" ")[0] if len(rows) else "" for rows in of_tasks)
         own = runs[(runs["line"] == env) & (runs["method"] == DEFAULT)]
         lines.append((env, *each, f"**{cell(of_env)}**", cell(alone), known(env), minutes(own)))
-    methods = list(dict.fromkeys(runs["method"]))
     on_default = extracted[extracted["task"] == extracted["env"].map(lambda env: str(parse_env(env).default_task))]
     all_tasks = extracted.groupby(["line", "method"])["task"].transform("nunique") == NUM_TASKS
-    draw_methods(on_default, environments, methods, place)
-    seeds, number = runs["seed"].nunique(), len(of(extracted, environments[0], methods[0]))
-    about = f"{seeds} seeds, {number // max(1, NUM_TASKS * seeds)} episodes a task and seed, last checkpoint."
+    draw_methods(on_default, place)
+    seeds = runs["seed"].nunique()
+    number = int(episodes[episodes["num_actions"] != "1"].groupby(["run", "task", "seed"]).size().max())
+    about = f"{seeds} seeds, {number} episodes a task and seed, last checkpoint."
     beside = [beside_each_other(on_default, "default task"), beside_each_other(extracted[all_tasks], "five tasks")]
     return "\n".join([f"{about}\n", table(LINES, lines), *filter(None, beside)])
 
@@ -105,8 +113,9 @@ def of(episodes: Frame, env: str, name: str) -> Frame:
     return episodes[(episodes["line"] == env) & (episodes["method"] == name)]
 
 
-def draw_methods(episodes: Frame, environments: Sequence[str], methods: Sequence[str], place: Place) -> None:
+def draw_methods(episodes: Frame, place: Place) -> None:
     """Success on the default task with its interval: a group of bars for each environment."""
+    environments, methods = (list(episodes[name].unique()) for name in ("line", "method"))
     figure, axes = figures.subplots(1, 1, width=3.0 + 1.6 * len(environments), height=3.2)
     axis, width = axes[0, 0], 0.8 / len(methods)
     for i, name in enumerate(methods):

@@ -111,7 +111,8 @@ def test_the_preview_of_an_environment_follows_its_recipe():
 def test_the_recipe_is_printed_as_it_is_followed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(sys, "argv", ["evor_value.py", "--preview", "--horizon", "2"])
     run_cli(lambda args: None, evor_value.Args, evor_value.PRESETS, recipe_of=recipe_of)
-    flags = "--horizon 2 --next-action softmax --ignore-observations 6 7 8 9 10 11 --policy-steps 200000"
+    flags = "--horizon 2 --next-action softmax --noise-scale 0.5 --ignore-observations 6 7 8 9 10 11"
+    flags += " --policy-steps 200000"
     assert capsys.readouterr().out == f"recipe of cube-double-play: {flags}\n"
 
 

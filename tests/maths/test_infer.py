@@ -217,6 +217,19 @@ def test_temperatures_are_relative_unless_they_are_absolute():
     np.testing.assert_array_equal(relative, units)
 
 
+def test_absolute_temperatures_are_said():
+    """Those of stage 2 have another unit. Fails if they are taken for units of return."""
+    agent, x, key = make_agent(), jnp.zeros((4, 3)), jax.random.key(0)
+    for given in ({}, {"return_temperature": 7.0}, {"action_temperature": 0.1}):
+        with pytest.raises(UserError, match="absolute=True needs the temperatures"):
+            agent.act(x, key=key, absolute=True, **given)
+        lists = {name: (value,) for name, value in given.items()}
+        assert any("--absolute needs" in said for said in evor_infer.Args(absolute=True, **lists).conflicts())
+    with pytest.raises(UserError, match="absolute=True needs the temperatures"):
+        agent.q_value(x, jnp.zeros((4, 2)), key=key, absolute=True)
+    assert not list(evor_infer.Args(absolute=True, return_temperature=(7.0,), action_temperature=(0.1,)).conflicts())
+
+
 def test_rows_say_the_temperatures_in_units_of_return():
     class Played(Episodes):
         def __init__(self):

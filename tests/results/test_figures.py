@@ -56,6 +56,16 @@ def test_success_draws_both_policies_of_each_task_with_intervals(tmp_path: Path,
     np.testing.assert_allclose(ends, [[0, 15], [10, 25], [70, 85], [50, 65]], atol=1e-9)
 
 
+def test_only_full_noise_is_the_base_policy_alone(tmp_path: Path, drawn: list):
+    """Fails if two kinds of episodes are pooled, or the second is called the first."""
+    rows = [summary_row(2, 1, 0.1), summary_row(2, 1, 0.8, noise_scale=0.3)]
+    figures.success(rows, tmp_path / "a.png", title="a run")
+    bars = dict(zip(("one action, lambda 0.3", "base policy alone"), (80, 10), strict=True))
+    axis = drawn[0].axes[0]
+    found = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert dict(zip(found, (bar.get_height() for bar in axis.patches), strict=True)) == pytest.approx(bars)
+
+
 def test_sweep_draws_one_panel_per_setting_that_varies(tmp_path: Path, drawn: list):
     rows = [summary_row(2, n, n / 20, num_returns=m) for n in (1, 4, 16) for m in (2, 8)]
     figures.sweep(rows, tmp_path / "a.png", title="a run")

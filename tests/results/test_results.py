@@ -776,6 +776,11 @@ def test_the_thirty_tasks_methods_stand_beside_each_other(here: Path, monkeypatc
     other = make_run(here / "other", evor_value.Args(next_action="softmax", steps=7), solved=1)
     with pytest.raises(UserError, match="differ in steps"):
         stored("thirty-tasks", *runs, other)
+    scaled = evor_value.Args(next_action="softmax", noise_scale=0.3, first_seed=1)
+    with pytest.raises(UserError, match="differ in noise_scale, which the table hides"):
+        stored("thirty-tasks", *runs, make_run(here / "scaled", scaled, solved=1))
+    elsewhere = [here / "default-2", here / "base-3"]
+    assert "five tasks" not in stored("thirty-tasks", *elsewhere)  # a method that did not run on the default task
 
 
 def test_success_of_one_setting_in_all_environments(here: Path):
@@ -788,5 +793,8 @@ def test_success_of_one_setting_in_all_environments(here: Path):
     text = relative.draw([frame], place)
     assert text.splitlines()[2:] == ["| a | 12% | 100% |", "| b | 75% | 50% |"]
     assert place.path("figure.png").stat().st_size > 0
+    lambdas = frame.assign(noise_scale=["0.3", "1"] * 3)
+    with pytest.raises(UserError, match="must be swept, not num_actions, noise_scale"):
+        relative.draw([lambdas], place)
     with pytest.raises(UserError, match="must be swept, not none"):
         relative.draw([frame[frame["num_actions"] == "1"]], place)

@@ -565,19 +565,24 @@ def test_a_finished_run_mends_its_model(tmp_path: Path, damage: bytes | None):
     assert arrays(path) == before
 
 
-def test_the_model_says_how_the_resumed_run_evaluates(tmp_path: Path):
+def test_the_model_says_how_the_resumed_run_evaluates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`load_agent` extracts as it says. Fails if a finished run keeps the settings that it was trained with."""
 
     @dataclasses.dataclass(frozen=True)
     class Evaluated(Args):
-        episodes: int = 5
-        evaluation_only = ("episodes",)
+        candidates: int = 5
+        eval_episodes: int = 2
+        evaluation_only = ("candidates", "eval_episodes")
 
     path = train(tmp_path, Evaluated())[0].model_path
-    before = arrays(path)
-    train(tmp_path, Evaluated(resume=True, episodes=7))
-    header = checkpoint.read_header(path, stage="toy", remedy="")
-    assert (header["args"]["episodes"], header["step"]) == (7, 12) and arrays(path) == before
+    before, parameters = checkpoint.read_header(path, stage="toy", remedy=""), arrays(path)
+    monkeypatch.setattr("common.run.git_revision", lambda: "a later one")
+    unchanged = path.read_bytes()
+    train(tmp_path, Evaluated(resume=True, eval_episodes=9))
+    assert path.read_bytes() == unchanged  # a sweep knows it by its SHA-256
+    train(tmp_path, Evaluated(resume=True, candidates=7))
+    after = checkpoint.read_header(path, stage="toy", remedy="")
+    assert after == before | {"args": before["args"] | {"candidates": 7}} and arrays(path) == parameters
 
 
 def test_a_parameter_that_the_last_update_spoiled(tmp_path: Path):

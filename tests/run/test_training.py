@@ -228,10 +228,27 @@ def test_bank_is_reused_only_with_what_it_was_made_of(tmp_path, dataset):
     evor_value.main(args)
     assert bank.stat().st_mtime_ns != stamp, "a new policy makes a new bank"
     assert evor_infer.load_agent(tmp_path / "r").settings == args.extraction, "the agent acts as stage 2 evaluated it"
-    for scale, one_action in ((1.0, False), (0.0, True)):  # lambda = 0: every draw of a state is the same
+    stamp = bank.stat().st_mtime_ns
+    for scale, one_action in ((0.0, True), (1.0, False)):  # lambda = 0: every draw of a state is the same
         scaled = dataclasses.replace(args, noise_scale=scale)
         drawn = np.asarray(ValueProblem(scaled, load_policy=evor_value.load_policy).data(0).bank)
         assert (drawn == drawn[:, :, :1]).all() == one_action
+    assert bank.stat().st_mtime_ns == stamp, "each lambda has a bank of its own"
+
+
+def test_an_agent_takes_no_settings_of_another_unit_and_no_senseless_ones(tmp_path, dataset):
+    """Revisions that knew no lambda measured tau_Q otherwise; a file may come from a stranger."""
+    settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "r", **SMALL)
+    evor_value.main(evor_value.Args(**settings, policy_steps=20, num_actions=7))
+    path = tmp_path / "r" / "value" / "model.eqx"
+    trained = checkpoint.read_header(path, stage="value", remedy="")["args"]
+    assert evor_infer.load_agent(tmp_path / "r").settings.num_actions == 7
+    rewrite(path, args={name: value for name, value in trained.items() if name != "noise_scale"})
+    assert evor_infer.load_agent(tmp_path / "r").settings == evor_infer.Extraction()
+    for change in (dict(num_actions=10**10), dict(flow_steps=10**10), dict(noise_scale="inf")):
+        rewrite(path, args=trained | change)
+        with pytest.raises(UserError, match="is whole, and not of this revision"):
+            evor_infer.load_agent(tmp_path / "r")
 
 
 def test_the_bank_is_drawn_anew_when_asked(tmp_path, dataset, monkeypatch):
@@ -317,6 +334,11 @@ def test_the_main_job_trains_finishes_or_refuses_the_base_policy(tmp_path, datas
 def test_the_softmax_backup_trains_with_the_return_temperature():
     assert "return_temperature" in evor_value.Args().evaluation_only
     assert "return_temperature" not in evor_value.Args(next_action="softmax").evaluation_only
+
+
+@pytest.mark.parametrize("backup, without_training", [("base", False), ("softmax", False), ("dataset", True)])
+def test_lambda_is_of_the_training_where_there_is_a_bank(backup: str, without_training: bool):
+    assert ("noise_scale" in evor_value.Args(next_action=backup).evaluation_only) == without_training
 
 
 @pytest.mark.slow
