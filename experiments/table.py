@@ -170,18 +170,19 @@ COMPARED = ("thirty", "thirty-base", "thirty-paper", "thirty-scalar", "thirty-qc
 
 
 def thirty(env: str) -> list[str]:
-    """Two seeds on one base policy: the default on all tasks, then each method that changes one thing. All but the
-    `base` backup on the default task alone."""
+    """Two seeds on one base policy: the default on all tasks, then each method that changes one thing, on the default
+    task; in mazes the `base` backup on all tasks, too."""
+    all_tasks = "--tasks 1 2 3 4 5"
     about, run = f"--env {env} --preview --seeds 2 --policy-seed 0", f"runs/thirty/{env}"
     methods = {
-        "base": "evor_value.py --tasks 1 2 3 4 5 --next-action base",
+        "base": f"evor_value.py {all_tasks if env.startswith('pointmaze') else ''} --next-action base",
         "paper": "evor_value.py --td-target paper",
         "scalar": "baselines.critics --critic scalar",
         "qc": "baselines.qc",
     }
     short = f"runs/thirty-h1/{env}"
     return [
-        f"evor_value.py {about} --tasks 1 2 3 4 5 --run-dir {run}",
+        f"evor_value.py {about} {all_tasks} --run-dir {run}",
         *(
             f"{command} {about} --policy-run-dir {run} --run-dir runs/thirty-{name}/{env}"
             for name, command in methods.items()
