@@ -276,7 +276,7 @@ def test_the_unit_of_the_returns_changes_no_choice():
     scaled = dataclasses.replace(agent, axis=affine_axis(-50.0 * 1024, 25.0 * 1024, low=-100.0 * 1024, high=0.0))
     settings = dict(key=jax.random.key(2), num_actions=4, num_returns=3, action_temperature=0.1)
     np.testing.assert_array_equal(agent.act(observations, **settings), scaled.act(observations, **settings))
-    absolute = settings | dict(absolute=True)
+    absolute = settings | dict(return_temperature=0.3, absolute=True)
     assert not np.array_equal(agent.act(observations, **absolute), scaled.act(observations, **absolute))
 
 
