@@ -28,6 +28,7 @@ from experiments import (
     base_policy,
     baselines,
     candidates,
+    relative,
     returns,
     rows,
     saturation,
@@ -43,6 +44,7 @@ from experiments.rows import Place
 # `gather_all`, and maybe `refuse` and KEY, the columns that tell whether two rows are of the same run.
 DRAWN: dict[str, ModuleType] = {
     "thirty-tasks": thirty,
+    **dict.fromkeys([f"thirty-tasks/{part}" for part in ("num_actions", "tau_q", "tau_r")], relative),
     "tasks": tasks,
     **dict.fromkeys(("targets", "target_steps", "next_actions", "critics"), targets),
     **dict.fromkeys(("baselines", "backups"), baselines),
