@@ -43,7 +43,19 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PRNGKeyArray
 
 from common import checkpoint, film
-from common.args import Count, NoiseScale, Paths, Seed, at_least, check, each, finite, not_negative, size
+from common.args import (
+    Count,
+    Draws,
+    NoiseScale,
+    Paths,
+    Seed,
+    at_least,
+    check,
+    each,
+    not_endless,
+    not_negative,
+    not_too_many,
+)
 from common.cli import run_cli
 from common.data.names import default_run_dir, run_name
 from common.environments import evaluation_id, settings_of
@@ -74,8 +86,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-MOST = 10_000  # that anybody could mean, also of a file
-Draws = Annotated[int, at_least(1), size(MOST)]
 IN_UNITS = "needs the temperatures, too: those of stage 2 are in standard deviations of the data's returns."
 
 
@@ -141,19 +151,19 @@ class Args(Paths):
     """Preset: a short sweep over the number of actions."""
 
     # --- extraction ---
-    num_actions: Annotated[tuple[int, ...] | None, each(at_least(1)), each(size(MOST))] = None
+    num_actions: Annotated[tuple[int, ...] | None, each(at_least(1)), each(not_too_many)] = None
     """N_pi: candidates from the base policy (32: the paper's)."""
-    num_returns: Annotated[tuple[int, ...] | None, each(at_least(1)), each(size(MOST))] = None
+    num_returns: Annotated[tuple[int, ...] | None, each(at_least(1)), each(not_too_many)] = None
     """N: draws of the reward-to-go per candidate (ours)."""
     return_temperature: Annotated[tuple[float, ...] | None, each(not_negative)] = None
     """tau_R, in standard deviations of the data's returns (ours); inf scores by the mean, 0 by the largest draw."""
     action_temperature: Annotated[tuple[float, ...] | None, each(not_negative)] = None
     """tau_Q, in standard deviations of the data's returns (ours); 0 takes the best candidate, inf any."""
-    noise_scale: Annotated[tuple[float, ...] | None, each(finite)] = None
+    noise_scale: Annotated[tuple[float, ...] | None, each(not_endless)] = None
     """lambda: standard deviation of the noise that candidates start from."""
     absolute: bool = Extraction.absolute
     """Temperatures in the environment's units, as in the paper; needs both of them."""
-    flow_steps: Annotated[int | None, at_least(1), size(MOST)] = None
+    flow_steps: Annotated[int | None, at_least(1), not_too_many] = None
     """Steps of both flows (ours)."""
     solver: Solver | None = None
     """Their solver; midpoint takes two evaluations a step, euler one."""

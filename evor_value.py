@@ -24,9 +24,9 @@ fixed point is the law of h(Z). That of `paper` is N(h(Q), 1), where Q is the me
 arguments. `paper` and `velocity` need an affine h, for which f(z') = f(0) + g z'.
 
 The policy is frozen, so next actions are drawn once, K for each transition (the bank). `--next-action base` takes one
-of them: the law is that of pi_base. `dataset` takes the action that was taken. `softmax` picks among the K by stage 3's
-score, with the `--backup-*` settings; the default takes the best. The trained network chooses, the target network gives
-the value, and the law is that of a policy extracted from K.
+of them: the law is that of pi_base, at the bank's lambda. `dataset` takes the action that was taken. `softmax` picks
+among the K by stage 3's score, with the `--backup-*` settings; the default takes the best. The trained network chooses,
+the target network gives the value, and the law is that of a policy extracted from K.
 
 Source: EVOR, arXiv 2510.08218, stage 2. *Ours*, not disclosed there: discount, Polyak rate, batch size, LayerNorm, flow
 steps.
@@ -47,7 +47,18 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 import evor_bc
 import evor_infer
-from common.args import Count, NoiseScale, TrainArgs, at_least, learning_rate, multiple_of, not_negative, unread, within
+from common.args import (
+    Count,
+    Draws,
+    NoiseScale,
+    TrainArgs,
+    at_least,
+    learning_rate,
+    multiple_of,
+    not_negative,
+    unread,
+    within,
+)
 from common.cli import parse_args, run_cli
 from common.data.names import NUM_TASKS
 from common.evaluation import Evaluation
@@ -58,7 +69,7 @@ from common.problem import BasePolicy, Batch, Dataset, Replica, ValueProblem, ac
 from common.replicas import chunked, in_blocks
 from common.returns import WIDTH, AxisKind, ReturnAxis
 from common.run import Run
-from evor_infer import Agent, Draws, Extraction
+from evor_infer import Agent, Extraction
 from recipes import recipe_of
 
 Target = Literal["paper", "shared-noise", "independent-noise", "velocity"]
@@ -182,9 +193,9 @@ class Args(TrainArgs):
     def evaluation_only(self) -> tuple[str, ...]:
         """Settings that training does not depend on: `--resume` may change them, and then evaluates anew."""
         names = ("eval_episodes", "num_actions", "num_returns", "action_temperature")
-        in_training = {"softmax": ("noise_scale", "return_temperature"), "base": ("noise_scale",), "dataset": ()}
-        others = ("noise_scale", "return_temperature")
-        return (*names, *(name for name in others if name not in in_training[self.next_action]))
+        if self.next_action != "softmax":
+            names += ("return_temperature",)
+        return (*names, "noise_scale") if self.next_action == "dataset" else names
 
     @property
     def extraction(self) -> Extraction:
@@ -362,7 +373,7 @@ def train_step(
     batch = sample_batch(dataset, args.batch_size, args.horizon, key=batch_key)
     reward, bootstrap = (x[replica.task, batch.index] for x in (dataset.rewards, dataset.bootstraps))
 
-    # The bootstrap. The online critic may choose a' (`softmax`); what a' is worth says the target network.
+    # The bootstrap. The online critic may choose a' (`softmax`); the target network says what a' is worth.
     chosen = next_actions(args, state.critic, dataset, replica, batch, key=action_key)
     next_features = jax.vmap(state.target.features)(batch.next_observations, chosen)
 

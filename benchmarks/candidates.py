@@ -33,7 +33,7 @@ from evor_infer import Agent, Extraction, load_agent
 ENVIRONMENTS = 16  # stepped side by side
 
 TEMPERATURES = dict(return_temperature=Extraction.return_temperature, action_temperature=Extraction.action_temperature)
-READOUT = dict(num_returns=8, noise_scale=1.0, **TEMPERATURES)  # that of `--preview` on manipulation
+READOUT = dict(num_returns=8, noise_scale=1.0, **TEMPERATURES)  # that of the stored rows
 
 
 @dataclasses.dataclass(frozen=True)

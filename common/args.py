@@ -79,10 +79,14 @@ def size(most: int) -> Constraint:
 not_negative = Constraint(lambda x, _: x >= 0, lambda flag, x, _: f"{flag} must not be negative: {x}.")
 positive = Constraint(lambda x, _: x > 0, lambda flag, x, _: f"{flag} must be positive, not {x}.")
 
-finite = within(0, 1000, brackets="[]")
-NoiseScale = Annotated[float, finite]
 Count = Annotated[int, at_least(1)]
 Seed = Annotated[int, within(0, 2**31, brackets="[)")]  # JAX takes seeds modulo 2^32
+
+# Of an extraction, which a file from a stranger may name.
+not_too_many = size(10_000)
+not_endless = within(0, 1000, brackets="[]")
+Draws = Annotated[int, at_least(1), not_too_many]
+NoiseScale = Annotated[float, not_endless]
 
 
 def unread(default: Any) -> Any:

@@ -301,7 +301,7 @@ def last_screen(args: Any, problem: ValueProblem, run: Run, rows: Sequence[Mappi
 
 
 def success_lines(rows: Sequence[Mapping[str, Any]], *, by_seed: bool) -> Iterator[str]:
-    """A line for each task and number of actions, and below it one for each seed; intervals of 95% over episodes."""
+    """A line for each task and method, and below it one for each seed; intervals of 95% over episodes."""
     for row in summarise(rows, ("task", *METHOD)):
         task = f"task {row['task']}" if row["task"] else "        "
         what = figures.method(*(row[name] for name in METHOD))

@@ -46,10 +46,10 @@ def stored_row(new: dict[str, str], stored: Frame) -> dict[str, str]:
     if not len(same):
         raise UserError(f"no table has a row of {run}, task {task}, seed {seed}.")
     old = same.iloc[0].to_dict()
+    old["noise_scale"] = old.get("noise_scale") or "1.0"  # older revisions had no other
     # The base policy's file may be another: it names its revision. Whether it does the same, its own episodes say.
     for field in {*METHOD, *ALIKE, "bc_steps"} - {"policy_sha256"}:
-        # An older row says less.
-        if old.get(field, "") not in ("", new.get(field, "")):
+        if new.get(field, "") != old.get(field, ""):
             raise UserError(
                 f"{run} was made with another {field} than its row: {new.get(field)}, not {old.get(field)}."
             )

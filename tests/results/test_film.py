@@ -85,6 +85,24 @@ def test_an_agent_is_filmed_with_what_it_does(tmp_path: Path, capsys: pytest.Cap
         assert named["bounds"] == (-10.0, 0.0)
 
 
+def test_a_film_shows_candidates_of_the_lambda_that_is_filmed(tmp_path: Path):
+    """At lambda = 0 all candidates are one action. Fails if the agent's own lambda is taken, which is 1."""
+    agent = Agent(
+        policy=FlowPolicy(1, 3, width=8, depth=2, key=jax.random.key(0)),
+        critic=FlowCritic(1, 3, width=8, depth=2, key=jax.random.key(1)),
+        standardizer=Standardizer(jnp.zeros(1), jnp.ones(1)),
+        axis=affine_axis(-5.0, 0.5, low=-10.0, high=0.0),
+        horizon=3,
+    )
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        draw = film.draw
+        patch.setattr(film, "draw", lambda *args, **named: (drawn.append(args[3]), draw(*args, **named)))
+        settings = Extraction(num_actions=2, num_returns=2, flow_steps=2, noise_scale=0.0)
+        film.film_episode(agent, settings, Counter(), tmp_path / "a.gif", seed=3, title="a toy")
+    assert max(np.ptp(others) for others in drawn) < 1e-6
+
+
 def test_without_ffmpeg_a_gif_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(film.animation.FFMpegWriter, "isAvailable", lambda: False)
     with pytest.raises(UserError, match=r"a\.mp4 needs ffmpeg: install it, or ask for a \.gif"):

@@ -634,6 +634,20 @@ def test_the_readmes_tables_are_those_of_the_results():
     assert [sentence for sentence in sentences if sentence not in " ".join(readme.split())] == []
 
 
+def test_what_is_said_of_the_thirty_tasks_is_in_their_rows():
+    runs = rows.numbers(rows.read(ROOT / "results" / "thirty-tasks" / "runs.csv"), real=["success"])
+    ours = runs[[method == thirty.DEFAULT for method in thirty.methods_of(rows.complete(runs, thirty.SETTINGS))]]
+    mean = {env: f"{of_env['success'].mean():.0%}" for env, of_env in ours.groupby("env")}
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    medium, large = (mean[f"pointmaze-{size}-navigate"] for size in ("medium", "large"))
+    double = mean["cube-double-play"]
+    assert f"get {medium} and {large} in two pointmazes and {double} on cube-double" in readme
+    assert f"scene-play got {mean['scene-play']}" in readme
+    of_seed = ours[(ours["env"] == "pointmaze-large-navigate") & (ours["seed"] == "1")].set_index("task")["success"]
+    page = " ".join((ROOT / "results" / "thirty-tasks" / "README.md").read_text().split())
+    assert f"one of its seeds gets {of_seed['2']:.0%} and {of_seed['4']:.0%} on tasks 2 and 4" in page
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/td-targets.md"])
 def test_the_distances_of_the_targets_are_those_of_the_rows(page: str):
     """Every cell of the table of W1: a mean over three seeds."""
