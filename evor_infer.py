@@ -512,7 +512,8 @@ def load_agents(
     header, agents = checkpoint.load(path, build, stage="value", remedy="train it with evor_value.py first.")
     chosen = checkpoint.choose(header, path, tasks=tasks, seeds=seeds)
     pairs = [tuple(header["replicas"][i]) for i in chosen]
-    return header, pairs, jax.tree.map(lambda x: jnp.asarray(x)[np.array(chosen)], agents)
+    # Told to transfer: JAX_TRANSFER_GUARD=disallow lets a user find out what does so untold.
+    return header, pairs, jax.tree.map(lambda x: jax.device_put(jax.device_get(x)[np.array(chosen)]), agents)
 
 
 def load_agent(run_dir: str | Path, *, task: int | None = None, seed: int | None = None) -> Agent:
@@ -528,7 +529,7 @@ def load_agent(run_dir: str | Path, *, task: int | None = None, seed: int | None
     run_dir = from_hub(str(run_dir)) if str(run_dir).startswith(HUB) else Path(run_dir).expanduser()
     tasks, seeds = (() if number is None else (number,) for number in (task, seed))
     _, _, agents = load_agents(run_dir, tasks=tasks, seeds=seeds)
-    return jax.tree.map(lambda x: x[0], agents)
+    return jax.tree.map(lambda x: jax.device_put(jax.device_get(x)[0]), agents)
 
 
 # --- Sweeps ------------------------------------------------------------------------------------------------------

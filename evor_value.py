@@ -49,9 +49,11 @@ import evor_bc
 import evor_infer
 from common.args import (
     Count,
+    Depth,
     Draws,
     NoiseScale,
     TrainArgs,
+    Width,
     at_least,
     learning_rate,
     multiple_of,
@@ -124,9 +126,9 @@ class Args(TrainArgs):
     """Euler steps of these draws. One gives `z_0 + s(z_0, 0 | x, a)`, the mean of what starts at z_0."""
     critic: Literal["mlp", "trunk"] = "trunk"
     """Features of (x, a) with a small flow head, or the paper's MLP, which takes longer."""
-    head_width: Count = 128
+    head_width: Width = 128
     """Units per hidden layer of the trunk critic's head."""
-    head_depth: Count = 3
+    head_depth: Depth = 3
     """Hidden layers of the trunk critic's head."""
     discount: Annotated[float, within(0, 1, brackets="[)")] = unread(0.99)
     """Discount per environment step (ours)."""

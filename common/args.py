@@ -82,7 +82,9 @@ positive = Constraint(lambda x, _: x > 0, lambda flag, x, _: f"{flag} must be po
 Count = Annotated[int, at_least(1)]
 Seed = Annotated[int, within(0, 2**31, brackets="[)")]  # JAX takes seeds modulo 2^32
 
-# Of an extraction, which a file from a stranger may name.
+# Of networks and of an extraction, which a file from a stranger may name.
+Width = Annotated[int, at_least(1), size(100_000)]
+Depth = Annotated[int, at_least(1), size(1_000)]
 not_too_many = size(10_000)
 not_endless = within(0, 1000, brackets="[]")
 Draws = Annotated[int, at_least(1), not_too_many]
@@ -191,16 +193,16 @@ class TrainArgs(Paths):
     """Episodes to collect if the data can neither be found nor downloaded; OGBench's number by default."""
     file_steps: Count = unread(10_000)
     """Gradient steps before the next file takes its turn, where --dataset is a folder of several."""
-    horizon: Count = 1
+    horizon: Depth = 1
     """Length of an action chunk; QC uses 5."""
     ignore_observations: tuple[int, ...] = unread(())
     """Coordinates of the observation that the base policy sees as constant, such as velocities (docs/tuning.md). The
     reward model always follows its policy."""
 
     # --- network and optimisation ---
-    width: Count = 512
+    width: Width = 512
     """Units per hidden layer."""
-    depth: Count = 4
+    depth: Depth = 4
     """Hidden layers."""
     steps: Annotated[Count, multiple_of("steps_per_call")] = 1_000_000
     """Gradient steps."""

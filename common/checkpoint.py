@@ -108,7 +108,7 @@ def unusable(path: Path, what: Any) -> UserError:
     try:
         verify(path)
     except ValueError as error:
-        return UserError(f"{path} is damaged, {error}: delete it and train again.")
+        return UserError(f"{path} is damaged, {error}: move it away and train again.")
     except OSError as error:
         return UserError(f"{path} cannot be read ({error}).")
     return UserError(

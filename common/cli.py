@@ -18,6 +18,7 @@ from common.args import flag_of
 from common.errors import UserError
 
 FULL = "RESOURCE_EXHAUSTED"  # how JAX begins to say that memory ran out
+GUARDED = "INVALID_ARGUMENT: Disallowed"  # that JAX_TRANSFER_GUARD forbids what a run does
 
 
 def parse_args(
@@ -83,7 +84,7 @@ def run_cli(
         exit_without_waiting(error.code)
         raise
     except (UserError, FloatingPointError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        if isinstance(error, RuntimeError) and not str(error).startswith(FULL) and not _is_lost(error):
+        if isinstance(error, RuntimeError) and not str(error).startswith((FULL, GUARDED)) and not _is_lost(error):
             raise
         unread = _drop_unread_output() and isinstance(error, BrokenPipeError)
         code = 141 if unread else _report(error, debug=debug)
@@ -181,6 +182,8 @@ def sentence(error: BaseException) -> str:
     first = str(error).partition("\n")[0]
     if _is_lost(error):
         return f"another process of this run ended ({first}): see what it said; all of them go on with --resume."
+    if str(error).startswith(GUARDED):
+        return f"JAX allows no transfer to the device ({first}): unset JAX_TRANSFER_GUARD."
     if isinstance(error, MemoryError | RuntimeError):
         return f"out of memory ({first}): use a smaller --batch-size, fewer --seeds or --num-next-actions."
     if not isinstance(error, OSError) or isinstance(error, UserError):

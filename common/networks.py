@@ -8,7 +8,7 @@ time `t` appended to the input. One thing differs: critics start with an output 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,12 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from common.args import size
+from common.args import Depth, Width
 from common.errors import UserError
 from common.flow import Ode, integrate
-
-Width = Annotated[int, size(100_000)]
-Depth = Annotated[int, size(1_000)]
 
 
 class Sizes(NamedTuple):
@@ -129,6 +126,7 @@ class Linear(eqx.Module):
         self.bias = jnp.zeros(outputs)
 
     def __call__(self, x: Float[Array, " inputs"]) -> Float[Array, " outputs"]:
+        has_shapes((x, len(self.weight)))
         return x @ self.weight + self.bias
 
 
@@ -142,6 +140,7 @@ class LayerNorm(eqx.Module):
         self.scale, self.bias = jnp.ones(width), jnp.zeros(width)
 
     def __call__(self, x: Float[Array, " width"]) -> Float[Array, " width"]:
+        has_shapes((x, len(self.scale)))
         mean = jnp.mean(x)
         # E[x^2] - E[x]^2, as flax computes it: one pass over x.
         variance = jnp.maximum(jnp.mean(x * x) - mean * mean, 0.0)

@@ -227,6 +227,10 @@ class ValueProblem(Problem):
         self.tasks = choose_tasks(args, first, self.own_rewards)
         self.gym_ids = [evaluation_id(args.environment, task) for task in self.tasks]
         trajectories = self._parse(first)
+        if args.reward == "sparse" and self.own_rewards and np.all(trajectories.masks):
+            raise UserError(
+                f"--reward sparse: no masks of {first} say where the task is solved: leave it out, or add masks."
+            )
         if args.eval_episodes and self.gym_ids[0] is None:
             if is_minari(args.dataset) or re.fullmatch(GYM_ID, args.environment):
                 raise UserError(

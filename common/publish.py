@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -124,10 +125,11 @@ def main(args: Args) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary)
         (copy / "value").mkdir()
-        (copy / "README.md").write_text(card(header, episodes, args.to), encoding="utf-8")
+        text = card(header, episodes, args.to)
+        (copy / "README.md").write_text(text, encoding="utf-8", errors="replace")  # names of files may be no text
         for name in FILES:
             if (folder / name).is_file():
-                (copy / "value" / name).symlink_to((folder / name).resolve())
+                shutil.copy(folder / name, copy / "value" / name)
         try:
             hub.create_repo(args.to, private=args.private, exist_ok=True)
             hub.upload_folder(repo_id=args.to, folder_path=copy, commit_message=f"EVOR on {header['env']}")

@@ -140,6 +140,7 @@ class Run:
         if args.track is not None and jax.process_index() == 0:
             import_tracker(args.track)
         self._seen = self._look()
+        self._refuse_a_run()
         if args.resume and self._seen:
             self.resume_path = state_to_resume(self.directory, stage)
 
@@ -203,6 +204,8 @@ class Run:
             print(f"nothing to resume in {self.directory}: starting.", flush=True)
 
     def _refuse_a_run(self) -> None:
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(f"{self.directory} is no directory: move it away, or pass another --run-dir.")
         something = self._look() or (self.directory / "model.eqx").is_file()
         if something and not (self.args.resume or self.args.overwrite):
             raise UserError(f"a run stands in {self.directory}: pass --resume, --overwrite, or another --run-dir.")

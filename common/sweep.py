@@ -18,7 +18,7 @@ def sweep_folder(args: Any) -> Path:
     Raises:
         UserError: something else stands there.
     """
-    out: Path = args.directory / args.out
+    out: Path = args.directory / Path(args.out).expanduser()
     trained = any((out / name).is_file() for name in ("model.eqx", "train_state.eqx"))
     if trained or out.resolve() in {(args.directory / name).resolve() for name in ("", "bc", "value")}:
         raise UserError(f"--out {args.out}: {out} is not for sweeps: name another folder.")

@@ -207,6 +207,9 @@ def test_run_cli_says_a_mistake_in_the_presets_too(monkeypatch: pytest.MonkeyPat
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"), 2,
          "out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.): use a smaller --batch-size, fewer "
          "--seeds or --num-next-actions."),
+        (RuntimeError("INVALID_ARGUMENT: Disallowed host-to-device transfer: int32[1]"), 2,
+         "JAX allows no transfer to the device (INVALID_ARGUMENT: Disallowed host-to-device transfer: int32[1]): unset "
+         "JAX_TRANSFER_GUARD."),
         (FloatingPointError("loss is not finite."), 1, "loss is not finite."),
         (UserError("wrong: mend it."), 2, "wrong: mend it."),
     ],
@@ -448,8 +451,13 @@ SMALL = dict(steps=4, steps_per_call=2, width=8, depth=2, batch_size=4)
 SMALL_VALUE = SMALL | dict(eval_episodes=0, eval_every=0, num_next_actions=2, flow_steps=2)
 
 
+def here_args(changes: dict) -> dict:
+    """On the data and in the run directory of `here`. A run stands there: without --overwrite that is the mistake."""
+    return dict(env=ENV, dataset=Path("data.npz"), run_dir=Path("run"), overwrite="resume" not in changes)
+
+
 def bc_args(**changes) -> evor_bc.Args:
-    return evor_bc.Args(**dict(env=ENV, dataset=Path("data.npz"), run_dir=Path("run")) | SMALL | changes)
+    return evor_bc.Args(**here_args(changes) | SMALL | changes)
 
 
 def bc(**changes) -> Callable[[], object]:
@@ -459,8 +467,7 @@ def bc(**changes) -> Callable[[], object]:
 
 def value(**changes) -> Callable[[], object]:
     """The command that trained the reward model, with changes."""
-    settings = dict(env=ENV, dataset=Path("data.npz"), run_dir=Path("run")) | SMALL_VALUE
-    return lambda: evor_value.main(evor_value.Args(**settings | changes))
+    return lambda: evor_value.main(evor_value.Args(**here_args(changes) | SMALL_VALUE | changes))
 
 
 def infer(**changes) -> Callable[[], object]:
@@ -540,6 +547,9 @@ MISTAKES_OF_TRAINING = {
     "an empty batch": (dict(batch_size=0), "--batch-size"),
     "no width": (dict(width=0), "--width"),
     "no depth": (dict(depth=0), "--depth"),
+    "a chunk that no later stage takes": (dict(horizon=1001), "--horizon must be a number in [1, 1000], not 1001"),
+    "layers that no later stage takes": (dict(depth=1001), "--depth must be a number in [1, 1000], not 1001"),
+    "a width that no later stage takes": (dict(width=100_001), "--width must be a number in [1, 100000]"),
 }
 MISTAKES_OF_VALUE = {
     "another horizon": (
@@ -607,6 +617,18 @@ def test_mistakes_of_the_value_stage(here: Path, name: str):
     fails_cleanly(value(**changes), here, words)
 
 
+def test_where_stage_2_may_not_write_is_said_before_stage_1(here: Path):
+    """Its run stands there, its base policy does not; or its folder is a file."""
+    shutil.rmtree(here / "run" / "bc")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evor_bc, "main", training_begins)
+        fails_cleanly(value(overwrite=False), here, "a run stands in run/value|--resume, --overwrite")
+        shutil.rmtree(here / "run" / "value")
+        (here / "run" / "value").write_text("mine")
+        fails_cleanly(value(overwrite=False), here, "run/value is no directory|move it away")
+        fails_cleanly(value(), here, "run/value is no directory|move it away")
+
+
 def test_a_sweep_of_data_that_have_no_environment(here: Path):
     """Its name means something only to this run: the sentence is about the environment that is missing."""
     rewrite(here / "run" / "value" / "model.eqx", env="my-robot")
@@ -651,6 +673,12 @@ def test_a_dataset_without_rewards(here: Path):
     fails_cleanly(value(dataset=Path("plain.npz"), env="my-robot"), here, "plain.npz|rewards")
 
 
+def test_minus_one_until_nobody_says_when(here: Path):
+    with np.load(here / "data.npz") as file:
+        np.savez(here / "data.npz", **{name: array for name, array in file.items() if name != "masks"})
+    fails_cleanly(value(reward="sparse"), here, "--reward sparse|no masks of data.npz|leave it out")
+
+
 def test_a_task_that_does_not_exist(here: Path):
     tiny_dataset(here / "plain.npz", rewards=False)
     fails_cleanly(value(dataset=Path("plain.npz"), tasks=(7,)), here, "--tasks [7]|tasks 1 to 5")
@@ -685,7 +713,7 @@ def test_resuming_with_other_settings_or_data(here: Path, command: Callable):
 def test_a_damaged_checkpoint(here: Path, command: Callable, stage: str):
     path = here / "run" / stage / "model.eqx"
     path.write_bytes(path.read_bytes()[:-200])
-    fails_cleanly(command(), here, f"run/{stage}/model.eqx is damaged|delete it and train again")
+    fails_cleanly(command(), here, f"run/{stage}/model.eqx is damaged|move it away and train again")
 
 
 @pytest.mark.parametrize(("command", "stage", "other"), [(value, "bc", "value"), (infer, "value", "bc")])

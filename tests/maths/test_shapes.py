@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from common.data.transitions import chunk_rewards, monte_carlo_returns
 from common.flow import Ode, integrate
-from common.networks import DirectCritic, FlowCritic, FlowPolicy, Standardizer
+from common.networks import MLP, DirectCritic, FlowCritic, FlowPolicy, LayerNorm, Linear, Standardizer
 from common.returns import affine_axis, make_axis
 from evor_bc import bc_loss_one
 from evor_infer import log_mean_exp, select
@@ -23,6 +23,7 @@ key = jax.random.key(0)
 policy = FlowPolicy(3, 2, width=8, depth=2, key=key)
 flow = FlowCritic(3, 2, width=8, depth=2, key=key)
 trunk = FlowCritic(3, 2, kind="trunk", width=8, depth=2, head_width=4, key=key)
+normed = MLP(3, 1, width=8, depth=2, layer_norm=True, key=key)
 quantiles = DirectCritic(3, 2, kind="qr", outputs=4, width=8, depth=2, key=key)
 
 
@@ -51,6 +52,7 @@ def target(*shape):
 ends = np.array([False, False, False, False, True])
 """
 RIGHT = """
+normed(o(3)), LayerNorm(4)(o(4)), Linear(3, 2, key=key)(o(3)), jax.vmap(normed)(o(4, 3))
 moving(3, 2), solving(np.int64(2)), policy.features(o(3)), policy.velocity(o(8), o(2), o())
 flow.features(o(3), o(2)), flow.velocity(o(8), o(), o()), trunk.velocity(o(4), o(), o()), quantiles(o(3), o(2))
 log_mean_exp(o(3, 3), o()), log_mean_exp(o(3), 0.5), select(o(3), 0.5, key=key)
@@ -61,6 +63,11 @@ chunk_rewards(host(2, 5), host(2, 5), np.arange(3), horizon=2, discount=0.9)
 make_axis(host(5), host(2), kind="std")
 """
 WRONG = """
+normed(o(4, 3))
+normed(o(2))
+LayerNorm(4)(o(1))
+LayerNorm(4)(o(2, 4))
+Linear(3, 2, key=key)(o(4, 3))
 moving()
 moving(1)
 moving(3, 1)

@@ -249,7 +249,7 @@ def test_means_over_tasks_and_seeds(here: Path):
         stored("tasks", longer, append=True)
     with pytest.raises(UserError, match=r"no .*targets/runs\.csv: name run directories with --runs"):
         draw.main(draw.Args(("targets",)))
-    with pytest.raises(UserError, match="there is no table 'nothing': choose among thirty-tasks, .*, tasks, "):
+    with pytest.raises(UserError, match=r"there is no table 'nothing': choose among thirty-tasks, .*, tasks, "):
         draw.main(draw.Args(("nothing",)))
     for names in ((), ("tasks", "targets"), ("base_policy",)):
         with pytest.raises(UserError, match="--runs makes rows of one table"):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ import evor_infer
 from common import checkpoint, publish
 from common.errors import UserError
 from common.networks import CriticSpec, PolicySpec
+from tests.helpers import rewrite
 from tests.processes import ROOT
 
 EPISODES = """env,task,seed,step,num_actions,success,length,total
@@ -146,6 +148,26 @@ def test_the_card_says_what_it_is_on_what_data_how_good_and_how_to_load_it(run: 
     ):
         assert part in text
     assert "It was not evaluated." in publish.card(header, [], "me/robot")
+
+
+def test_a_name_of_data_that_is_no_text(run: Path, monkeypatch: pytest.MonkeyPatch):
+    """As Python reads a file's name where everything is ASCII: the card shows what can be shown."""
+    rewrite(run / "value" / "model.eqx", data=dict(name="h\udcc3\udcbchn.npz", source="file", sha256="c" * 64))
+    cards = []
+
+    def upload(folder_path: Path, **_: object) -> None:
+        cards.append((folder_path / "README.md").read_text(encoding="utf-8"))
+
+    hub = mock.Mock(upload_folder=upload)
+    monkeypatch.setattr(publish, "import_hub", lambda: hub)
+    publish.main(publish.Args(run, "me/robot"))
+    assert "- Data: h??hn.npz (source: file)" in cards[0]
+
+
+def test_an_agent_loads_where_jax_allows_no_transfer_that_it_was_not_told_of(run: Path):
+    with jax.transfer_guard("disallow"):
+        agent = evor_infer.load_agent(run)
+    assert agent.policy.mlp.output.bias.shape == (2,)
 
 
 def test_what_cannot_be_published(run: Path, monkeypatch: pytest.MonkeyPatch):
