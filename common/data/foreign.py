@@ -34,7 +34,7 @@ from common.progress import progress
 MINARI = "minari:"
 HDF5 = (".hdf5", ".h5", ".hdf")
 VALIDATION = 20  # each twentieth trajectory is kept for the comparison with Monte-Carlo returns
-VERSION = 5  # of what is made of a source
+VERSION = 6  # of what is made of a source
 ALIASES = {"truncations": "timeouts", "terminations": "terminals"}  # Gymnasium's names
 SIGNS = {"timeouts", "next_observations", *ALIASES}  # arrays that OGBench's layout does not have
 
@@ -231,13 +231,10 @@ def open_d4rl(path: Path, env: str) -> Iterator[Source]:
     ends = terminals | arrays["timeouts"].astype(bool) if "timeouts" in arrays else terminals.copy()
     ends[-1] = True
     observations, after = arrays["observations"], arrays.get("next_observations")
-    says = []
+    unknown, says = np.full(len(ends), after is None), []  # where the state after a row is
     if after is not None:
         after = np.where(ended[:, None] & np.isnan(after), observations, after)  # nothing looks at it
-        torn = np.append(differ(after[:-1], observations[1:]), False) & ~ends
-        ends |= torn
-        if torn.any():
-            says.append(f"  {torn.sum():,} trajectories end where the next row is another state than next_observations")
+        ends, unknown, says = compare_with_next_rows(observations, after, ends, ended)
     elif "timeouts" not in arrays:
         says.append(
             "  WARNING: nothing says where trajectories were cut (no timeouts, no next_observations): they are taken "
@@ -250,10 +247,35 @@ def open_d4rl(path: Path, env: str) -> Iterator[Source]:
     def trajectories() -> Iterator[Trajectory]:
         for start, end in zip(first, last, strict=True):
             rows = slice(start, end + 1)
-            states = observations[rows] if after is None else np.concatenate([observations[rows], after[end : end + 1]])
+            states = observations[rows]
+            if not unknown[end]:
+                states = np.concatenate([states, after[end : end + 1]])
             yield Trajectory(states, arrays["actions"][rows], rewards[rows], ended[rows])
 
     yield Source(path.stem, sha256(path), "", low, high, len(last), trajectories(), tuple(says), rewarded)
+
+
+def compare_with_next_rows(
+    observations: Float[np.ndarray, "rows observation"],
+    after: Float[np.ndarray, "rows observation"],
+    ends: Bool[np.ndarray, " rows"],
+    ended: Bool[np.ndarray, " rows"],
+) -> tuple[Bool[np.ndarray, " rows"], Bool[np.ndarray, " rows"], list[str]]:
+    """What `after`, the states that followed, say: all ends of trajectories, where `after` is not to be believed, and
+    what to print of both. Rows shifted by one, as by `np.roll`, know the state after no row that was cut."""
+    differs = np.append(differ(after[:-1], observations[1:]), False)
+    torn, cut, says = differs & ~ends, ends & ~ended, []
+    if torn.any():
+        says.append(f"  {torn.sum():,} trajectories end where the next row is another state than next_observations")
+    unknown = cut & ~differs  # with the last row, whose next one is not known
+    shifted, number = unknown[:-1].sum(), cut[:-1].sum()
+    if 2 * shifted <= number:
+        return ends | torn, np.zeros_like(ends), says
+    says.append(
+        f"  WARNING: next_observations of {shifted:,} of the {number:,} rows that were cut before the last one are the "
+        f"next row, which begins another trajectory: they count as missing"
+    )
+    return ends | torn, unknown, says
 
 
 def differ(
@@ -385,7 +407,7 @@ def _convert(source: Source, path: Path) -> dict[str, Any]:
             ended += bool(trajectory.ended[-1])
             parts[validation_path(path) if i % VALIDATION == VALIDATION - 1 else path].append(rows)
     if not parts[path]:
-        raise UserError(f"{source.name} has no trajectory with a transition in it.")
+        raise UserError(f"{source.name} has no trajectory with a transition in it: check where its trajectories end.")
     number = len(parts[path]) + len(parts[validation_path(path)])
     says = [
         f"converted {source.name}: {number:,} trajectories, {ended:,} ended and {number - ended:,} cut; "

@@ -91,6 +91,28 @@ def test_d4rl_with_next_observations_keeps_every_transition(home: Path, capsys: 
     assert "left out" not in said
 
 
+@pytest.mark.parametrize("resets", [0, 10])
+def test_next_observations_that_are_the_next_rows_lead_into_no_other_trajectory(
+    home: Path, resets: int, capsys: pytest.CaptureFixture
+):
+    """Of 100 trajectories of five rows, shifted with `np.roll`, each loses its last transition, whether all start in
+    one state or not. Where the states after the cuts are true, all 500 transitions are kept."""
+    count = np.arange(500.0)[:, None]
+    observations = count % 5 + resets * (count // 5)
+    data = dict(observations=observations, actions=np.zeros((500, 1)), rewards=np.zeros(500), terminals=np.zeros(500))
+    data |= dict(timeouts=count[:, 0] % 5 == 4)
+    for after, kept in ((np.roll(observations, -1, axis=0), 4), (observations + 1, 5)):
+        path = foreign.converted(write(home / "rows.npz", **data, next_observations=after), "robot")
+        for part, number in ((path, 95), (validation_path(path), 5)):
+            arrays = files.read_arrays(part)
+            starts = transitions.transition_starts(arrays["terminals"], 1)
+            assert len(starts) == kept * number
+            assert (arrays["observations"][starts + 1] - arrays["observations"][starts] == 1).all()
+        said = capsys.readouterr().out
+        assert ("of 99 of the 99 rows that were cut before the last one are the next row" in said) == (kept == 4)
+        assert ("100 last transitions are left out" in said) == (kept == 4)
+
+
 @pytest.mark.parametrize("name", ["rows.hdf5", "rows.npz"])
 def test_gymnasiums_names_and_masks(home: Path, name: str):
     """`truncations` cut. With `masks`, `terminals` are ends of any kind: here none ended, and all three were cut."""
@@ -105,7 +127,7 @@ def test_next_observations_may_be_rounded_and_mean_nothing_after_an_end(home: Pa
     """Off by one place in the last digit, and NaN where nothing follows. Wrong if each row becomes a trajectory."""
     data = rows() | dict(observations=(np.arange(9)[:, None] / 3).astype(np.float32))
     after = np.nextafter(data["observations"] + np.float32(1 / 3), np.float32(9))
-    after[2] = np.nan  # after the one that ended
+    after[2], after[5] = np.nan, 50  # after the one that ended, and after one that was cut
     path = foreign.converted(write(home / "rows.hdf5", **data, next_observations=after), "robot")
     arrays = files.read_arrays(path)
     assert len(steps(path)) == 9 and arrays["terminals"].sum() == 3 and np.isfinite(arrays["observations"]).all()
@@ -145,6 +167,7 @@ def test_rows_that_do_not_say_where_they_were_cut(home: Path, capsys: pytest.Cap
 def test_next_observations_in_another_precision_are_the_same(home: Path):
     data = rows() | dict(observations=np.arange(9)[:, None] + 1 / 3)
     after = (data["observations"] + 1).astype(np.float32)
+    after[5] = 50
     path = foreign.converted(write(home / "rows.hdf5", **data, next_observations=after), "robot")
     assert len(steps(path)) == 9 and files.read_arrays(path)["terminals"].sum() == 3
 
