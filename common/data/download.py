@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.data.collect import collect, recipe_of, why_not_collectable
+from common.data.files import KNOWN
 from common.data.foreign import converted, is_foreign, is_minari
 from common.data.names import check_env, collected_path, data_dir, parse_env, validation_path
+from common.data.opening import unused
 from common.errors import UserError
 from common.files import locked, read_json, record_sha256, sha256, sha256_path
 from common.progress import progress
@@ -68,7 +70,10 @@ def find_files(env: str, dataset: Path | None, *, episodes: int | None) -> tuple
     if dataset is not None and is_foreign(dataset):
         return converted(dataset, env), "minari" if is_minari(dataset) else "d4rl"
     if dataset is not None:
-        return own_file(env, dataset), "file"
+        path = own_file(env, dataset)
+        for line in unused(data_files(path)[0], KNOWN):
+            print(line, flush=True)
+        return path, "file"
     name = parse_env(env)
     check_env(name)
     official = data_dir() / f"{name.dataset}.npz"

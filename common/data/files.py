@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from common.data.foreign import SIGNS
 from common.data.names import import_ogbench, parse_env
+from common.data.opening import read_header
 from common.errors import UserError
 from common.machine import free_memory, trim_memory
 
@@ -36,6 +37,7 @@ NDIM = {"observations": 2, "actions": 2, "terminals": 1, "rewards": 1, "masks": 
 """The arrays that are read, and their dimensions; only the first three have to be there, whatever else is skipped."""
 
 
+KNOWN = {*NDIM, "qvel"}  # OGBench's
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -58,9 +60,7 @@ def read_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
                 if key not in NDIM or info.filename == key:
                     continue
                 with archive.open(info) as file:
-                    version = np.lib.format.read_magic(file)
-                    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else _read_header_2_0
-                    shape, _, dtype = read(file)
+                    shape, dtype = read_header(file)
                 headers[key] = shape, dtype
                 size = math.prod(shape) * dtype.itemsize
                 if size > info.file_size:
@@ -82,10 +82,6 @@ def read_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
             f"split it into several files and pass their folder."
         )
     return headers
-
-
-def _read_header_2_0(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    return np.lib.format.read_array_header_2_0(file)
 
 
 def check_headers(path: Path, *, skip: Collection[str] = (), like: "Trajectories | None" = None) -> int:

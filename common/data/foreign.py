@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from common.data.names import DEFAULT_ENV, data_dir, validation_path
+from common.data.opening import HDF5, unused
 from common.data.spaces import action_range, flat
 from common.environments import is_registered, make_as_it_is
 from common.errors import UserError
@@ -32,10 +33,11 @@ from common.files import atomic, locked, read_json, record_sha256, sha256, write
 from common.progress import progress
 
 MINARI = "minari:"
-HDF5 = (".hdf5", ".h5", ".hdf")
 VALIDATION = 20  # each twentieth trajectory is kept for the comparison with Monte-Carlo returns
 VERSION = 6  # of what is made of a source
-ALIASES = {"truncations": "timeouts", "terminations": "terminals"}  # Gymnasium's names
+ALIASES = dict.fromkeys(("truncations", "truncation", "truncated", "timeout"), "timeouts")  # Gymnasium's names
+ALIASES |= dict.fromkeys(("terminations", "termination", "terminated"), "terminals")
+ALIASES |= dict.fromkeys(("next_obs", "next_observation"), "next_observations")
 SIGNS = {"timeouts", "next_observations", *ALIASES}  # arrays that OGBench's layout does not have
 
 
@@ -240,6 +242,7 @@ def open_d4rl(path: Path, env: str) -> Iterator[Source]:
             "  WARNING: nothing says where trajectories were cut (no timeouts, no next_observations): they are taken "
             "to go on until terminals"
         )
+    says += unused(path, {*NDIM, *ALIASES})
     low, high = _range_of_env(env, arrays["actions"].shape[1])
     last = np.flatnonzero(ends)
     first = np.concatenate([[0], last[:-1] + 1])
@@ -316,7 +319,10 @@ def read_d4rl(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} cannot be read ({error}): make or fetch it anew.") from None
     if groups:
         raise UserError(f"{groups[0]} in {path} is a group of arrays: D4RL's layout has one array of vectors there.")
-    arrays = {ALIASES.get(key, key): array for key, array in arrays.items()}
+    for key in [key for key in arrays if key in ALIASES]:
+        name, array = ALIASES[key], arrays.pop(key)
+        if not np.array_equal(arrays.setdefault(name, array), array):
+            raise UserError(f"{path} has {key} and another array for {name}, which differs: keep the right one.")
     missing = [key for key in NEEDED if key not in arrays]
     if missing:
         raise UserError(f"{path} has no array {missing[0]!r}: D4RL's layout needs {', '.join(NEEDED)}.")

@@ -123,6 +123,47 @@ def test_gymnasiums_names_and_masks(home: Path, name: str):
     assert steps(foreign.converted(write(home / name, **data), "robot")) == {step(i) for i in (0, 1, 3, 4, 6, 7)}
 
 
+@pytest.mark.parametrize("name", ["rows.hdf5", "rows.npz"])
+@pytest.mark.parametrize(
+    ("key", "meaning"),
+    [
+        *((key, "timeouts") for key in ("truncations", "truncation", "truncated", "timeout")),
+        *((key, "terminals") for key in ("terminations", "termination", "terminated")),
+        *((key, "next_observations") for key in ("next_obs", "next_observation")),
+    ],
+)
+def test_other_names_mean_the_same(home: Path, name: str, key: str, meaning: str, capsys: pytest.CaptureFixture):
+    """The same transitions as under D4RL's name, and nothing is left unused; two that differ are refused."""
+    data = rows() | dict(next_observations=rows()["observations"] + 1 + 50 * rows()["timeouts"][:, None])
+    expected = {*(step(i) for i in (0, 1, 3, 4, 6, 7)), step(2, 0.0, 53), step(5, after=56), step(8, after=59)}
+    other = {key: array for key, array in data.items() if key != meaning} | {key: data[meaning]}
+    path = download.find_files("robot", write(home / name, **other), episodes=None)[0]
+    assert steps(path) == expected and "not used" not in capsys.readouterr().out
+    for array in (data[meaning], data[meaning] + 1.0):
+        source = write(home / name, **data | {key: array})
+        if array is data[meaning]:
+            assert steps(foreign.converted(source, "robot")) == expected
+        else:
+            with pytest.raises(UserError, match=f"has {key} and another array for {meaning}, which differs: keep the"):
+                foreign.converted(source, "robot")
+
+
+@pytest.mark.parametrize(("name", "timeouts"), [("rows.hdf5", True), ("rows.npz", True), ("rows.npz", False)])
+def test_arrays_that_are_not_used_are_named(home: Path, name: str, timeouts: bool, capsys: pytest.CaptureFixture):
+    """Those with a row for each observation, in either layout. OGBench's own arrays are known."""
+    data = rows() | dict(dones=rows()["timeouts"], episode_ids=np.arange(9) // 3, seed=np.zeros(1))
+    if not timeouts:
+        del data["timeouts"]
+        data |= dict(terminals=np.arange(9) == 8, qpos=np.zeros((9, 2)), qvel=np.zeros((9, 2)))
+    download.find_files("robot", write(home / name, **data), episodes=None)
+    assert f"  not used: dones, episode_ids of {name} (docs/data.md" in capsys.readouterr().out
+    download.find_files("robot", write(home / name, **{key: data[key] for key in data if key != "dones"}), episodes=7)
+    assert "not used: episode_ids of" in capsys.readouterr().out
+    del data["dones"], data["episode_ids"]
+    download.find_files("robot", write(home / name, **data), episodes=None)
+    assert "not used" not in capsys.readouterr().out
+
+
 def test_next_observations_may_be_rounded_and_mean_nothing_after_an_end(home: Path):
     """Off by one place in the last digit, and NaN where nothing follows. Wrong if each row becomes a trajectory."""
     data = rows() | dict(observations=(np.arange(9)[:, None] / 3).astype(np.float32))
