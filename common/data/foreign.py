@@ -230,17 +230,18 @@ def open_d4rl(path: Path, env: str) -> Iterator[Source]:
     terminals, rewarded = arrays["terminals"].astype(bool), "rewards" in arrays
     rewards = arrays["rewards"] if rewarded else np.zeros(len(terminals), np.float32)
     ended = arrays["masks"] == 0 if "masks" in arrays else terminals  # with masks, terminals are ends of any kind
-    ends = terminals | arrays["timeouts"].astype(bool) if "timeouts" in arrays else terminals.copy()
+    timeouts = arrays.get("timeouts", np.zeros(len(terminals))).astype(bool)
+    ends = terminals | timeouts
     ends[-1] = True
     observations, after = arrays["observations"], arrays.get("next_observations")
     unknown, says = np.full(len(ends), after is None), []  # where the state after a row is
     if after is not None:
         after = np.where(ended[:, None] & np.isnan(after), observations, after)  # nothing looks at it
         ends, unknown, says = compare_with_next_rows(observations, after, ends, ended)
-    elif "timeouts" not in arrays:
+    if not ends[:-1].any() or (after is None and not timeouts.any()):
         says.append(
-            "  WARNING: nothing says where trajectories were cut (no timeouts, no next_observations): they are taken "
-            "to go on until terminals"
+            "  WARNING: nothing says where trajectories were cut (no true timeouts before the last row, no "
+            "next_observations other than the next row): they are taken to go on until terminals"
         )
     says += unused(path, {*NDIM, *ALIASES})
     low, high = _range_of_env(env, arrays["actions"].shape[1])

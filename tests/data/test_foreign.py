@@ -198,11 +198,30 @@ def test_an_hdf5_of_another_ending_and_one_with_groups(home: Path):
         foreign.converted(home / "groups.h5", "robot")
 
 
-def test_rows_that_do_not_say_where_they_were_cut(home: Path, capsys: pytest.CaptureFixture):
-    data = rows()
-    del data["timeouts"]
-    foreign.converted(write(home / "rows.hdf5", **data), "robot")
-    assert "WARNING: nothing says where trajectories were cut" in capsys.readouterr().out
+LAST = np.arange(9) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        (dict(timeouts=None), True),
+        (dict(timeouts=np.zeros(9)), True),
+        (dict(timeouts=np.zeros(9), terminals=np.zeros(9)), True),
+        (dict(timeouts=np.zeros(9), terminals=LAST), True),
+        (dict(timeouts=LAST, terminals=np.zeros(9)), True),
+        (dict(timeouts=None, terminals=LAST, next_observations=np.arange(1.0, 10)[:, None]), True),
+        (dict(timeouts=None, next_observations=np.arange(1.0, 10)[:, None]), False),
+        (dict(timeouts=LAST), False),
+        ({}, False),
+    ],
+)
+def test_rows_that_do_not_say_where_they_were_cut(
+    home: Path, changes: dict, warned: bool, capsys: pytest.CaptureFixture
+):
+    """No array, one that is false all over, or no end of any kind before the last row."""
+    arrays = {key: array for key, array in (rows() | changes).items() if array is not None}
+    foreign.converted(write(home / "rows.hdf5", **arrays), "robot")
+    assert ("WARNING: nothing says where trajectories were cut" in capsys.readouterr().out) == warned
 
 
 def test_next_observations_in_another_precision_are_the_same(home: Path):
