@@ -62,6 +62,7 @@ class Source(NamedTuple):
     trajectories: Iterator[Trajectory]
     says: tuple[str, ...] = ()
     rewarded: bool = True  # False: the data have no rewards, for behaviour cloning alone
+    clips: bool = True  # False: the range of the actions is of no environment, and no action is beyond it
     reference: tuple[float, float] | None = None  # returns of a random and of an expert policy
     settings: Mapping[str, Any] = {}  # of `gymnasium.make`, where they are not those of the id
 
@@ -256,7 +257,10 @@ def open_d4rl(path: Path, env: str) -> Iterator[Source]:
                 states = np.concatenate([states, after[end : end + 1]])
             yield Trajectory(states, arrays["actions"][rows], rewards[rows], ended[rows])
 
-    yield Source(path.stem, sha256(path), "", low, high, len(last), trajectories(), tuple(says), rewarded)
+    yield Source(
+        path.stem, sha256(path), "", low, high, len(last), trajectories(), tuple(says), rewarded,
+        clips=is_registered(env),
+    )  # fmt: skip
 
 
 def compare_with_next_rows(
@@ -349,7 +353,7 @@ def read_d4rl(path: Path) -> dict[str, np.ndarray]:
 def _range_of_env(env: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Of the actions of a Gymnasium environment; [-1, 1] if there is none of this name."""
     if not is_registered(env):
-        return -np.ones(size), np.ones(size)
+        return -np.ones(size, np.float32), np.ones(size, np.float32)
     made = make_as_it_is(env)
     low, high = action_range(made.action_space, env)
     made.close()
@@ -385,28 +389,45 @@ def in_our_layout(trajectory: Trajectory) -> dict[str, np.ndarray] | None:
     )
 
 
-def _refuse(trajectory: Trajectory, number: int, source: Source) -> None:
-    """Raises `UserError` for numbers that cannot be learned from, in the source's own terms."""
+def _excess(trajectory: Trajectory, number: int, source: Source) -> Float[np.ndarray, " n"]:
+    """How far the actions of each step are beyond their range, in shares of it; negative within.
+
+    Raises:
+        UserError: there are numbers that cannot be learned from.
+    """
     for name in ("observations", "actions", "rewards"):
         if not (np.abs(getattr(trajectory, name).astype(np.float64)) <= np.finfo(np.float32).max).all():
             raise UserError(f"{name} of trajectory {number} of {source.name} are not finite: remove or repair it.")
-    margin = 1e-3 * (source.high - source.low)
-    if ((trajectory.actions < source.low - margin) | (trajectory.actions > source.high + margin)).any():
+    beyond = np.maximum(source.low - trajectory.actions, trajectory.actions - source.high)
+    return (beyond / (source.high - source.low)).max(axis=1)
+
+
+def _say_clipped(source: Source, excess: Float[np.ndarray, " rows"]) -> list[str]:
+    """What to print of actions that are beyond their range by `excess` of it.
+
+    Raises:
+        UserError: more do than an environment may have clipped.
+    """
+    outside = int((excess > 1e-3).sum())
+    what = f"actions of {outside:,} of {len(excess):,} rows"
+    where = f"leave {source.low.tolist()} to {source.high.tolist()} by up to {excess.max():.1%} of this range"
+    if outside > len(excess) * (0.5 if source.clips else 0.0):
         raise UserError(
-            f"actions of trajectory {number} of {source.name} leave {source.low.tolist()} to {source.high.tolist()}, "
-            f"the range of the environment's: name the environment of the data with --env."
+            f"{what} of {source.name} {where}: scale or clip them, or, if it is in D4RL's layout, name the environment "
+            f"of the data with --env."
         )
+    return [f"  WARNING: {what} {where}: they are clipped, as an environment does"] if outside else []
 
 
 def _convert(source: Source, path: Path) -> dict[str, Any]:
     """Writes the validation file, the training file, and what there is to say, which it returns."""
     parts: dict[Path, list[dict[str, np.ndarray]]] = {validation_path(path): [], path: []}
-    lost = short = ended = 0
+    lost, short, ended, excess = 0, 0, 0, []
     bar = progress(
         iterable=source.trajectories, desc=f"converting {source.name}", unit="trajectory", total=source.number
     )
     for i, trajectory in enumerate(bar):
-        _refuse(trajectory, i, source)
+        excess.append(_excess(trajectory, i, source))
         rows = in_our_layout(trajectory)
         lost += len(trajectory.rewards) - (0 if rows is None else len(rows["rewards"]) - 1)
         short += rows is None
@@ -420,6 +441,7 @@ def _convert(source: Source, path: Path) -> dict[str, Any]:
         f"converted {source.name}: {number:,} trajectories, {ended:,} ended and {number - ended:,} cut; "
         f"{len(parts[validation_path(path)]):,} of them are for validation",
         *source.says,
+        *_say_clipped(source, np.concatenate(excess)),
     ]
     if lost:
         says.append(f"  {lost:,} last transitions are left out: the data do not keep the state after them")
@@ -436,6 +458,7 @@ def _convert(source: Source, path: Path) -> dict[str, Any]:
             continue
         written = [key for key in rows[0] if source.rewarded or key not in ("rewards", "masks")]
         arrays = {key: np.concatenate([part[key] for part in rows]) for key in written}
+        arrays["actions"] = np.clip(arrays["actions"], source.low, source.high)
         if scaled:
             unit = 2.0 * (arrays["actions"] - source.low) / (source.high - source.low) - 1.0
             arrays["actions"] = unit.astype(np.float32)

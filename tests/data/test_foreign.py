@@ -1,5 +1,7 @@
 """Minari datasets and D4RL's layout: every transition of the source, and nothing else, is one of ours."""
 
+import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -270,6 +272,43 @@ def test_actions_have_the_range_of_the_environment(home: Path, capsys: pytest.Ca
         foreign.converted(home / "rows.hdf5", "Hopper-v5")
 
 
+WILD = [-4.0, 1.0, -1.0, 2.0, 2.1, 0.0]
+
+
+@pytest.mark.parametrize("name", ["rows.npz", "minari:toy/wild-v0"])
+@pytest.mark.parametrize(
+    ("torques", "says"),
+    [
+        (WILD, "WARNING: actions of 2 of 6 rows leave [-2.0] to [2.0] by up to 50.0% of this range: they are clipped"),
+        ([4.0, 4.0, *WILD[:3], 2.1], "actions of 4 of 6 rows"),
+    ],
+)
+def test_actions_that_an_environment_clips(
+    home: Path, name: str, torques: list[float], says: str, capsys: pytest.CaptureFixture
+):
+    """Up to half of the rows are clipped, here to Pendulum's [-2, 2]; data of which more are beyond it are refused."""
+    dataset, actions = Path(name), np.array(torques, np.float32)[:, None]
+    if name == "rows.npz":
+        arrays = {key: array[:6] for key, array in rows().items()} | dict(actions=actions, timeouts=np.zeros(6))
+        dataset = write(home / name, **arrays | dict(terminals=np.arange(6) == 5))
+    else:
+        buffers = [dataclasses.replace(buffer(np.arange(7), True), actions=actions)]
+        make("toy/wild-v0", buffers, action_space=spaces.Box(-2, 2, (1,), np.float32))
+    if torques is WILD:
+        path = foreign.converted(dataset, "Pendulum-v1")
+        np.testing.assert_allclose(files.read_arrays(path)["actions"][:6, 0], [-1, 0.5, -0.5, 1, 1, 0])
+        assert says in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match=rf"{re.escape(says)}.*: scale or clip them"):
+            foreign.converted(dataset, "Pendulum-v1")
+
+
+def test_an_action_beyond_the_range_of_no_environment_is_refused(home: Path):
+    actions = np.where(np.arange(9) == 4, 1.2, 0.1)[:, None]
+    with pytest.raises(UserError, match=r"actions of 1 of 9 rows of rows leave \[-1\.0\] to \[1\.0\] by up to 10\.0%"):
+        foreign.converted(write(home / "rows.hdf5", **rows() | dict(actions=actions)), "robot")
+
+
 def test_a_twentieth_is_for_validation_and_a_conversion_is_made_once(home: Path, capsys: pytest.CaptureFixture):
     data = rows(120)
     source = write(home / "rows.hdf5", **data)
@@ -291,7 +330,7 @@ def test_a_twentieth_is_for_validation_and_a_conversion_is_made_once(home: Path,
         (dict(terminals=np.full(9, np.nan)), r"terminals in .* must be 0 or 1 everywhere"),
         (dict(timeouts=np.full(9, 2)), r"timeouts in .* must be 0 or 1 everywhere"),
         (dict(observations=np.full((9, 1), np.inf)), r"observations of trajectory 0 of rows are not finite"),
-        (dict(actions=np.full((9, 1), 1.2)), r"actions of trajectory 0 of rows leave \[-1\.0\] to \[1\.0\]"),
+        (dict(actions=np.full((9, 1), 1.2)), r"actions of 9 of 9 rows of rows leave \[-1\.0\] to \[1\.0\] by"),
         (dict(timeouts=np.zeros(8)), r"timeouts in .* must be a 1-D array of numbers with 9 rows"),
         (dict(terminals=np.full(9, b"no")), r"terminals in .* must be a 1-D array of numbers"),
         (dict(next_observations=np.zeros((9, 1, 1))), r"next_observations in .* must be a 2-D array"),
