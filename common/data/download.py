@@ -25,7 +25,7 @@ from common.data.collect import collect, recipe_of, why_not_collectable
 from common.data.files import KNOWN
 from common.data.foreign import converted, is_foreign, is_minari
 from common.data.names import check_env, collected_path, data_dir, parse_env, validation_path
-from common.data.opening import unused
+from common.data.opening import HDF5, unused
 from common.errors import UserError
 from common.files import locked, read_json, record_sha256, sha256, sha256_path
 from common.progress import progress
@@ -119,11 +119,14 @@ def data_files(path: Path) -> list[Path]:
     """The training files of a dataset: itself, or, of a folder, all `.npz` but the `-val.npz`, in order of their names.
 
     Raises:
-        UserError: the folder has none.
+        UserError: the folder has none, or others too.
     """
     if path.is_file():
         return [path]
-    files = sorted(p for p in path.glob("*.npz") if not p.stem.endswith("-val") and not p.name.startswith("."))
+    seen = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+    for other in (p for p in seen if p.suffix.lower() in HDF5):
+        raise UserError(f"{other} is no .npz file: pass it to --dataset alone, or keep it outside the folder.")
+    files = [p for p in seen if p.suffix.lower() == ".npz" and not p.stem.endswith("-val")]
     if not files:
         raise UserError(f"the folder {path} has no training files (*.npz, without *-val.npz): check --dataset.")
     return files

@@ -16,6 +16,7 @@ One that ended needs no such state: with a mask of 0 nothing looks at it.
 import contextlib
 import functools
 import hashlib
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,10 +102,8 @@ def is_foreign(dataset: Path) -> bool:
     """Whether `--dataset` names a Minari dataset or a file in D4RL's layout."""
     if is_minari(dataset) or dataset.suffix.lower() in HDF5:
         return True
-    if dataset.suffix != ".npz" or not dataset.is_file():
-        return False
-    with contextlib.suppress(Exception), np.load(dataset, allow_pickle=False) as file:  # damage is reported elsewhere
-        return bool(SIGNS & set(file.files))
+    with contextlib.suppress(Exception), zipfile.ZipFile(dataset) as archive:  # damage is reported elsewhere
+        return any(name.removesuffix(".npy") in SIGNS for name in archive.namelist())
     return False
 
 
@@ -398,7 +397,8 @@ def _excess(trajectory: Trajectory, number: int, source: Source) -> Float[np.nda
     for name in ("observations", "actions", "rewards"):
         if not (np.abs(getattr(trajectory, name).astype(np.float64)) <= np.finfo(np.float32).max).all():
             raise UserError(f"{name} of trajectory {number} of {source.name} are not finite: remove or repair it.")
-    beyond = np.maximum(source.low - trajectory.actions, trajectory.actions - source.high)
+    actions = trajectory.actions.astype(np.float64)
+    beyond = np.maximum(source.low - actions, actions - source.high)
     return (beyond / (source.high - source.low)).max(axis=1)
 
 

@@ -175,4 +175,4 @@ def collected_path(dataset: str, episodes: int, seed: int = 0) -> Path:
 
 def validation_path(train: Path) -> Path:
     """OGBench's convention: `NAME-val.npz` beside `NAME.npz`."""
-    return train.with_name(f"{train.stem}-val.npz")
+    return train.with_name(f"{train.stem}-val{train.suffix if train.suffix.lower() == '.npz' else '.npz'}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-HDF5 = (".hdf5", ".h5", ".hdf")
+HDF5 = (".hdf5", ".h5", ".hdf", ".he5")
 
 
 def read_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 
 from common.data import download
+from common.data.names import validation_path
 from common.errors import UserError
 from common.files import sha256
 from tests.helpers import contents, tiny_dataset
@@ -211,6 +212,19 @@ def test_a_folder_has_the_environments_file_or_one_file_or_many(home: Path):
     (home / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty has no training files .*check --dataset"):
         download.find_files("my-robot", home / "empty", episodes=None)
+
+
+def test_a_folder_is_read_whatever_the_case_of_its_endings(home: Path):
+    """A file of another kind that would be left out is refused."""
+    two, one = tiny_dataset(home / "folder/a.npz"), home / "folder/B.NPZ"
+    tiny_dataset(home / "folder/b.npz").rename(one)
+    tiny_dataset(home / "folder/b-val.npz").rename(validation_path(one))
+    assert validation_path(one).name == "B-val.NPZ"
+    assert download.find_files("my-robot", home / "folder", episodes=None) == (home / "folder", "file")
+    assert download.data_files(home / "folder") == [one, two]
+    (home / "folder/b.HDF5").touch()
+    with pytest.raises(UserError, match=r"b\.HDF5 is no \.npz file: pass it to --dataset alone, or keep it outside"):
+        download.find_files("my-robot", home / "folder", episodes=None)
 
 
 def test_what_cannot_be_downloaded_is_collected_and_said_so(
