@@ -25,7 +25,7 @@ from common.data.collect import collect, recipe_of, why_not_collectable
 from common.data.files import KNOWN
 from common.data.foreign import converted, is_foreign, is_minari
 from common.data.names import check_env, collected_path, data_dir, parse_env, validation_path
-from common.data.opening import HDF5, unused
+from common.data.opening import HDF5, unreadable, unused
 from common.errors import UserError
 from common.files import locked, read_json, record_sha256, sha256, sha256_path
 from common.progress import progress
@@ -355,9 +355,7 @@ def fingerprint(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             members = sorted((info.filename, info.file_size, info.CRC) for info in archive.infolist())
     except Exception as error:  # a damaged archive raises a dozen types
-        raise UserError(
-            f"{path} cannot be read ({error}): make or fetch it anew, or remove it from the folder."
-        ) from None
+        raise unreadable(str(path), error, "make or fetch it anew, or remove it from the folder") from None
     return hashlib.sha256(repr(members).encode()).hexdigest()
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from common.data.foreign import SIGNS
 from common.data.names import import_ogbench, parse_env
-from common.data.opening import read_header
+from common.data.opening import read_header, unreadable
 from common.errors import UserError
 from common.machine import free_memory, trim_memory
 
@@ -69,9 +69,8 @@ def read_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     except UserError:
         raise
     except Exception as error:  # a damaged archive raises a dozen types, from zlib's to zipfile's
-        raise UserError(
-            f"{key} in {path} cannot be read ({error}): make the .npz file with numpy.savez, without objects."
-        ) from None
+        remedy = "make the .npz file with numpy.savez, without objects"
+        raise unreadable(f"{key} in {path}", error, remedy) from None
     for key, (_, dtype) in headers.items():
         if dtype.hasobject:
             raise UserError(f"{key} in {path} is an array of objects, which is never unpickled: save it as numbers.")
@@ -165,7 +164,7 @@ def _load(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
             for key in (key for key in keys if key in file.files):
                 arrays[key] = file[key]
     except Exception as error:
-        raise UserError(f"{key} in {path} cannot be read ({error}): make or fetch it anew.") from None
+        raise unreadable(f"{key} in {path}", error, "make or fetch it anew") from None
     return arrays
 
 

@@ -16,6 +16,7 @@ One that ended needs no such state: with a mask of 0 nothing looks at it.
 import contextlib
 import functools
 import hashlib
+import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from common.data.names import DEFAULT_ENV, data_dir, validation_path
-from common.data.opening import HDF5, unused
+from common.data.opening import HDF5, unreadable, unused
 from common.data.spaces import action_range, flat
 from common.environments import is_registered, make_as_it_is
 from common.errors import UserError
@@ -146,14 +147,24 @@ def load_minari(name: str) -> Any:
     """
     try:
         import minari
-    except ImportError as error:
-        raise UserError(f"--dataset {MINARI}{name} needs Minari ({error}): pip install 'minari[hdf5]'.") from None
+        from minari.storage.datasets_root_dir import get_dataset_path
+    except Exception as error:  # a package that does not fit to another one raises any kind
+        raise UserError(
+            f"--dataset {MINARI}{name} needs Minari ({error}): pip install --upgrade 'minari[hdf5]'."
+        ) from None
     try:
         return minari.load_dataset(name, download=True)
+    except PermissionError as error:
+        raise unreadable(f"--dataset {MINARI}{name}", error, "") from None
     except Exception as error:  # of the network, the host, the name or the files
+        folder = get_dataset_path(name)
+        if folder.exists():
+            allowed = os.access(folder, os.R_OK | os.X_OK)  # Minari looks for one elsewhere that it may not open
+            remedy = "delete it, and it will be downloaded anew" if allowed else "change its permissions"
+            raise unreadable(str(folder), error, remedy) from None
         raise UserError(
-            f"--dataset {MINARI}{name} is not in Minari's folder and cannot be downloaded ({error}): "
-            f"`minari list local` and `minari list remote` show what there is."
+            f"--dataset {MINARI}{name} is not in Minari's folder and cannot be downloaded ({str(error) or repr(error)})"
+            f": `minari list local` and `minari list remote` show what there is."
         ) from None
 
 
@@ -304,23 +315,7 @@ def read_d4rl(path: Path) -> dict[str, np.ndarray]:
     """
     if not path.is_file():
         raise UserError(f"there is no dataset file at {path}: check the path given to --dataset.")
-    groups: list[str] = []
-    try:
-        if path.suffix.lower() in HDF5:
-            import h5py
-
-            with h5py.File(path) as file:
-                groups = [key for key in NDIM if isinstance(file.get(key), h5py.Group)]
-                arrays = {key: np.asarray(file[key]) for key in (*NDIM, *ALIASES) if key in file and key not in groups}
-        else:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in (*NDIM, *ALIASES) if key in file.files}
-    except (PermissionError, MemoryError):
-        raise
-    except ImportError as error:
-        raise UserError(f"{path} needs h5py ({error}): pip install h5py.") from None
-    except Exception as error:  # a damaged file raises a dozen types
-        raise UserError(f"{path} cannot be read ({error}): make or fetch it anew.") from None
+    arrays, groups = _read(path)
     if groups:
         raise UserError(f"{groups[0]} in {path} is a group of arrays: D4RL's layout has one array of vectors there.")
     for key in [key for key in arrays if key in ALIASES]:
@@ -347,6 +342,25 @@ def read_d4rl(path: Path) -> dict[str, np.ndarray]:
     if len(set(columns)) > 1:
         raise UserError(f"observations and next_observations in {path} have {columns} columns: make them equal.")
     return arrays
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays of a file, and which of those that are needed are groups of arrays."""
+    if path.suffix.lower() in HDF5:
+        try:
+            import h5py
+        except Exception as error:  # a package that does not fit to another one raises any kind
+            raise UserError(f"{path} needs h5py ({error}): pip install --upgrade h5py.") from None
+    try:
+        if path.suffix.lower() in HDF5:
+            with h5py.File(path) as file:
+                groups = [key for key in NDIM if isinstance(file.get(key), h5py.Group)]
+                keys = [key for key in (*NDIM, *ALIASES) if key in file and key not in groups]
+                return {key: np.asarray(file[key]) for key in keys}, groups
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in (*NDIM, *ALIASES) if key in file.files}, []
+    except Exception as error:  # a damaged file raises a dozen types
+        raise unreadable(str(path), error, "make or fetch it anew") from None
 
 
 def _range_of_env(env: str, size: int) -> tuple[np.ndarray, np.ndarray]:

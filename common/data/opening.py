@@ -1,6 +1,7 @@
-"""What is in a file, without reading its arrays."""
+"""What is in a file, without reading its arrays, and why it cannot be read."""
 
 import contextlib
+import errno
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -8,7 +9,25 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import UserError
+
 HDF5 = (".hdf5", ".h5", ".hdf", ".he5")
+REMEDIES = {
+    errno.EACCES: "change its permissions",
+    errno.EPERM: "change its permissions",
+    errno.EAGAIN: "wait until the process that writes it has closed it",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENOMEM: "free some memory, or split it into several files",
+}
+
+
+def unreadable(what: str, error: Exception, remedy: str) -> UserError:
+    """A sentence with the cause, which ends with `remedy` where that is what the file contains."""
+    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+    if number not in (None, errno.EINVAL):  # the latter comes from a place that is none, as damaged files name them
+        remedy = REMEDIES.get(number, "see that it is still there and that its disk works")
+    return UserError(f"{what} cannot be read ({str(error) or repr(error)}): {remedy}.")
 
 
 def read_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:

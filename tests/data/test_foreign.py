@@ -1,10 +1,13 @@
 """Minari datasets and D4RL's layout: every transition of the source, and nothing else, is one of ours."""
 
 import dataclasses
+import errno
 import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gymnasium
 import h5py
@@ -358,6 +361,33 @@ def test_rewards_are_not_needed_for_behaviour_cloning(home: Path):
         files.load_trajectories(foreign.converted(path, "robot"), env="robot", tasks=(0,))
 
 
+CAUSES = [
+    (PermissionError(errno.EACCES, "Permission denied"), "change its permissions"),
+    (OSError(errno.EMFILE, "Too many open files"), "raise the limit of open files"),
+    (BlockingIOError(errno.EAGAIN, "unable to lock file"), "wait until the process that writes it has closed it"),
+    (OSError(errno.EIO, "Input/output error"), "see that it is still there and that its disk works"),
+    (MemoryError(), "free some memory"),
+    (OSError(errno.EINVAL, "Invalid argument"), "anew|numpy.savez"),
+    (ValueError("no array"), "anew|numpy.savez"),
+]
+
+
+@pytest.mark.parametrize("read", ["read_d4rl", "hdf5", "read_headers", "read_terminals", "fingerprint"])
+@pytest.mark.parametrize(("error", "remedy"), CAUSES, ids=[repr(error) for error, _ in CAUSES])
+def test_the_cause_is_of_the_file_only_where_it_is(
+    home: Path, monkeypatch: pytest.MonkeyPatch, read: str, error: Exception, remedy: str
+):
+    """Fails if a whole file is to be made anew, since the system refuses it."""
+    path = write(home / ("rows.hdf5" if read == "hdf5" else "rows.npz"), **rows())
+    function = {
+        "read_headers": files.read_headers, "read_terminals": files.read_terminals, "fingerprint": download.fingerprint
+    }.get(read, foreign.read_d4rl)  # fmt: skip
+    for module, name in ((h5py, "File"), (np, "load"), (zipfile, "ZipFile")):
+        monkeypatch.setattr(module, name, mock.Mock(side_effect=error))
+    with pytest.raises(UserError, match=rf"{path.name} cannot be read \(.+\): .*({remedy})"):
+        function(path)
+
+
 def test_files_that_are_none(home: Path):
     with pytest.raises(UserError, match="there is no dataset file at"):
         foreign.converted(home / "none.hdf5", "robot")
@@ -478,9 +508,42 @@ def test_a_minari_dataset_that_is_nowhere(monkeypatch: pytest.MonkeyPatch):
         foreign.converted(Path("minari:toy/none-v0"), "robot")
 
 
+@pytest.mark.parametrize(
+    ("error", "allowed", "says"),
+    [
+        (PermissionError(13, "Permission denied"), True, r"minari:toy/a-v0 .*denied\): change its permissions"),
+        (ConnectionError(), False, r"minari/toy/a-v0 .*\(ConnectionError\(\)\): change its permissions"),
+        (ValueError("no data"), True, r"minari/toy/a-v0 .*\(no data\): delete it, and it will be downloaded anew"),
+    ],
+)
+def test_a_minari_dataset_that_is_here_and_cannot_be_read(
+    home: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, allowed: bool, says: str
+):
+    make("toy/a-v0", [buffer(np.arange(4), True)])
+    monkeypatch.setattr(minari, "load_dataset", mock.Mock(side_effect=error))
+    monkeypatch.setattr(foreign.os, "access", lambda *_: allowed)
+    with pytest.raises(UserError, match=says):
+        foreign.converted(Path("minari:toy/a-v0"), "robot")
+
+
+@pytest.mark.parametrize("package", ["h5py", "minari"])
+@pytest.mark.parametrize("error", ["ImportError", "ValueError", "AttributeError"])
+def test_a_package_that_cannot_be_imported(home: Path, monkeypatch: pytest.MonkeyPatch, package: str, error: str):
+    """Missing, or made for another version of NumPy."""
+    (home / f"{package}.py").write_text(f"raise {error}('no binary')")
+    dataset = Path("minari:toy/none-v0") if package == "minari" else write(home / "rows.hdf5", **rows())
+    monkeypatch.syspath_prepend(home)
+    monkeypatch.delitem(sys.modules, package)
+    with pytest.raises(
+        UserError, match=rf"(?i)needs {package} \(no binary\): pip install --upgrade '?{package}"
+    ) as caught:
+        foreign.converted(dataset, "robot")
+    assert "anew" not in str(caught.value)
+
+
 def test_minari_is_optional(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "minari", None)
-    with pytest.raises(UserError, match=r"needs Minari .*pip install 'minari\[hdf5\]'"):
+    with pytest.raises(UserError, match=r"needs Minari .*pip install --upgrade 'minari\[hdf5\]'"):
         foreign.converted(Path("minari:toy/none-v0"), "robot")
 
 
