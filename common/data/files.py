@@ -139,8 +139,12 @@ def read_arrays(path: Path, skip: Collection[str] = ()) -> dict[str, np.ndarray]
     row = first_row(arrays["actions"], lambda part: (part < -1.001) | (part > 1.001))
     if row is not None:
         raise UserError(f"actions in {path} leave [-1, 1] at row {row}: scale them to that range.")
-    if (largest := float(np.abs(arrays["actions"]).max())) < 0.01:
-        print(f"WARNING: actions in {path} stay within {largest:.2g} of 0: scale them, so that they fill [-1, 1].")
+    ranges = arrays["actions"].max(axis=0).astype(np.float64) - arrays["actions"].min(axis=0)
+    if len(narrow := np.flatnonzero(ranges < 0.02)):
+        print(
+            f"WARNING: actions in {path}: columns {narrow[:10].tolist()} vary by {ranges[narrow].max():.2g} or less: "
+            f"scale them, so that they fill [-1, 1]; a constant one can be left out."
+        )
     if "masks" in arrays and first_row(arrays["masks"], lambda part: (part != 0) & (part != 1)) is not None:
         raise UserError(f"masks in {path} must be 0 (the bootstrap stops) or 1 everywhere.")
     return arrays

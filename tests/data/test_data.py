@@ -688,7 +688,7 @@ def test_offsets_that_leave_no_signal_are_said(tmp_path: Path, capsys: pytest.Ca
     assert "WARNING: observations [0, 1, 2] vary by no more than" in said(observations=large)
     rewards = (1e6 + rng.normal(size=600)).astype(np.float32)
     assert "own rewards: returns vary by" in said(rewards=rewards, masks=np.ones(600, np.float32))
-    assert "stay within 1e-06 of 0" in said(actions=(ordinary["actions"] * 1e-6).astype(np.float32))
+    assert "columns [0, 1] vary by 2e-06 or less" in said(actions=(ordinary["actions"] * 1e-6).astype(np.float32))
     assert "actions in" in said(actions=0.5 + 1e-9 * ordinary["actions"].astype(np.float64))
     with pytest.raises(UserError, match="are not finite: scale the rewards"):
         said(rewards=(1e38 * ordinary["rewards"]).astype(np.float32))
@@ -754,6 +754,25 @@ def test_what_single_precision_rounds_off_is_said(
     said = capsys.readouterr().out
     assert (f"{array} in {tmp_path / 'data.npz'}: single precision rounds columns" in said) == lost
     assert not lost or f"columns [{int(array == 'observations')}] by up to" in said
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        (np.linspace(-1e-4, 1e-4, 6), "columns [1] vary by 0.0002 or less"),
+        (np.linspace(0.899, 0.901, 6), "columns [1] vary by 0.002 or less"),
+        (np.full(6, -1.0), "columns [1] vary by 0 or less"),
+        (np.linspace(0.0, 0.03, 6), None),
+    ],
+)
+def test_actions_that_hardly_move_are_named(
+    tmp_path: Path, column: np.ndarray, said: str | None, capsys: pytest.CaptureFixture
+):
+    """Beside a column that fills [-1, 1]."""
+    actions = np.stack([np.linspace(-1, 1, 6), column], axis=1).astype(np.float32)
+    files.read_arrays(write(tmp_path / "data.npz", actions=actions))
+    printed = capsys.readouterr().out
+    assert printed == "" if said is None else f"actions in {tmp_path / 'data.npz'}: {said}: scale them" in printed
 
 
 def test_rows_with_complete_returns_are_chosen_by_their_place_alone():
