@@ -17,6 +17,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -91,7 +92,7 @@ def environment_of(env: str, dataset: Path | None) -> str:
 @functools.cache
 def minari_env(name: str) -> str:
     spec = evaluated_in(load_minari(name))
-    if spec is not None and spec.additional_wrappers:
+    if spec is not None and wrappers_of(spec):
         raise UserError(
             f"{MINARI}{name} was made in {spec.id} within {wrappers_of(spec)}: register an environment that includes "
             f"it, and name that with --env module:Id-v0. With another --env, evaluation is without the wrapper."
@@ -152,6 +153,8 @@ def load_minari(name: str) -> Any:
         raise UserError(
             f"--dataset {MINARI}{name} needs Minari ({error}): pip install --upgrade 'minari[hdf5]'."
         ) from None
+    if not re.search(r"-v\d+$", name):
+        raise UserError(f"--dataset {MINARI}{name} has no version: write {MINARI}NAME-vN, such as {MINARI}{name}-v0.")
     try:
         return minari.load_dataset(name, download=True)
     except PermissionError as error:
@@ -192,7 +195,7 @@ def open_minari(name: str) -> Iterator[Source]:
     spec = evaluated_in(dataset)
     env, settings = ("", {}) if spec is None else (spec.id, settings_of(spec))
     says = (f"  {env} is made with {settings}",) if settings else ()
-    if spec is not None and spec.additional_wrappers:
+    if spec is not None and wrappers_of(spec):
         says = (*says, f"  WARNING: made in {env} within {wrappers_of(spec)}, which is not there in the evaluation")
     scores = tuple(dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
     reference = None if None in scores else (float(scores[0]), float(scores[1]))
@@ -211,7 +214,9 @@ def evaluated_in(dataset: Any) -> gymnasium.envs.registration.EnvSpec | None:
 
 
 def wrappers_of(spec: gymnasium.envs.registration.EnvSpec) -> str:
-    return ", ".join(wrapper.name for wrapper in spec.additional_wrappers)
+    """Those that change what an agent sees or does; a time limit is among the settings."""
+    harmless = ("RecordEpisodeStatistics", "RecordVideo", "TimeLimit", "OrderEnforcing", "PassiveEnvChecker")
+    return ", ".join(wrapper.name for wrapper in spec.additional_wrappers if wrapper.name not in harmless)
 
 
 def settings_of(spec: gymnasium.envs.registration.EnvSpec) -> dict[str, Any]:

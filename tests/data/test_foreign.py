@@ -458,6 +458,17 @@ def test_wrappers_of_an_environment_are_not_forgotten(home: Path, capsys: pytest
     assert "WARNING: made in Pendulum-v1 within TimeAwareObservation, which is not there" in capsys.readouterr().out
 
 
+def test_wrappers_that_change_nothing_are_no_obstacle(home: Path, capsys: pytest.CaptureFixture):
+    """A time limit that a wrapper sets is kept."""
+    env = gymnasium.wrappers.TimeLimit(gymnasium.make("Pendulum-v1"), 7)
+    make("toy/counted-v0", [buffer(np.arange(4), True)], env=gymnasium.wrappers.RecordEpisodeStatistics(env).spec)
+    dataset = Path("minari:toy/counted-v0")
+    assert foreign.environment_of("cube-double-play", dataset) == "Pendulum-v1"
+    foreign.converted(dataset, "Pendulum-v1")
+    said = capsys.readouterr().out
+    assert "WARNING" not in said and "Pendulum-v1 is made with {'max_episode_steps': 7}" in said
+
+
 @pytest.mark.parametrize("scores", [(-5.0, -5.0), (0.0, np.nan)])
 def test_reference_scores_that_are_none(home: Path, scores: tuple[float, float], capsys: pytest.CaptureFixture):
     reference = dict(ref_min_score=scores[0], ref_max_score=scores[1])
@@ -497,6 +508,11 @@ def test_minari_spaces_that_no_network_here_takes(space: dict[str, spaces.Space]
     with pytest.raises(UserError, match=says):
         action_range(actions, "toy")
         flat(observations, np.zeros((2, *observations.shape)), "toy", batched=True)
+
+
+def test_a_minari_dataset_without_a_version():
+    with pytest.raises(UserError, match=r"outside/pendulum has no version: write minari:NAME-vN, such as minari:out"):
+        foreign.converted(Path("minari:outside/pendulum"), "robot")
 
 
 def test_a_minari_dataset_that_is_nowhere(monkeypatch: pytest.MonkeyPatch):
