@@ -20,7 +20,9 @@ def action_range(space: gymnasium.Space, name: str) -> tuple[np.ndarray, np.ndar
             f"{name} has actions of the kind {type(space).__name__}: only continuous ones (Box) are learned."
         )
     whole = not np.issubdtype(space.dtype, np.floating)
-    if not space.is_bounded("both") or len(space.shape) != 1 or whole or (space.low >= space.high).any():
+    half = space.high / 2 - space.low / 2
+    fits = ((half > 0) & (half <= np.finfo(np.float32).max / 2)).all()  # single precision, which scales, has no more
+    if not space.is_bounded("both") or len(space.shape) != 1 or whole or not fits:
         raise UserError(f"{name} has actions that are no bounded vector ({space}): they cannot be scaled to [-1, 1].")
     return space.low, space.high
 

@@ -490,6 +490,9 @@ def test_minaris_actions_and_dictionaries(home: Path):
     np.testing.assert_allclose(data.actions[:, 0], [-1.0, -0.95, -0.9, -0.9], rtol=1e-6)
 
 
+LARGEST = np.finfo(np.float32).max
+
+
 @pytest.mark.parametrize(
     ("space", "says"),
     [
@@ -498,6 +501,11 @@ def test_minaris_actions_and_dictionaries(home: Path):
         (dict(action_space=spaces.Box(np.array([-1, 0]), np.array([1, 0]))), "actions that are no bounded vector"),
         (dict(action_space=spaces.Box(-1, 1, (1, 2))), "actions that are no bounded vector"),
         (dict(action_space=spaces.Box(-np.inf, np.inf, (1,))), "actions that are no bounded vector"),
+        (
+            dict(action_space=spaces.Box(-LARGEST, LARGEST, (1,))),
+            "actions that are no bounded vector .*cannot be scaled",
+        ),
+        (dict(action_space=spaces.Box(-1.7e308, 1.7e308, (1,), np.float64)), "actions that are no bounded vector"),
         (dict(observation_space=spaces.Discrete(3)), "observations with the kind Discrete"),
         (dict(observation_space=spaces.Box(0, 255, (8, 8, 3), np.uint8)), "observations with images"),
     ],
