@@ -71,7 +71,7 @@ def within(low: int, high: int, *, brackets: str) -> Constraint:
 def size(most: int) -> Constraint:
     """A whole number from 1 to the largest that anybody could mean; also of what a file says."""
     return Constraint(
-        lambda x, _: type(x) is int and 1 <= x <= most,
+        lambda x, _: isinstance(x, int | np.integer) and not isinstance(x, bool) and 1 <= x <= most,
         lambda flag, x, _: f"{flag} must be a number in [1, {most}], not {x!r:.50}.",
     )
 

@@ -22,6 +22,7 @@ from common.data.foreign import is_minari
 from common.data.names import GYM_ID, parse_env, validation_path
 from common.environments import check_sizes, evaluation_id, settings_of
 from common.errors import UserError
+from common.machine import free_memory
 from common.networks import FlowPolicy, Sizes, Standardizer
 from common.replicas import copy_to_devices, first_host_first, spread
 from common.returns import ReturnAxis, make_axis
@@ -280,6 +281,7 @@ class ValueProblem(Problem):
             self.base = None
             self.standardizer = self._standardizer()
         else:
+            self._check_bank()
             self.base = self._load_policy(args, sizes=self.sizes, data_sha256=self.info["sha256"])
             self.standardizer = self.base.standardizer
         bounds = transitions.return_bounds(span, args.discount)
@@ -320,6 +322,17 @@ class ValueProblem(Problem):
             policy_run_dir=base,
             policy_sha256="" if self.base is None else self.base.sha256,
         )
+
+    def _check_bank(self) -> None:
+        """Whether the memory that the bank is going to take is there; before stage 1 takes its time."""
+        args = self.args
+        number = 0 if args.next_action == "dataset" else args.num_next_actions
+        size = len(args.policy_seeds) * self.longest * number * self.sizes.chunk * np.float16().nbytes
+        if size > (free := free_memory()):
+            raise UserError(
+                f"the bank of {number:,} next actions takes {size / 2**30:,.3g} GiB, and {free / 2**30:.3g} GiB of "
+                f"memory are free: use a smaller --num-next-actions, or fewer --seeds."
+            )
 
     def _bank(self, observations, starts, file, draw=0):
         """The next-action bank of a file; the first draw is kept beside the base policy."""

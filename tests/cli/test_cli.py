@@ -573,6 +573,7 @@ MISTAKES_OF_VALUE = {
         "--td-target velocity needs an affine axis",
     ),
     "no next actions": (dict(num_next_actions=0), "--num-next-actions must be at least 1"),
+    "a bank that no memory holds": (dict(num_next_actions=10**9), "bank of 1,000,000,000|GiB|--num-next-actions"),
     "no flow steps": (dict(flow_steps=0), "--flow-steps must be at least 1"),
     "no evaluated actions": (dict(num_actions=0), "--num-actions must be at least 1"),
     "a negative return temperature": (dict(return_temperature=-0.1), "--return-temperature"),
