@@ -306,7 +306,6 @@ def test_summary_counts_and_intervals():
         (dict(num_actions=0), "--num-actions must be at least 1, not 0"),
         (dict(num_returns=0), "--num-returns must be at least 1, not 0"),
         (dict(flow_steps=0), "--flow-steps must be at least 1, not 0"),
-        (dict(solver="rk4"), "--solver must be .*'rk4'"),
         (dict(action_temperature=-1.0), "--action-temperature must not be negative"),
         (dict(return_temperature=float("nan")), "--return-temperature must not be negative"),
     ],
