@@ -587,17 +587,11 @@ def test_the_readmes_tables_are_those_of_the_results():
         rate, low, high = re.fullmatch(r"(\d+%) \[(\d+)%, (\d+)%\]", cell).groups()
         return f"{rate} [{low}, {high}]"
 
-    for env, label in (
-        ("cube-single-play", "cube-single-play"),
-        ("cube-double-play", "cube-double-play"),
-        (
-            "pointmaze-medium-navigate",
-            "pointmaze-medium-navigate, with `--next-action softmax --discount 0.995`",
-        ),
-    ):
-        backup = "softmax" if "maze" in env else "base"
-        *_, extracted, _, alone, _ = cells("tasks", f"| {env} (collected) | 1 2 3 4 5 | 1 |", f"| `{backup}` |")
-        assert f"| {label} | {shorter(alone)} | {shorter(extracted)} |" in readme
+    lines = (ROOT / "results" / "thirty-tasks" / "README.md").read_text().replace("*", "").splitlines()
+    five_tasks = [line.split(" | ") for line in lines if re.match(r"\| [a-z].*\[.* \+ ", line)]
+    for env, *_, extracted, alone, _, _ in five_tasks:
+        assert f"{env} | {shorter(alone)} | {shorter(extracted)} |" in readme
+    assert len(five_tasks) == 5
     for method, label in (
         ("`scalar` | base", "scalar critic"),
         ("`paper, trunk` | base", "published TD target"),
@@ -637,12 +631,6 @@ def test_the_readmes_tables_are_those_of_the_results():
 def test_what_is_said_of_the_thirty_tasks_is_in_their_rows():
     runs = rows.numbers(rows.read(ROOT / "results" / "thirty-tasks" / "runs.csv"), real=["success"])
     ours = runs[[method == thirty.DEFAULT for method in thirty.methods_of(rows.complete(runs, thirty.SETTINGS))]]
-    mean = {env: f"{of_env['success'].mean():.0%}" for env, of_env in ours.groupby("env")}
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    medium, large = (mean[f"pointmaze-{size}-navigate"] for size in ("medium", "large"))
-    double = mean["cube-double-play"]
-    assert f"get {medium} and {large} in two pointmazes and {double} on cube-double" in readme
-    assert f"scene-play got {mean['scene-play']}" in readme
     of_seed = ours[(ours["env"] == "pointmaze-large-navigate") & (ours["seed"] == "1")].set_index("task")["success"]
     page = " ".join((ROOT / "results" / "thirty-tasks" / "README.md").read_text().split())
     assert f"one of its seeds gets {of_seed['2']:.0%} and {of_seed['4']:.0%} on tasks 2 and 4" in page
