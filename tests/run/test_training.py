@@ -328,7 +328,7 @@ def test_the_main_job_trains_finishes_or_refuses_the_base_policy(tmp_path, datas
     with pytest.raises(UserError, match="trained on other data"):
         evor_value.main(evor_value.Args(**settings, overwrite=True))
     with pytest.raises(UserError, match="no base policy"):
-        evor_value.main(evor_value.Args(**settings, policy_run_dir=tmp_path / "elsewhere"))
+        evor_value.main(evor_value.Args(**settings, policy_run_dir=tmp_path / "elsewhere", overwrite=True))
 
 
 def test_the_softmax_backup_trains_with_the_return_temperature():
