@@ -120,7 +120,8 @@ class Run:
     """
 
     def __init__(self, args: Any, *, stage: str):
-        """Checks the arguments, and with `--resume` that there is a complete state, before any data are read.
+        """Checks the arguments, that no other run stands here, and with `--resume` that there is a complete state,
+        before any data are read.
 
         Raises:
             UserError: they do not hold.
@@ -192,7 +193,6 @@ class Run:
     def _claim(self) -> None:
         """Locks the directory, and looks at what stands in it."""
         first_host = jax.process_index() == 0
-        self._refuse_a_run()
         if first_host:
             self._lock = hold_directory(self.directory, "--run-dir")
             self._refuse_a_run()  # one that ended meanwhile
