@@ -328,7 +328,7 @@ def test_loading_takes_at_most_half_more_than_the_arrays(tmp_path: Path, tasks: 
     path, rows = tmp_path / "data.npz", 1_000_000
     qpos = np.zeros((rows, 28), np.float32)
     np.savez(
-        path, observations=np.zeros((rows, 37), np.float32), actions=np.ones((rows, 5), np.float32),
+        path, observations=np.zeros((rows, 37), np.float32), actions=np.resize(np.float32([-1, 1]), (rows, 5)),
         terminals=np.arange(rows) % 1000 == 999, qpos=qpos, qvel=qpos[:, :26],
     )  # fmt: skip
     size = rows * (4 * (37 + 5) + 1 + (4 * (28 + 2) if tasks else 0))
