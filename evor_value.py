@@ -84,7 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_actions=8, num_returns=4,
     ),
     "preview": dict(
-        steps=10_000, width=256, head_width=64, schedule="cosine", learning_rate=1e-3, tau=0.02, num_actions=16,
+        steps=30_000, width=128, head_width=64, schedule="cosine", learning_rate=1e-3, tau=0.1, num_actions=16,
         num_returns=8,
     ),
 }  # fmt: skip

@@ -11,18 +11,17 @@ from common.errors import UserError
 
 # Chunks of actions commit to a direction or an object, and the value of the extracted policy is learned instead of the
 # base policy's, which hardly ever arrives.
-ALL = dict(horizon=5, next_action="softmax")
+ALL = dict(horizon=5, next_action="softmax", action_temperature=0.03)
 # The value of a rare action is a guess, and the best of many candidates often is a wrong one. In a maze rare actions
 # run into walls, and values leak through those.
-LIKELY = dict(noise_scale=0.3, num_actions=8, action_temperature=0.03)
-MAZE = ALL | LIKELY | dict(discount=0.995, policy_steps=50_000)
+MAZE = ALL | dict(noise_scale=0.3, num_actions=8, discount=0.995, policy_steps=50_000)
 # The velocities of the arm's six joints say where the demonstrator goes: a policy that sees them looks at nothing else.
 MANIPULATION = ALL | dict(noise_scale=0.5, ignore_observations=(6, 7, 8, 9, 10, 11), policy_steps=200_000)
 
 RECIPES: dict[str, dict[str, Any]] = {
     "pointmaze": MAZE,
     "cube": MANIPULATION,
-    "puzzle": MANIPULATION,
+    "puzzle": MANIPULATION | dict(discount=0.998),  # else it is better to keep two wrong buttons than to go on
     "scene": MANIPULATION | dict(reward="sparse"),  # as QC reports it
 }
 
