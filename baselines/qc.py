@@ -96,10 +96,13 @@ class Args(critics.Args):
         return f"QC, {self.policy} policy"
 
 
+EXTRACTION = ("noise_scale", "num_actions", "action_temperature")  # of EVOR; QC has its own
+
+
 def recipe_of(args: Any) -> dict[str, Any]:
     """An environment's recipe, without what it says about EVOR's extraction."""
     recipe = recipes.recipe_of(args)
-    return {name: value for name, value in recipe.items() if name not in recipes.LIKELY}
+    return {name: value for name, value in recipe.items() if name not in EXTRACTION}
 
 
 class TrainState(NamedTuple):

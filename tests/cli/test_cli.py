@@ -81,7 +81,7 @@ def test_the_preview_of_an_environment_follows_its_recipe():
     without `--preview`, to another environment, or to a field that the script does not have."""
     cube, arm = "--env=cube-double-play", (6, 7, 8, 9, 10, 11)
     args = parse_with_recipe(evor_value, cube, "--preview")
-    assert (args.horizon, args.ignore_observations, args.policy_steps, args.steps) == (5, arm, 200_000, 10_000)
+    assert (args.horizon, args.ignore_observations, args.policy_steps, args.steps) == (5, arm, 200_000, 30_000)
     assert parse_with_recipe(evor_value, "--preview") == args  # the default environment
     policy = parse_with_recipe(evor_bc, "--preview", "--env", "cube-double-play-singletask-task2-v0")
     assert (policy.horizon, policy.ignore_observations, policy.steps) == (5, arm, 200_000)
@@ -97,7 +97,10 @@ def test_the_preview_of_an_environment_follows_its_recipe():
     assert (baseline.noise_scale, baseline.num_actions, baseline.action_temperature) == (1.0, None, 0.0)  # QC's own
     scene = parse_with_recipe(evor_value, "--preview", "--env", "scene-play")
     assert (scene.reward, scene.discount, scene.ignore_observations) == ("sparse", 0.99, arm)
-    assert parse_with_recipe(qc, cube, "--preview").horizon == 5
+    puzzle = parse_with_recipe(evor_value, "--preview", "--env", "puzzle-3x3-play")
+    assert (puzzle.reward, puzzle.discount, puzzle.action_temperature) == ("default", 0.998, 0.03)
+    baseline = parse_with_recipe(qc, cube, "--preview")
+    assert (baseline.horizon, baseline.noise_scale, baseline.action_temperature) == (5, 1.0, 0.0)
     for argv in (
         [cube],
         [cube, "--quick"],
@@ -111,8 +114,8 @@ def test_the_preview_of_an_environment_follows_its_recipe():
 def test_the_recipe_is_printed_as_it_is_followed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(sys, "argv", ["evor_value.py", "--preview", "--horizon", "2"])
     run_cli(lambda args: None, evor_value.Args, evor_value.PRESETS, recipe_of=recipe_of)
-    flags = "--horizon 2 --next-action softmax --noise-scale 0.5 --ignore-observations 6 7 8 9 10 11"
-    flags += " --policy-steps 200000"
+    flags = "--horizon 2 --next-action softmax --action-temperature 0.03 --noise-scale 0.5"
+    flags += " --ignore-observations 6 7 8 9 10 11 --policy-steps 200000"
     assert capsys.readouterr().out == f"recipe of cube-double-play: {flags}\n"
 
 

@@ -213,7 +213,7 @@ def test_training_ends_in_an_agent_of_evor_infer(tmp_path: Path, kind: str, next
 
 def test_flags():
     args = parse_args(critics.Args, critics.PRESETS, ["--preview", "--critic", "c51"])
-    assert (args.critic, args.outputs, args.method, args.steps) == ("c51", 51, "c51", 10_000)
+    assert (args.critic, args.outputs, args.method, args.steps) == ("c51", 51, "c51", 30_000)
     assert parse_args(critics.Args, critics.PRESETS, ["--critic", "qr", "--quantiles", "8"]).outputs == 8
     with pytest.raises(UserError, match="--atoms must be at least 2"):
         critics.main(critics.Args(critic="c51", atoms=1))

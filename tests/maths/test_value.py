@@ -293,14 +293,14 @@ def test_law_of_a_lottery(probe, kind):
 @pytest.mark.slow
 def test_laws_are_as_exact_as_promised():
     """Three atoms two steps ahead, in thousands, at discount 0.99, where the possible returns are a hundred times as
-    far apart as the atoms: at most 1.5% of their range after 10,000 steps with the preview's settings. With the axis of
+    far apart as the atoms: at most 1.2% of their range with the preview's settings. With the axis of
     the possible returns and ten Euler steps two such lotteries were off by 26% and 28%."""
     probe = probes.lottery((0.0, -1.0, -4.0), discount=0.99, unit=1e3)
     names = ("steps", "width", "head_width", "schedule", "learning_rate", "tau")
     preview = {name: evor_value.PRESETS["preview"][name] for name in names}
     args = evor_value.Args(**preview, steps_per_call=preview["steps"])
     off = distance(*probes.train(probe, args), probe)
-    assert off < 0.015, off
+    assert off < 0.012, off
 
 
 def test_law_with_the_trunk_critic():
