@@ -637,9 +637,7 @@ def test_what_is_said_of_the_thirty_tasks_is_in_their_rows():
     mean = {env: f"{of_env['success'].mean():.0%}" for env, of_env in ours.groupby("env")}
     single, double, scene = (mean[f"{name}-play"] for name in ("cube-single", "cube-double", "scene"))
     assert f"On cube-single it gets {single}," in page and f"On cube-double it gets {double}." in page
-    of_task = ours[ours["env"] == "scene-play"].set_index(["task", "seed"])["success"]
-    assert f"On scene-play it gets {scene}." in page and f"On task 2 it gets {of_task['2'].mean():.0%}." in page
-    assert f"On task 5 its seeds get {of_task['5', '0']:.0%} and {of_task['5', '1']:.0%}." in page
+    assert f"On scene-play it gets {scene}," in page
     tuning = " ".join((ROOT / "docs" / "tuning.md").read_text().split())
     large = mean["pointmaze-large-navigate"]
     assert f"pointmaze-large gets {large} instead of" in tuning and f"cube-single gets {single} with it" in tuning
