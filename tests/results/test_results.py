@@ -19,7 +19,7 @@ from common import checkpoint
 from common.errors import UserError
 from common.files import read_csv, sha256, write_csv
 from common.networks import CriticSpec, PolicySpec
-from common.statistics import mean_interval, success_interval
+from common.statistics import mean_interval
 from evor_infer import AgentSpec
 from experiments import check, draw, gather, relative, rows, saturation, sweeps, tasks, thirty
 
@@ -536,42 +536,6 @@ def test_a_branch_starts_where_its_actions_lead():
     assert [info["counts"] for info in infos[-4:]] == [True, True, False, False]
     np.testing.assert_array_equal(env.reset()[0], first)
     env.close(), whole.close()
-
-
-def test_the_readmes_headline_table_is_that_of_the_rows():
-    """Each of its cells is recomputed from the episodes, with Wilson's interval; the means with that of tasks.md."""
-    found = {}
-    for row in read_csv(ROOT / "results" / "tasks" / "episodes.csv"):
-        if row["env"] == "cube-double-play" and row["next_action"] == "base":
-            key = row["td_target"], row["seed"], row["task"], row["num_actions"] != "1"
-            found.setdefault(key, []).append(float(row["success"]))
-    readme = (ROOT / "docs" / "results.md").read_text()
-    table = (ROOT / "results" / "tasks" / "README.md").read_text().splitlines()
-    means = [row for row in table if row.startswith("| cube-double-play (collected) | 1 2 3 4 5 | 1 |")]
-    number = 0
-    for label, target, seed in (
-        ("base policy alone", "shared-noise", "0"),
-        ("EVOR, seed 0", "shared-noise", "0"),
-        ("EVOR, seed 1 on the same base policy", "shared-noise", "1"),
-        ("`paper` target, seed 0", "paper", "0"),
-    ):
-        (line,) = [line for line in readme.splitlines() if line.startswith(f"| {label} |")]
-        *cells, mean = (cell.strip() for cell in line.split("|")[2:-1])
-        for task, cell in zip("12345", cells, strict=True):
-            episodes = found.get((target, seed, task, label != "base policy alone"), [])
-            if not cell:
-                assert not episodes
-                continue
-            low, high = success_interval(sum(episodes), len(episodes))
-            expected = f"{np.mean(episodes):.0%} [{100 * low:.0f}, {100 * high:.0f}]"
-            assert cell == (expected if "[" in cell else expected.split()[0])
-            number += 1
-        if mean:
-            rate, ends = mean.replace("*", "").split("% [")
-            ends = ends.rstrip("]").replace(", ", "%, ")
-            (row,) = [row for row in means if f"| `{target}` | `base` |" in row]
-            assert f"| {rate}% [{ends}%] |" in row.replace("*", "")
-    assert number == 12
 
 
 def test_the_readmes_tables_are_those_of_the_results():
