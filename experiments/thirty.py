@@ -22,7 +22,7 @@ KEY = ("run",)
 DEFAULT = "EVOR"
 SETTINGS = ("policy", "critic", "td_target", "next_action", "horizon", "reward", "policy_seconds", "train_seconds")
 HIDDEN = (*tasks.ALIKE, "discount", "return_temperature", "action_temperature")
-LINES = "data | task 1 | task 2 | task 3 | task 4 | task 5 | mean | base policy alone | highest known | minutes"
+LINES = "data | task 1 | task 2 | task 3 | task 4 | task 5 | mean | base policy alone | highest known | steps | minutes"
 
 
 def gather_all(runs: Sequence[Path]) -> list[Frame]:
@@ -68,6 +68,15 @@ def minutes(rows: Frame) -> str:
     return " + ".join(f"{float(first[name]) / 60:.0f}" if first[name] else "?" for name in SETTINGS[-2:])
 
 
+def mean_of_all(episodes: Frame) -> tuple[str, ...]:
+    """The table's last line, of the default's episodes: each task of each environment counts once."""
+    episodes = episodes.assign(task=episodes["line"] + episodes["task"])
+    alone = episodes["num_actions"] == "1"
+    of_tasks = [""] * NUM_TASKS
+    number = episodes["task"].nunique()
+    return f"all {number} tasks", *of_tasks, f"**{cell(episodes[~alone])}**", cell(episodes[alone]), "", "", ""
+
+
 def draw(frames: Sequence[Frame], place: Place) -> str:
     """Markdown, and a figure: the methods' means on each environment."""
     runs, episodes = complete(frames[0], SETTINGS), frames[1]
@@ -86,13 +95,16 @@ def draw(frames: Sequence[Frame], place: Place) -> str:
         of_tasks = [of_env[of_env["task"] == str(task)] for task in range(1, NUM_TASKS + 1)]
         each = (percent(*rate(rows)).partition(" ")[0] if len(rows) else "" for rows in of_tasks)
         own = runs[(runs["line"] == env) & (runs["method"] == DEFAULT)]
-        lines.append((env, *each, f"**{cell(of_env)}**", cell(alone), known(env), minutes(own)))
+        steps = f"{int(float(own['steps'].iloc[0])):,}"
+        lines.append((env, *each, f"**{cell(of_env)}**", cell(alone), known(env), steps, minutes(own)))
+    if lines:
+        lines.append(mean_of_all(episodes[episodes["method"] == DEFAULT]))
     on_default = extracted[extracted["task"] == extracted["env"].map(lambda env: str(parse_env(env).default_task))]
     all_tasks = extracted.groupby(["line", "method"])["task"].transform("nunique") == NUM_TASKS
     draw_methods(on_default, place)
     seeds = runs["seed"].nunique()
-    number = int(episodes[episodes["num_actions"] != "1"].groupby(["run", "task", "seed"]).size().max())
-    about = f"{seeds} seeds, {number} episodes a task and seed, last checkpoint."
+    each = int(extracted.groupby(["run", "task", "seed"]).size().max())
+    about = f"{seeds} seeds, {each} episodes a task and seed, last checkpoint."
     beside = [beside_each_other(on_default, "default task"), beside_each_other(extracted[all_tasks], "five tasks")]
     return "\n".join([f"{about}\n", table(LINES, lines), *filter(None, beside)])
 
