@@ -4,9 +4,9 @@
 
 `s_theta(z_t, t | x, a)` is a velocity field on the line. It moves noise z_0 ~ N(0, 1) to draws of z = h(Z). Z is the
 reward-to-go of the action chunk a, `Z(x, a) = r + g Z(x', a')` in law with a' ~ pi_base(. | x'), where r is the
-chunk's discounted reward and g = discount^horizon, or 0 if the episode ended in it. h is the return axis, an
-increasing map made from the data's returns (`common/returns.py`). On it the Bellman equation is z = f(z') in law with
-f(z') = h(r + g h^-1(z')).
+chunk's discounted reward and g = discount^horizon, or 0 if the task was solved, or lost for good, in it. h is the
+return axis, an increasing map made from the data's returns (`common/returns.py`). On it the Bellman equation is
+z = f(z') in law with f(z') = h(r + g h^-1(z')).
 
 The field is regressed on a TD target that is made with a target network s_bar (its flow: psi_bar). With t ~ U[0, 1],
 L(theta) = E( s_theta(z_t, t | x, a) - target )^2 where
@@ -24,13 +24,12 @@ fixed point is the law of h(Z). That of `paper` is N(h(Q), 1), where Q is the me
 arguments. `paper` and `velocity` need an affine h, for which f(z') = f(0) + g z'.
 
 The policy is frozen, so next actions are drawn once, K for each transition (the bank). `--next-action base` takes one
-of them: the law is that of pi_base, at the bank's lambda. `dataset` takes the action that was taken. `softmax` picks
-among the K by stage 3's score, with the `--backup-*` settings; the default takes the best. The trained network chooses,
-the target network gives the value, and the law is that of a policy extracted from K.
+of them: the law is that of pi_base, at the bank's lambda (`--noise-scale`). `dataset` takes the action that was taken.
+`softmax` picks among the K by stage 3's score, with the `--backup-*` settings; the default takes the best. The trained
+network chooses, the target network gives the value, and the law is that of a policy extracted from K.
 
 Source: EVOR, arXiv 2510.08218, stage 2. *Ours*, not disclosed there: discount, Polyak rate, batch size, LayerNorm, flow
-steps.
-docs/differences.md lists what differs.
+steps. docs/differences.md lists what differs.
 """
 
 import dataclasses

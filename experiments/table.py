@@ -26,7 +26,7 @@ ENVIRONMENTS = tuple(dict.fromkeys((*PREVIEW, *FULL, *GYMNASIUM)))
 HORIZON = {env: f"--horizon {5 if env in (CUBE, SCENE, PUZZLE) else 1}" for env in ENVIRONMENTS}
 POLICY = dict.fromkeys(ENVIRONMENTS, "--ignore-observations")
 POLICY |= dict.fromkeys((CUBE, SCENE), "--ignore-observations 6 7 8 9 10 11")
-BASE = "--width 512 --next-action base --discount 0.99 --reward default --noise-scale 1 --num-actions 16"
+BASE = "--width 512 --tau 0.02 --next-action base --discount 0.99 --reward default --noise-scale 1 --num-actions 16"
 IMPROVED = "--next-action softmax --discount 0.995"  # what mazes need, see docs/tuning.md
 CHANCE = "--action-temperature 0.003"  # a later flag beats an earlier one
 GREEDY = "--action-temperature 0"  # the best candidate
@@ -149,10 +149,8 @@ def axis_temperatures(env: str, table: str) -> list[str]:
 def beyond_ogbench(env: str) -> list[str]:
     """Two seeds of critics on one base policy of data that does not come from OGBench."""
     run, width = f"beyond/{env}", 128 if env == "Pendulum-v1" else 256
-    data = (
-        f"--dataset minari:evor/{env.rpartition('-')[0].lower()}-v0 --env {env} --preview --width {width} --steps 20000"
-    )
-    about = f"{data} --policy-run-dir runs/{run} --policy-seed 0 --seeds 2"
+    data = f"--dataset minari:evor/{env.rpartition('-')[0].lower()}-v0 --env {env} --preview --width {width}"
+    about = f"{data} --steps 20000 --tau 0.02 --policy-run-dir runs/{run} --policy-seed 0 --seeds 2"
     critics = {
         "default": "evor_value.py",
         "paper": "evor_value.py --td-target paper",
