@@ -20,6 +20,7 @@ FILES = ("runs.csv", "episodes.csv")
 OF_AN_EPISODE = ["run", "task", "seed", "num_actions", "episode", "success", "length", "total"]
 KEY = ("run",)
 DEFAULT = "EVOR"
+ALONE = "base policy alone"
 SETTINGS = ("policy", "critic", "td_target", "next_action", "horizon", "reward", "policy_seconds", "train_seconds")
 HIDDEN = (*tasks.ALIKE, "discount", "return_temperature", "action_temperature")
 LINES = "data | task 1 | task 2 | task 3 | task 4 | task 5 | mean | base policy alone | highest known | steps | minutes"
@@ -78,7 +79,7 @@ def mean_of_all(episodes: Frame) -> tuple[str, ...]:
 
 
 def draw(frames: Sequence[Frame], place: Place) -> str:
-    """Markdown, and a figure: the methods' means on each environment."""
+    """Markdown, and two figures: the default on each task, and the methods' means on each environment."""
     runs, episodes = complete(frames[0], SETTINGS), frames[1]
     runs = runs.assign(
         line=[tasks.named(row) for row in runs.to_dict("records")],
@@ -86,27 +87,31 @@ def draw(frames: Sequence[Frame], place: Place) -> str:
     )
     episodes = episodes.merge(runs[["run", "task", "seed", "env", "line", "method"]], on=["run", "task", "seed"])
     extracted = episodes[episodes["num_actions"] != "1"]
-    lines, environments = [], list(dict.fromkeys(runs["line"]))
-    for env in environments:
-        of_env = extracted[(extracted["line"] == env) & (extracted["method"] == DEFAULT)]
-        alone = episodes[(episodes["line"] == env) & (episodes["method"] == DEFAULT) & (episodes["num_actions"] == "1")]
-        if of_env.empty:
-            continue
-        of_tasks = [of_env[of_env["task"] == str(task)] for task in range(1, NUM_TASKS + 1)]
-        each = (percent(*rate(rows)).partition(" ")[0] if len(rows) else "" for rows in of_tasks)
+    default, lines = episodes[episodes["method"] == DEFAULT], []
+    for env in default["line"].unique():
         own = runs[(runs["line"] == env) & (runs["method"] == DEFAULT)]
-        steps = f"{int(float(own['steps'].iloc[0])):,}"
-        lines.append((env, *each, f"**{cell(of_env)}**", cell(alone), known(env), steps, minutes(own)))
+        lines.append(line_of(own, default[default["line"] == env]))
     if lines:
-        lines.append(mean_of_all(episodes[episodes["method"] == DEFAULT]))
+        lines.append(mean_of_all(default))
+        both = default.assign(method=default["num_actions"].map(lambda number: ALONE if number == "1" else DEFAULT))
+        draw_bars(both, place.path("tasks_figure.png"), ylabel="success, mean and single tasks (%)")
     on_default = extracted[extracted["task"] == extracted["env"].map(lambda env: str(parse_env(env).default_task))]
     all_tasks = extracted.groupby(["line", "method"])["task"].transform("nunique") == NUM_TASKS
-    draw_methods(on_default, place)
+    draw_bars(on_default, place.path("figure.png"), ylabel="success on the default task (%)")
     seeds = runs["seed"].nunique()
     each = int(extracted.groupby(["run", "task", "seed"]).size().max())
     about = f"{seeds} seeds, {each} episodes a task and seed, last checkpoint."
     beside = [beside_each_other(on_default, "default task"), beside_each_other(extracted[all_tasks], "five tasks")]
     return "\n".join([f"{about}\n", table(LINES, lines), *filter(None, beside)])
+
+
+def line_of(runs: Frame, episodes: Frame) -> tuple[str, ...]:
+    """The table's line of an environment, of the default's runs and episodes."""
+    env, alone = episodes["line"].iloc[0], episodes["num_actions"] == "1"
+    of_tasks = [episodes[~alone & (episodes["task"] == str(task))] for task in range(1, NUM_TASKS + 1)]
+    each = (percent(*rate(rows)).partition(" ")[0] if len(rows) else "" for rows in of_tasks)
+    steps = f"{int(float(runs['steps'].iloc[0])):,}"
+    return env, *each, f"**{cell(episodes[~alone])}**", cell(episodes[alone]), known(env), steps, minutes(runs)
 
 
 def beside_each_other(episodes: Frame, what: str) -> str:
@@ -125,18 +130,23 @@ def of(episodes: Frame, env: str, name: str) -> Frame:
     return episodes[(episodes["line"] == env) & (episodes["method"] == name)]
 
 
-def draw_methods(episodes: Frame, place: Place) -> None:
-    """Success on the default task with its interval: a group of bars for each environment."""
+def draw_bars(episodes: Frame, path: Path, *, ylabel: str) -> None:
+    """Mean success with its interval, a group of bars for each environment, and a dot for each of several tasks."""
     environments, methods = (list(episodes[name].unique()) for name in ("line", "method"))
     figure, axes = figures.subplots(1, 1, width=3.0 + 1.6 * len(environments), height=3.2)
     axis, width = axes[0, 0], 0.8 / len(methods)
     for i, name in enumerate(methods):
+        place = width * (i - (len(methods) - 1) / 2)
         present = [(j, of(episodes, env, name)) for j, env in enumerate(environments)]
         points = [(j, *rate(rows)) for j, rows in present if len(rows)]
         where, height, low, high = (np.array(column) for column in zip(*points, strict=True))
         ends = 100 * np.abs([height - low, high - height])
-        axis.bar(where + width * (i - (len(methods) - 1) / 2), 100 * height, 0.9 * width, yerr=ends, label=name)
-    axis.set(ylabel="success on the default task (%)", ylim=(0, 105), xticks=range(len(environments)))
+        axis.bar(where + place, 100 * height, 0.9 * width, yerr=ends, label=name)
+        for j, rows in present:
+            of_tasks = [100 * rate(of_task)[0] for _, of_task in rows.groupby("task")]
+            if len(of_tasks) > 1:
+                axis.plot(j + place + width * np.linspace(-0.3, 0.3, len(of_tasks)), of_tasks, "k.", ms=4)
+    axis.set(ylabel=ylabel, ylim=(0, 105), xticks=range(len(environments)))
     axis.set_xticklabels(environments, fontsize=7)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figures.save(figure, place.path("figure.png"))
+    figures.save(figure, path)
