@@ -12,7 +12,7 @@ from common.files import read_csv, sha256
 from common.run import NOT_RESULTS
 from experiments.rows import Frame, complete, frame
 
-FILES = ("config.json", "evaluation.csv", "calibration.csv", "model.eqx")
+FILES = ("config.json", "evaluation.csv", "model.eqx")
 READOUT = ("num_returns", "return_temperature", "action_temperature")
 OF_A_SEED = (*NOT_RESULTS, "seeds", "first_seed")
 OF_AN_EPISODE = ("task", "seed", "step", "num_actions", "episode", "success", "length", "total")
@@ -88,11 +88,13 @@ def gather(run: Path) -> tuple[Records, Records]:
         for row in summarise(episodes, ("task", "seed", "num_actions"))
     }
     calibration: dict[tuple[int, int], dict[str, float]] = {}
-    for row in read_csv(run / "value" / "calibration.csv"):
+    path = run / "value" / "calibration.csv"
+    for row in read_csv(path) if path.is_file() else ():  # no episode may be long enough for a complete return
         calibration.setdefault((int(row["task"]), int(row["seed"])), {})[row["metric"]] = float(row["value"])
     summary = []
     for task, seed in sorted({(task, seed) for task, seed, _ in success}):
-        evor, base, errors = success[task, seed, False], success[task, seed, True], calibration[task, seed]
+        evor, base = success[task, seed, False], success[task, seed, True]
+        errors = calibration.get((task, seed), {})
         names = ["mean_predicted", "mean_observed", "correlation", "crps"]
         names += [name for name in errors if name.startswith("below_")]
         summary.append(
@@ -100,7 +102,7 @@ def gather(run: Path) -> tuple[Records, Records]:
             | dict(task=task, seed=seed)
             | {name: evor[name] for name in ("success", "low", "high", "episodes")}
             | dict(base_success=base["success"], base_low=base["low"], base_high=base["high"])
-            | {name: round(errors[name], 4) for name in names}
+            | {name: round(errors[name], 4) if name in errors else "" for name in names}
         )
     shared = {name: about[name] for name in SHARED}
     return [shared | {name: row[name] for name in OF_AN_EPISODE} for row in episodes], summary

@@ -114,7 +114,7 @@ def mean_line(rows: Frame, episodes: Frame) -> tuple:
         f"**{cell(chosen[chosen['num_actions'] != '1'])}**",
         f"{np.mean(last):.0%}" if last else "",
         cell(chosen[chosen["num_actions"] == "1"]),
-        f"{rows['crps'].astype(float).mean():.1f}",
+        f"{np.mean(crps):.1f}" if (crps := [float(value) for value in rows["crps"] if value]) else "",
     )
 
 
