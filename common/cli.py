@@ -54,6 +54,73 @@ def flags_of(args: Any, fields: Collection[str]) -> str:
     return " ".join(f"{flag_of(name)} {text}" for name, text in texts.items())
 
 
+class _Lossy:
+    """A stream that drops what cannot be written; `error` is why."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self.error = error
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self.error = error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _lossy_output() -> Iterator[None]:
+    """What cannot be printed must not cost a run: a name that the terminal cannot show is escaped, and what cannot be
+    written is dropped. Where that was not for want of a reader, as on a full disk, the exit status is 120, as
+    Python's."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    lossy = [stream and _Lossy(stream) for stream in before]
+    sys.stdout, sys.stderr = lossy
+    try:
+        yield
+    finally:
+        _drop_unread_output()
+        sys.stdout, sys.stderr = before
+    for stream in filter(None, lossy):
+        if stream.error and not isinstance(stream.error, BrokenPipeError):
+            with contextlib.suppress(OSError):
+                print(f"warning: some of the output is lost ({stream.error.strerror}).", file=sys.stderr)
+            raise SystemExit(120)
+
+
+def _drop_unread_output() -> None:
+    """What is left for a pipe that nobody reads any more goes nowhere: else Python, which writes it at the end of the
+    process, would say so."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError):
+            stream.flush()
+        if _is_unread(stream):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _is_unread(stream: Any) -> bool:
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+    except (AttributeError, OSError):  # Windows, and what is no file, do not tell
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+@_lossy_output()
 def run_cli(
     main: Callable,
     args_type: type,
@@ -63,13 +130,10 @@ def run_cli(
 ) -> None:
     """Runs `main(args)`. What goes wrong becomes one line on stderr: a `UserError`, or a file that cannot be read or
     written, with exit status 2, a number that is not finite with 1. SIGTERM and Ctrl-C exit with 143 and 130, as shells
-    count; where nobody reads what is printed any more, as after `| head`, it is 141, without a word. With `--debug` on
-    the command line the traceback is shown too."""
+    count. `main` goes on where what it prints cannot be written. With `--debug` on the command line the traceback is
+    shown too."""
     argv = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(argv) < len(sys.argv) - 1
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not cost a run
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     # Cleans up, which the default action does not: worker processes end, temporary files go.
     before = signal.getsignal(signal.SIGTERM)
     if before not in (signal.SIG_IGN, None):
@@ -86,48 +150,20 @@ def run_cli(
     except (UserError, FloatingPointError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith((FULL, GUARDED)) and not _is_lost(error):
             raise
-        unread = _drop_unread_output() and isinstance(error, BrokenPipeError)
-        code = 141 if unread else _report(error, debug=debug)
+        code = _report(error, debug=debug)
         exit_without_waiting(code)
         raise SystemExit(code) from None
     finally:
-        _drop_unread_output()
         if before not in (signal.SIG_IGN, None):
             signal.signal(signal.SIGTERM, before)
 
 
 def _report(error: BaseException, *, debug: bool) -> int:
     """Says on stderr what went wrong; returns the exit status."""
-    with contextlib.suppress(BrokenPipeError):
-        if debug:
-            traceback.print_exception(error)
-        if isinstance(error, KeyboardInterrupt):
-            print("interrupted.", file=sys.stderr)
-        else:
-            print(f"error: {sentence(error)}", file=sys.stderr)
+    if debug:
+        traceback.print_exception(error)
+    print("interrupted." if isinstance(error, KeyboardInterrupt) else f"error: {sentence(error)}", file=sys.stderr)
     return 130 if isinstance(error, KeyboardInterrupt) else 1 if isinstance(error, FloatingPointError) else 2
-
-
-def _drop_unread_output() -> bool:
-    """Whether stdout or stderr is a pipe that nobody reads any more. What is left for it goes nowhere: else Python,
-    which writes it at the end of the process, would say so."""
-    unread = False
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        with contextlib.suppress(OSError):  # such as a full disk, of which Python tells at the end
-            stream.flush()
-        if _is_unread(stream):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            unread = True
-    return unread
-
-
-def _is_unread(stream: Any) -> bool:
-    try:
-        poll = select.poll()
-        poll.register(stream.fileno(), 0)
-    except (AttributeError, OSError):  # Windows, and what is no file, do not tell
-        return False
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 @contextlib.contextmanager

@@ -324,6 +324,7 @@ def test_a_mistake_on_the_real_command_line(tmp_path: Path):
 
 PRINTS = """
 import dataclasses
+import pathlib
 from common.cli import run_cli
 from common.errors import UserError
 
@@ -336,6 +337,7 @@ def main(args):
     print("x" * args.letters)
     if args.wrong:
         raise UserError("wrong: mend it.")
+    pathlib.Path(__file__).with_name("done").touch()
 
 run_cli(main, Args)
 """
@@ -344,7 +346,7 @@ run_cli(main, Args)
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["--letters", "1000000"], 141, ""),  # more than a buffer: printing fails
+        (["--letters", "1000000"], 0, ""),  # more than a buffer: printing fails
         (["--help"], 0, ""),  # less: it is written at the end of the process
         ([], 0, ""),
         (["--wrong"], 2, "error: wrong: mend it.\n"),
@@ -356,8 +358,8 @@ run_cli(main, Args)
 def test_nobody_reads_what_is_printed(
     tmp_path: Path, words: list[str], code: int, said: str, unbuffered: str, both: bool
 ):
-    """As after `| head` and `2>&1 | head`: not a word of it, neither ours nor Python's at the end of the process.
-    Without a buffer it shows at the first word."""
+    """As after `| head` and `2>&1 | head`: not a word of it, neither ours nor Python's at the end of the process, and
+    what is to be done is done. Without a buffer it shows at the first word."""
     (tmp_path / "script.py").write_text(PRINTS)
     reader, writer = os.pipe()
     os.close(reader)
@@ -369,8 +371,26 @@ def test_nobody_reads_what_is_printed(
         text=True,
     )
     os.close(writer)
-    assert done.returncode == (141 if unbuffered else code)
-    assert both or done.stderr == ("" if unbuffered else said)
+    assert done.returncode == code and (tmp_path / "done").exists() == (code == 0 and words != ["--help"])
+    assert both or done.stderr == said
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is always full is Linux's")
+@pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
+@pytest.mark.parametrize("letters", ["10", "1000000"])
+def test_the_disk_that_takes_what_is_printed_is_full(tmp_path: Path, letters: str, both: bool):
+    """What is to be done is done; then a warning and a status tell of it."""
+    (tmp_path / "script.py").write_text(PRINTS)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "script.py"), "--letters", letters],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=full if both else subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 120 and (tmp_path / "done").exists()
+    assert both or done.stderr == "warning: some of the output is lost (No space left on device).\n"
 
 
 NO_CUDA = (
