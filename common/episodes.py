@@ -15,12 +15,14 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector.async_vector_env import AsyncState
 
 from common.environments import episode_seed, make_env, reported_success, seeded_reset
@@ -56,14 +58,18 @@ class EpisodeRunner(gymnasium.Env):
         horizon: int,
         seed: int,
         make: Callable[[str], gymnasium.Env] = make_env,
+        specs: Sequence[EnvSpec] = (),
         probe: Callable[[dict[str, Any]], float] | None = None,
     ):
-        """`slots` are this process' environments of each replica; slot s runs the episodes s, s + num_slots, ..."""
+        """`slots` are this process' environments of each replica; slot s runs the episodes s, s + num_slots, ...
+        `specs` are what the first process knows of them, which may be registered only there."""
         if multiprocessing.parent_process() is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
         self.gym_ids, self.slots, self.num_slots = gym_ids, slots, num_slots
         self.num_episodes, self.horizon, self.seed, self.probe = num_episodes, horizon, seed, probe
         self.make = make
+        for spec in specs:
+            gymnasium.registry.setdefault(spec.id, spec)
         self.envs: list[list[gymnasium.Env]] = []
         first = make(gym_ids[0])
         shape = (len(gym_ids), len(slots))
@@ -164,11 +170,15 @@ class Episodes:
                 "this program evaluates as soon as it is imported, and its worker processes import it: put what it "
                 "does under `if __name__ == '__main__':`."
             )
+        if getattr(sys.modules["__main__"], "__file__", None) == "<stdin>":
+            raise UserError("worker processes import this program, which is no file: write it into one.")
         workers = min(workers or num_cores(), num_episodes, max(1, max_environments() // len(gym_ids)))
         self.num_replicas, self.num_episodes = len(gym_ids), num_episodes
         per_worker = math.ceil(num_episodes / workers)
         per_worker = max(1, min(per_worker, ENVIRONMENTS // (len(gym_ids) * workers)))
         in_common = dict(num_slots=workers * per_worker, num_episodes=num_episodes, horizon=horizon, seed=seed)
+        names = [gym_id.rpartition(":")[2] for gym_id in gym_ids]
+        in_common |= dict(specs=[gymnasium.registry[name] for name in names if name in gymnasium.registry])
         in_common |= dict(make=functools.partial(make_env, action_noise=action_noise, **settings or {}), probe=probe)
         with self._reporting_deaths():
             self.vector = gymnasium.vector.AsyncVectorEnv(
@@ -245,9 +255,9 @@ class Episodes:
                 codes = [process.exitcode for process in self.vector.processes if process.exitcode is not None]
                 how = ", ".join(signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes) or "no status"
             raise UserError(
-                f"a process of the evaluation died ({how}): if memory ran out, free some, or pass fewer --workers to "
-                f"evor_infer.py; then run it again, a training with --resume. A program of your own needs its "
-                f"`if __name__ == '__main__':`."
+                f"a process of the evaluation died ({how}): see what it said above. If memory ran out, free some, or "
+                f"pass fewer --workers to evor_infer.py; then run it again, a training with --resume. A program of "
+                f"your own needs its `if __name__ == '__main__':`."
             ) from None
 
     def close(self) -> None:

@@ -286,6 +286,43 @@ def test_a_program_that_evaluates_when_it_is_imported_is_told_so(tmp_path: Path)
     assert "put what it does under `if __name__ == '__main__':`" in processes.said(tmp_path)
 
 
+def test_a_program_that_is_no_file_is_told_so(tmp_path: Path):
+    settings = dict(input=SCRIPT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(processes.ROOT)})
+    done = subprocess.run([sys.executable, "-"], cwd=tmp_path, **settings)
+    assert done.returncode == 2
+    assert done.stderr == "error: worker processes import this program, which is no file: write it into one.\n"
+
+
+OWN = """
+import gymnasium
+import numpy as np
+from common.episodes import Episodes
+
+class Own(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(3, np.float32), float(action.sum()), False, False, {}
+
+if __name__ == "__main__":
+    gymnasium.register("Own-v0", entry_point=ENTRY, max_episode_steps=5)
+    with Episodes(("Own-v0",), num_episodes=3, workers=2) as episodes:
+        rows = episodes.run(lambda observations, *_: np.ones((*observations.shape[:2], 1, 2), np.float32))
+    assert [row["total"] for row in rows] == [10.0, 10.0, 10.0]
+"""
+
+
+@pytest.mark.parametrize("entry", ["Own", "'__main__:Own'", "lambda: Own()"])
+def test_an_environment_that_only_the_program_registers(tmp_path: Path, entry: str):
+    """Worker processes import the program, but do not run what stands under its `if __name__ == '__main__':`."""
+    with processes.start(OWN.replace("ENTRY", entry), tmp_path) as process:
+        assert process.wait(120) == 0, processes.said(tmp_path)
+
+
 def test_the_simulator_starts_no_processes(tmp_path: Path):
     """Fails if one of its packages does, as glfw would, to try libraries: it prints a traceback if its parent ends."""
     (tmp_path / "script.py").write_text("""
