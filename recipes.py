@@ -22,7 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pointmaze": MAZE,
     "cube": MANIPULATION,
     # With 0.99 two wrong buttons for ever cost less than five presses. The value spreads one press at a time.
-    "puzzle": MANIPULATION | dict(discount=0.998, steps=80_000),
+    "puzzle": MANIPULATION | dict(discount=0.998, steps=160_000),
     "scene": MANIPULATION | dict(reward="sparse"),  # as QC reports it
 }
 

@@ -98,7 +98,7 @@ def test_the_preview_of_an_environment_follows_its_recipe():
     scene = parse_with_recipe(evor_value, "--preview", "--env", "scene-play")
     assert (scene.reward, scene.discount, scene.ignore_observations) == ("sparse", 0.99, arm)
     puzzle = parse_with_recipe(evor_value, "--preview", "--env", "puzzle-3x3-play")
-    assert (puzzle.reward, puzzle.discount, puzzle.steps) == ("default", 0.998, 80_000)
+    assert (puzzle.reward, puzzle.discount, puzzle.steps) == ("default", 0.998, 160_000)
     policy = parse_with_recipe(evor_bc, "--preview", "--env", "puzzle-3x3-play")
     assert policy.steps == 200_000
     baseline = parse_with_recipe(qc, cube, "--preview")
