@@ -623,6 +623,7 @@ download.download("scene-play-v0")
 """
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments_leaves_nothing_half(home: Path, host: Host, monkeypatch):
     """At least twenty processes are killed while they download; then one may finish.
 

@@ -156,7 +156,11 @@ def test_the_scalar_critic_learns_the_expected_return(probe: probes.Probe):
 
 
 @pytest.mark.parametrize(
-    ("changes", "bound"), [(dict(critic="c51", atoms=401), 0.06), (dict(critic="qr", huber=0.001), 0.04)]
+    ("changes", "bound"),
+    [
+        pytest.param(dict(critic="c51", atoms=401), 0.06, marks=pytest.mark.slow),
+        (dict(critic="qr", huber=0.001), 0.04),
+    ],
 )
 @pytest.mark.parametrize(
     "probe", mostly_slow([probes.CHAIN, probes.STOCHASTIC_REWARD], but=[probes.CHAIN]), ids=lambda p: p.name
@@ -183,7 +187,10 @@ def test_all_start_from_the_law_of_a_flow():
 
 @pytest.mark.parametrize(
     ("kind", "next_action"),
-    [("scalar", "base"), ("scalar", "softmax"), ("c51", "dataset"), ("c51", "softmax"), ("qr", "base")],
+    mostly_slow(
+        [("scalar", "base"), ("scalar", "softmax"), ("c51", "dataset"), ("c51", "softmax"), ("qr", "base")],
+        but=[("scalar", "softmax"), ("c51", "dataset"), ("qr", "base")],
+    ),
 )
 def test_training_ends_in_an_agent_of_evor_infer(tmp_path: Path, kind: str, next_action: str):
     """Also that the log-mean-exp is exact: no number of draws changes it."""
