@@ -182,6 +182,10 @@ class Args(TrainArgs):
         return self.return_axis or ("quantiles" if self.td_target in SAMPLING_TARGETS else "std")
 
     @property
+    def num_replicas(self) -> int:
+        return max(len(self.tasks), 1) * self.seeds
+
+    @property
     def policy_seeds(self) -> tuple[int, ...]:
         """Seeds of the base policies that are used."""
         return self.all_seeds if self.policy_seed is None else (self.policy_seed,)

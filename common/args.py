@@ -236,6 +236,11 @@ class TrainArgs(Paths):
     def all_seeds(self) -> tuple[int, ...]:
         return tuple(range(self.first_seed, self.first_seed + self.seeds))
 
+    @property
+    def num_replicas(self) -> int:
+        """Models that are trained in one program."""
+        return self.seeds
+
     def conflicts(self) -> Iterator[str]:
         """Sentences about settings that cannot work together."""
         if self.first_seed + self.seeds > 2**31:

@@ -47,7 +47,7 @@ def policy_stage(args: Any, sizes: Sizes, rate: float) -> Stage:
 
 def value_stages(args: Any, sizes: Sizes, rate: float) -> list[Stage]:
     """Stage 2 with its `Args`, and its last evaluation, in which an episode may take all the time it has."""
-    replicas, heads = max(len(args.tasks), 1) * args.seeds, (args.head_width, args.head_depth)
+    replicas, heads = args.num_replicas, (args.head_width, args.head_depth)
     spec = CriticSpec(sizes.observation, sizes.chunk, args.critic, args.width, args.depth, *heads)
     critic = eqx.filter_eval_shape(make_critic, spec, key=jax.random.key(0))
     of_policy = PolicySpec(sizes.observation, sizes.chunk, args.width, args.depth)

@@ -1,5 +1,6 @@
 """Replicas, tasks x seeds: many trainings in one program, over all devices of one or several hosts."""
 
+import contextlib
 import functools
 import math
 import os
@@ -11,11 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, PRNGKeyArray
 
 from common.errors import UserError
+from common.machine import num_cores
 
 
 def stack_replicas(init: Callable[[PRNGKeyArray], Any], keys: Key[Array, " replicas"]) -> Any:
@@ -26,10 +29,10 @@ def stack_replicas(init: Callable[[PRNGKeyArray], Any], keys: Key[Array, " repli
 def over_replicas(function: Callable, *trees: Any) -> Any:
     """Applies `function` to each replica, the leading axis of every leaf of `trees`; for use inside `jit`.
 
-    On accelerators this is `vmap`: one wide kernel serves all replicas. A single CPU device runs them one after the
-    other instead: XLA's batched matrix product is slower there than as many plain ones, even at one replica.
+    On accelerators this is `vmap`: one wide kernel serves all replicas. A CPU device runs them one after the other
+    instead: XLA's batched matrix product is slower there than as many plain ones, even at one replica.
     """
-    if jax.default_backend() == "cpu" and jax.device_count() == 1:
+    if jax.default_backend() == "cpu":
         return jax.lax.map(lambda leaves: function(*leaves), trees)
     return jax.vmap(function)(*trees)
 
@@ -40,16 +43,25 @@ def chunked(train_step: Callable) -> Callable:
     Args:
         train_step: `(args, state, dataset, replica) -> (state, metrics)`, one gradient step of one replica.
 
-    `state`, whose memory is reused, and `replicas` have a leading axis of replicas. Metrics are means over the steps.
+    `state`, whose memory is reused, and `replicas` have a leading axis of replicas, spread over the devices (`spread`);
+    each device has a copy of `dataset`. Metrics are means over the steps.
     """
 
     def steps(args: Any, dataset: Any, state: Any, replica: Any) -> tuple[Any, dict[str, Array]]:
         return jax.lax.scan(lambda s, _: train_step(args, s, dataset, replica), state, length=args.steps_per_call)
 
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def train_chunk(args: Any, state: Any, dataset: Any, replicas: Any) -> tuple[Any, dict[str, Array]]:
+    def of_device(args: Any, dataset: Any, state: Any, replicas: Any) -> tuple[Any, dict[str, Array]]:
         state, metrics = over_replicas(functools.partial(steps, args, dataset), state, replicas)
         return state, jax.tree.map(lambda m: jnp.mean(m, axis=1), metrics)
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def train_chunk(args: Any, state: Any, dataset: Any, replicas: Any) -> tuple[Any, dict[str, Array]]:
+        call = functools.partial(of_device, args)
+        mesh = _mesh(len(jax.tree.leaves(replicas)[0]))
+        if mesh is not None:
+            copied, split = PartitionSpec(), PartitionSpec("replica")
+            call = jax.shard_map(call, mesh=mesh, in_specs=(copied, split, split), out_specs=split, check_vma=False)
+        return call(dataset, state, replicas)
 
     return train_chunk
 
@@ -94,6 +106,20 @@ def join_hosts() -> None:
         ) from None
 
 
+def use_cores(replicas: int) -> None:
+    """Makes each core of the CPU a device of JAX, so that `spread` gives each its replicas: several cores at once are
+    hardly faster than one at the small products of one replica.
+
+    Each device has a copy of the data, so there is one per 3 GB of the machine's memory at most. Nothing changes where
+    JAX has looked at its devices before, or is told how many there are.
+    """
+    told = jax.config.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    most = min(num_cores(), replicas, int(psutil.virtual_memory().total // 3e9))
+    if most > 1 and not told:
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", most)
+
+
 def check_devices() -> None:
     """Whether JAX has a device to compute on.
 
@@ -120,8 +146,12 @@ def first_host_first(function: Callable[[], Any]) -> Any:
 
 
 def _mesh(replicas: int) -> Mesh | None:
-    """The devices that share the replicas; None if it is one."""
-    devices = jax.devices() if jax.process_count() > 1 else jax.devices()[:replicas]  # each process takes part
+    """The devices that share the replicas; None if it is one. Of more than it takes to give each as few replicas as all
+    of them could, the rest has nothing to do, but for those of other processes."""
+    devices = jax.devices()
+    if jax.process_count() == 1:
+        rounds = math.ceil(replicas / len(devices))
+        devices = devices[: math.ceil(replicas / rounds)]
     return Mesh(np.asarray(devices), ("replica",)) if len(devices) > 1 else None
 
 

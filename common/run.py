@@ -33,7 +33,16 @@ from common.files import hold_directory, read_json, write_json
 from common.metrics import Metrics
 from common.progress import progress
 from common.provenance import git_revision, hardware, package_versions
-from common.replicas import check_devices, fetch, join_hosts, leave_hosts, noted_anywhere, spread, stack_replicas
+from common.replicas import (
+    check_devices,
+    fetch,
+    join_hosts,
+    leave_hosts,
+    noted_anywhere,
+    spread,
+    stack_replicas,
+    use_cores,
+)
 from common.tracking import import_tracker, start_tracking
 
 SAVING_SHARE = 0.05  # of the time: a run saves more often than it has to where that costs less
@@ -137,6 +146,8 @@ class Run:
         self._loop: Iterator[int] | None = None
         if args.distributed:
             join_hosts()
+        else:
+            use_cores(args.num_replicas)
         check_devices()
         if args.track is not None and jax.process_index() == 0:
             import_tracker(args.track)

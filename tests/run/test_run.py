@@ -101,7 +101,7 @@ def test_over_replicas_applies_the_function_to_each_replica():
 
 
 def test_replicas_are_spread_over_all_devices_and_the_rest_is_copied_to_each():
-    """In a process of its own with four virtual devices: 6 and 5 replicas are two on each, 3 leave one device idle."""
+    """In a process of its own with four virtual devices: 6 are two on each of three, 5 too, one of them a repeat."""
     code = """
 import jax, jax.numpy as jnp
 from common.replicas import copy_to_devices, fetch, spread
@@ -117,7 +117,30 @@ print(len(jax.devices()), counts)
 """
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "4 [(4, {2}), (4, {1}), (4, {2}), (3, {1}), (1, {1})]"
+    assert done.stdout.strip() == "4 [(3, {2}), (4, {1}), (3, {2}), (3, {1}), (1, {1})]"
+
+
+def test_each_core_is_a_device_where_there_are_replicas_for_it_and_memory_for_copies_of_the_data():
+    code = """
+import types
+import jax
+from common import replicas
+
+def after(cores, total, number):
+    replicas.num_cores, replicas.psutil.virtual_memory = lambda: cores, lambda: types.SimpleNamespace(total=total)
+    jax.config.update("jax_num_cpu_devices", -1)
+    replicas.use_cores(number)
+    return jax.config.jax_num_cpu_devices
+
+ours = [after(4, 15e9, 10), after(4, 15e9, 3), after(4, 8e9, 10), after(4, 15e9, 1), after(1, 15e9, 10), after(4, 0, 9)]
+jax.config.update("jax_num_cpu_devices", 2)
+replicas.use_cores(10)
+print(ours, len(jax.devices()))
+replicas.use_cores(10)
+"""
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[4, 3, 2, -1, -1, -1] 2"
 
 
 # --- Runs --------------------------------------------------------------------------------------------------------
@@ -137,6 +160,7 @@ class Args:
     policy_run_dir: Path | None = None
 
     name = "nowhere"  # of the run
+    num_replicas = 2
 
     @property
     def directory(self) -> Path:
