@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import gymnasium
@@ -25,7 +26,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector.async_vector_env import AsyncState
 
-from common.environments import episode_seed, make_env, reported_success, seeded_reset
+from common.environments import episode_seed, is_registered, make_env, reported_success, seeded_reset
 from common.errors import UserError
 from common.machine import free_memory, num_cores, trim_memory
 from common.progress import progress
@@ -58,18 +59,19 @@ class EpisodeRunner(gymnasium.Env):
         horizon: int,
         seed: int,
         make: Callable[[str], gymnasium.Env] = make_env,
-        specs: Sequence[EnvSpec] = (),
+        specs: Mapping[str, EnvSpec] = MappingProxyType({}),
         probe: Callable[[dict[str, Any]], float] | None = None,
     ):
         """`slots` are this process' environments of each replica; slot s runs the episodes s, s + num_slots, ...
-        `specs` are what the first process knows of them, which may be registered only there."""
+        `specs` are what the first process knows of `gym_ids`, which may be registered only there."""
         if multiprocessing.parent_process() is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
         self.gym_ids, self.slots, self.num_slots = gym_ids, slots, num_slots
         self.num_episodes, self.horizon, self.seed, self.probe = num_episodes, horizon, seed, probe
         self.make = make
-        for spec in specs:
-            gymnasium.registry.setdefault(spec.id, spec)
+        for gym_id, spec in specs.items():
+            if not is_registered(gym_id):
+                gymnasium.registry[spec.id] = spec
         self.envs: list[list[gymnasium.Env]] = []
         first = make(gym_ids[0])
         shape = (len(gym_ids), len(slots))
@@ -177,8 +179,7 @@ class Episodes:
         per_worker = math.ceil(num_episodes / workers)
         per_worker = max(1, min(per_worker, ENVIRONMENTS // (len(gym_ids) * workers)))
         in_common = dict(num_slots=workers * per_worker, num_episodes=num_episodes, horizon=horizon, seed=seed)
-        names = [gym_id.rpartition(":")[2] for gym_id in gym_ids]
-        in_common |= dict(specs=[gymnasium.registry[name] for name in names if name in gymnasium.registry])
+        in_common |= dict(specs={gym_id: gymnasium.spec(gym_id) for gym_id in gym_ids if is_registered(gym_id)})
         in_common |= dict(make=functools.partial(make_env, action_noise=action_noise, **settings or {}), probe=probe)
         with self._reporting_deaths():
             self.vector = gymnasium.vector.AsyncVectorEnv(
