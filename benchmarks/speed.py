@@ -47,7 +47,7 @@ from common.machine import num_cores
 from common.networks import FlowCritic, FlowPolicy, Sizes, Standardizer
 from common.problem import Dataset, Replica
 from common.provenance import git_revision, package_versions
-from common.replicas import stack_replicas
+from common.replicas import copy_to_devices, spread, stack_replicas, use_cores
 from common.returns import affine_axis, make_axis
 
 OBSERVATION, ACTION = 37, 5  # cube-double
@@ -171,9 +171,10 @@ def bc_case(name: str, args: Args, *, replicas: int = 1, rows: int | None = None
     settings = evor_bc.Args(width=args.width, steps_per_call=steps)
     keys = jax.random.split(jax.random.key(0), replicas)
     state = stack_replicas(lambda key: evor_bc.init_state(settings, Sizes(OBSERVATION, ACTION, 1), key=key), keys)
-    dataset, replica_of = bc_data(rows), bc_replicas(keys)
     macs, first = policy_macs(jax.tree.map(lambda x: x[0], state.policy))
     flops = 2.0 * settings.batch_size * (3 * macs - first) * replicas
+    state, replica_of = spread((state, bc_replicas(keys)), replicas)
+    dataset = copy_to_devices(bc_data(rows), replicas)
     step, compile_s = compiled(evor_bc.train_chunk, settings, state, dataset, replica_of)
     return Case(name, stateful(lambda s: step(s, dataset, replica_of), state), steps, flops, compile_s)
 
@@ -207,6 +208,7 @@ def value_case(
     chosen = Replica(jnp.asarray(task), jnp.asarray(seed), axis, keys)
     critic, policy = jax.tree.map(lambda x: x[0], (state.critic, getattr(state, "policy", None)))
     flops = step_flops(settings, critic, policy) * replicas
+    (state, chosen), dataset = spread((state, chosen), replicas), copy_to_devices(dataset, replicas)
     step, compile_s = compiled(learner.train_chunk, settings, state, dataset, chosen)
     return Case(name, stateful(lambda s: step(s, dataset, chosen), state), steps, flops, compile_s)
 
@@ -382,7 +384,7 @@ def profile(args: Args) -> list[dict[str, Any]]:
         repeated("gradient of a BC step", descend, state.policy, flops),
         repeated("Adam alone", adam, (state.policy, state.opt_state)),
         repeated("GELU of all layers, forward and backward", functools.partial(activations, settings.depth), hidden),
-        bc_case("BC, 5 replicas as trained (on a CPU: in turn)", args, replicas=5),
+        bc_case("BC, 5 replicas as trained", args, replicas=5),
     ]
     keys = jax.random.split(jax.random.key(0), 5)
     many = stack_replicas(lambda key: evor_bc.init_state(settings, Sizes(OBSERVATION, ACTION, 1), key=key), keys)
@@ -649,6 +651,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         raise UserError(f"--groups {' '.join(sorted(unknown))}: choose among {', '.join(GROUPS)}.")
     if set(args.groups) != set(GROUPS) and args.out == Args.out:
         raise UserError("a part of the groups would replace the whole table: pass another --out.")
+    use_cores(num_cores())
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     rows = [row for group in args.groups for row in GROUPS[group](args)]

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import tyro
@@ -55,7 +55,7 @@ def flags_of(args: Any, fields: Collection[str]) -> str:
 
 
 class _Lossy:
-    """A stream that drops what cannot be written; `error` is why."""
+    """A stream that drops what cannot be written; `error` is the last failure."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -81,8 +81,7 @@ class _Lossy:
 @contextlib.contextmanager
 def _lossy_output() -> Iterator[None]:
     """What cannot be printed must not cost a run: a name that the terminal cannot show is escaped, and what cannot be
-    written is dropped. Where that was not for want of a reader, as on a full disk, the exit status is 120, as
-    Python's."""
+    written is dropped, with a warning at the end where the cause is another than a closed pipe."""
     before = sys.stdout, sys.stderr
     for stream in before:
         if hasattr(stream, "reconfigure"):
@@ -92,23 +91,23 @@ def _lossy_output() -> Iterator[None]:
     try:
         yield
     finally:
-        _drop_unread_output()
+        _drop_unread_output(lossy)
         sys.stdout, sys.stderr = before
-    for stream in filter(None, lossy):
-        if stream.error and not isinstance(stream.error, BrokenPipeError):
-            with contextlib.suppress(OSError):
-                print(f"warning: some of the output is lost ({stream.error.strerror}).", file=sys.stderr)
-            raise SystemExit(120)
 
 
-def _drop_unread_output() -> None:
-    """What is left for a pipe that nobody reads any more goes nowhere: else Python, which writes it at the end of the
-    process, would say so."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        with contextlib.suppress(OSError):
-            stream.flush()
-        if _is_unread(stream):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def _drop_unread_output(streams: Sequence[Any]) -> None:
+    """What is left for a pipe that nobody reads any more, or for a full disk, goes nowhere: else Python, which writes
+    it at the end of the process, would say so and change the exit status."""
+    streams = [stream for stream in streams if stream is not None]
+    for stream in streams:
+        stream.flush()
+    causes = {stream.error.strerror for stream in streams if stream.error} - {os.strerror(errno.EPIPE)}
+    for cause in causes:
+        print(f"warning: some of the output is lost ({cause}).", file=sys.stderr, flush=True)
+    for stream in streams:
+        if stream.error or _is_unread(stream):
+            with contextlib.suppress(OSError):  # it is no file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _is_unread(stream: Any) -> bool:
@@ -209,7 +208,8 @@ def _is_lost(error: BaseException) -> bool:
 def exit_without_waiting(code: Any) -> None:
     """Ends this process at once, if it is one of several: the usual way out waits for the others, which wait for it."""
     if _is_one_of_several():
-        _drop_unread_output()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
         os._exit(code if isinstance(code, int) else 1)
 
 

@@ -111,6 +111,11 @@ def is_registered(env: str) -> bool:
     return gym_id in gymnasium.registry
 
 
+def spec_of(env: str) -> gymnasium.envs.registration.EnvSpec:
+    """What Gymnasium knows of `Id-v0` or `module:Id-v0`, which is registered."""
+    return gymnasium.spec(env.rpartition(":")[2])
+
+
 def evaluation_id(env: str, task: int) -> str | None:
     """Gymnasium's id of the environment that an agent is evaluated in; None where there is none.
 
@@ -132,7 +137,7 @@ def episode_steps(env: str) -> int:
     try:
         return ENVIRONMENTS[parse_env(env).prefix].episode_steps
     except (UserError, KeyError):
-        return (gymnasium.spec(env).max_episode_steps or LONGEST) if is_registered(env) else 0
+        return (spec_of(env).max_episode_steps or LONGEST) if is_registered(env) else 0
 
 
 def settings_of(info: Mapping[str, Any], gym_id: str) -> dict[str, Any]:

@@ -23,10 +23,9 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector.async_vector_env import AsyncState
 
-from common.environments import episode_seed, is_registered, make_env, reported_success, seeded_reset
+from common.environments import episode_seed, is_registered, make_env, reported_success, seeded_reset, spec_of
 from common.errors import UserError
 from common.machine import free_memory, num_cores, trim_memory
 from common.progress import progress
@@ -40,6 +39,21 @@ ENVIRONMENT_BYTES = 130e6
 def max_environments() -> int:
     """As many environments as fit into half of the memory that is free now."""
     return max(1, int(0.5 * free_memory() / ENVIRONMENT_BYTES))
+
+
+def check_program() -> None:
+    """Whether worker processes can import the program that starts them.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "this program evaluates as soon as it is imported, and its worker processes import it: put what it does "
+            "under `if __name__ == '__main__':`."
+        )
+    if getattr(sys.modules["__main__"], "__file__", None) == "<stdin>":
+        raise UserError("worker processes import this program, which was read from stdin: save it as a file.")
 
 
 class EpisodeRunner(gymnasium.Env):
@@ -59,7 +73,7 @@ class EpisodeRunner(gymnasium.Env):
         horizon: int,
         seed: int,
         make: Callable[[str], gymnasium.Env] = make_env,
-        specs: Mapping[str, EnvSpec] = MappingProxyType({}),
+        specs: Mapping[str, gymnasium.envs.registration.EnvSpec] = MappingProxyType({}),
         probe: Callable[[dict[str, Any]], float] | None = None,
     ):
         """`slots` are this process' environments of each replica; slot s runs the episodes s, s + num_slots, ...
@@ -167,19 +181,13 @@ class Episodes:
         Raises:
             UserError: a process died, here or in `run`.
         """
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            raise UserError(
-                "this program evaluates as soon as it is imported, and its worker processes import it: put what it "
-                "does under `if __name__ == '__main__':`."
-            )
-        if getattr(sys.modules["__main__"], "__file__", None) == "<stdin>":
-            raise UserError("worker processes import this program, which is no file: write it into one.")
+        check_program()
         workers = min(workers or num_cores(), num_episodes, max(1, max_environments() // len(gym_ids)))
         self.num_replicas, self.num_episodes = len(gym_ids), num_episodes
         per_worker = math.ceil(num_episodes / workers)
         per_worker = max(1, min(per_worker, ENVIRONMENTS // (len(gym_ids) * workers)))
         in_common = dict(num_slots=workers * per_worker, num_episodes=num_episodes, horizon=horizon, seed=seed)
-        in_common |= dict(specs={gym_id: gymnasium.spec(gym_id) for gym_id in gym_ids if is_registered(gym_id)})
+        in_common |= dict(specs={gym_id: spec_of(gym_id) for gym_id in gym_ids if is_registered(gym_id)})
         in_common |= dict(make=functools.partial(make_env, action_noise=action_noise, **settings or {}), probe=probe)
         with self._reporting_deaths():
             self.vector = gymnasium.vector.AsyncVectorEnv(

@@ -21,6 +21,7 @@ from common.data.files import Trajectories
 from common.data.foreign import is_minari
 from common.data.names import GYM_ID, parse_env, validation_path
 from common.environments import check_sizes, evaluation_id, settings_of
+from common.episodes import check_program
 from common.errors import UserError
 from common.machine import free_memory
 from common.networks import FlowPolicy, Sizes, Standardizer
@@ -240,6 +241,7 @@ class ValueProblem(Problem):
                 )
             print(f"  not to be evaluated: Gymnasium has no {args.environment}")
         elif args.eval_episodes:
+            check_program()
             settings = settings_of(self.info, self.gym_ids[0])
             check_sizes(self.gym_ids[0], settings, trajectories.observations.shape[1], trajectories.actions.shape[1])
         held_out = validation_path(first)

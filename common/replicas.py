@@ -1,4 +1,4 @@
-"""Replicas, tasks x seeds: many trainings in one program, over all devices of one or several hosts."""
+"""Replicas, tasks x seeds: many trainings in one program, over the devices of one or several hosts."""
 
 import contextlib
 import functools
@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import psutil
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, PRNGKeyArray
@@ -56,9 +55,10 @@ def chunked(train_step: Callable) -> Callable:
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def train_chunk(args: Any, state: Any, dataset: Any, replicas: Any) -> tuple[Any, dict[str, Array]]:
-        call = functools.partial(of_device, args)
-        mesh = _mesh(len(jax.tree.leaves(replicas)[0]))
-        if mesh is not None:
+        call, number = functools.partial(of_device, args), len(jax.tree.leaves(replicas)[0])
+        mesh = _mesh(number)
+        if mesh is not None and number % mesh.size == 0:  # else they were not spread
+            # Nothing is shared between the shards, so that shard_map has nothing to check (check_vma).
             copied, split = PartitionSpec(), PartitionSpec("replica")
             call = jax.shard_map(call, mesh=mesh, in_specs=(copied, split, split), out_specs=split, check_vma=False)
         return call(dataset, state, replicas)
@@ -110,11 +110,10 @@ def use_cores(replicas: int) -> None:
     """Makes each core of the CPU a device of JAX, so that `spread` gives each its replicas: several cores at once are
     hardly faster than one at the small products of one replica.
 
-    Each device has a copy of the data, so there is one per 3 GB of the machine's memory at most. Nothing changes where
-    JAX has looked at its devices before, or is told how many there are.
+    Nothing changes where JAX has looked at its devices before, or is told how many there are (JAX_NUM_CPU_DEVICES).
     """
     told = jax.config.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    most = min(num_cores(), replicas, int(psutil.virtual_memory().total // 3e9))
+    most = min(num_cores(), replicas)
     if most > 1 and not told:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", most)
@@ -146,8 +145,8 @@ def first_host_first(function: Callable[[], Any]) -> Any:
 
 
 def _mesh(replicas: int) -> Mesh | None:
-    """The devices that share the replicas; None if it is one. Of more than it takes to give each as few replicas as all
-    of them could, the rest has nothing to do, but for those of other processes."""
+    """The devices that share the replicas; None if it is one. No more than are needed: five replicas on four devices
+    take two rounds, for which three devices are enough. Of several processes all devices take part."""
     devices = jax.devices()
     if jax.process_count() == 1:
         rounds = math.ceil(replicas / len(devices))
@@ -156,7 +155,7 @@ def _mesh(replicas: int) -> Mesh | None:
 
 
 def spread(tree: Any, replicas: int) -> Any:
-    """Spreads the leading (replica) axis of every leaf over all devices.
+    """Spreads the leading (replica) axis of every leaf over the devices of `_mesh`.
 
     Where the devices do not divide the replicas evenly the last replica is repeated; `fetch` leaves the repeats out.
     """
@@ -168,9 +167,13 @@ def spread(tree: Any, replicas: int) -> Any:
 
 
 def copy_to_devices(tree: Any, replicas: int) -> Any:
-    """A copy of `tree`, which all replicas share, on each of the devices that `spread` uses."""
+    """A copy of `tree`, which all replicas share, on each of the devices that `spread` uses. Cores share one copy."""
     mesh = _mesh(replicas)
-    return tree if mesh is None else _put(tree, NamedSharding(mesh, PartitionSpec()))
+    if mesh is None:
+        return tree
+    if jax.default_backend() == "cpu":
+        tree = jax.tree.map(np.asarray, tree)  # whose memory JAX takes as it is, where it would copy its own
+    return _put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def _put(tree: Any, sharding: NamedSharding) -> Any:

@@ -81,7 +81,8 @@ class Signals:
         self.number = number
         self._restore()
         # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nstopping after this call, which is saved then; once more stops at once.\n")
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, b"\nstopping after this call, which is saved then; once more stops at once.\n")
 
     @contextlib.contextmanager
     def as_outside(self) -> Iterator[None]:

@@ -23,6 +23,8 @@ from collections.abc import Iterator  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+jax.config.update("jax_num_cpu_devices", 1)  # whichever test comes first
+
 # A shell starts what goes to the background with Ctrl-C ignored, and so would all processes of the tests be.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

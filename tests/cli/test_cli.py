@@ -377,20 +377,24 @@ def test_nobody_reads_what_is_printed(
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is always full is Linux's")
 @pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
-@pytest.mark.parametrize("letters", ["10", "1000000"])
-def test_the_disk_that_takes_what_is_printed_is_full(tmp_path: Path, letters: str, both: bool):
-    """What is to be done is done; then a warning and a status tell of it."""
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize(("words", "code"), [(["--letters", "1000000"], 0), ([], 0), (["--wrong"], 2), (["--help"], 0)])
+def test_the_disk_that_takes_what_is_printed_is_full(
+    tmp_path: Path, words: list[str], code: int, unbuffered: str, both: bool
+):
+    """What is to be done is done, and a mistake has its status; a warning says that output is lost."""
     (tmp_path / "script.py").write_text(PRINTS)
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, str(tmp_path / "script.py"), "--letters", letters],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            [sys.executable, str(tmp_path / "script.py"), *words],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered},
             stdout=full,
             stderr=full if both else subprocess.PIPE,
             text=True,
         )
-    assert done.returncode == 120 and (tmp_path / "done").exists()
-    assert both or done.stderr == "warning: some of the output is lost (No space left on device).\n"
+    assert done.returncode == code and (tmp_path / "done").exists() == (code == 0 and words != ["--help"])
+    mistake = "error: wrong: mend it.\n" if code else ""
+    assert both or done.stderr == mistake + "warning: some of the output is lost (No space left on device).\n"
 
 
 NO_CUDA = (

@@ -15,6 +15,7 @@ import evor_bc
 import evor_infer
 import evor_value
 from common import environments
+from common.episodes import Episodes
 from common.errors import UserError
 from common.evaluation import score, score_text, summarise
 from common.files import read_csv
@@ -85,6 +86,9 @@ def test_what_an_agent_is_evaluated_in(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert environments.evaluation_id("robots_of_mine:Mine-v0", 0) == "robots_of_mine:Mine-v0"
     environments.check_sizes("robots_of_mine:Mine-v0", {}, 3, 1)
+    assert environments.episode_steps("robots_of_mine:Mine-v0") == environments.LONGEST
+    with Episodes(("robots_of_mine:Mine-v0",), num_episodes=1, workers=1) as episodes:
+        assert episodes.num_slots == 1
     with pytest.raises(UserError, match=r"--env Pendulum: Gymnasium has Pendulum-v1\."):
         environments.evaluation_id("Pendulum", 0)
     with pytest.raises(UserError, match=r"Gymnasium has Mine-v0\."):

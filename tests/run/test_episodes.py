@@ -290,7 +290,9 @@ def test_a_program_that_is_no_file_is_told_so(tmp_path: Path):
     settings = dict(input=SCRIPT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(processes.ROOT)})
     done = subprocess.run([sys.executable, "-"], cwd=tmp_path, **settings)
     assert done.returncode == 2
-    assert done.stderr == "error: worker processes import this program, which is no file: write it into one.\n"
+    assert done.stderr == (
+        "error: worker processes import this program, which was read from stdin: save it as a file.\n"
+    )
 
 
 OWN = """

@@ -112,6 +112,7 @@ for replicas in (6, 4, 5, 3, 1):
     assert all((x == y).all() for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(fetch(many, replicas))))
     assert many["a"].sharding.device_set == many["b"].sharding.device_set == shared.sharding.device_set
     assert {s.data.shape for s in shared.addressable_shards} == {(7,)}
+    assert len({s.data.unsafe_buffer_pointer() for s in shared.addressable_shards}) == 1  # one copy in memory
     counts.append((len(many["a"].sharding.device_set), {s.data.shape[0] for s in many["a"].addressable_shards}))
 print(len(jax.devices()), counts)
 """
@@ -120,27 +121,43 @@ print(len(jax.devices()), counts)
     assert done.stdout.strip() == "4 [(3, {2}), (4, {1}), (3, {2}), (3, {1}), (1, {1})]"
 
 
-def test_each_core_is_a_device_where_there_are_replicas_for_it_and_memory_for_copies_of_the_data():
+def test_replicas_that_were_not_spread_train_too():
+    """Three on two devices, in a process of its own."""
     code = """
-import types
+import jax, jax.numpy as jnp
+from common.replicas import chunked
+from tests.run.test_run import Args
+train_chunk = chunked(lambda args, state, dataset, replica: (state + dataset * replica, {"loss": state}))
+state, metrics = train_chunk(Args(), jnp.zeros(3), jnp.asarray(2.0), jnp.arange(3.0))
+print(len(jax.devices()), state.tolist(), metrics["loss"].tolist())
+"""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "2 [0.0, 4.0, 8.0] [0.0, 1.0, 2.0]"
+
+
+def test_each_core_is_a_device_where_there_are_replicas_for_it():
+    code = """
 import jax
 from common import replicas
 
-def after(cores, total, number):
-    replicas.num_cores, replicas.psutil.virtual_memory = lambda: cores, lambda: types.SimpleNamespace(total=total)
+def after(cores, number):
+    replicas.num_cores = lambda: cores
     jax.config.update("jax_num_cpu_devices", -1)
     replicas.use_cores(number)
     return jax.config.jax_num_cpu_devices
 
-ours = [after(4, 15e9, 10), after(4, 15e9, 3), after(4, 8e9, 10), after(4, 15e9, 1), after(1, 15e9, 10), after(4, 0, 9)]
-jax.config.update("jax_num_cpu_devices", 2)
-replicas.use_cores(10)
+ours = [after(4, 10), after(4, 3), after(4, 1), after(1, 10)]
+jax.config.update("jax_num_cpu_devices", 2)  # a user's own choice stays
+ours.append((replicas.use_cores(10), jax.config.jax_num_cpu_devices)[1])
 print(ours, len(jax.devices()))
-replicas.use_cores(10)
 """
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[4, 3, 2, -1, -1, -1] 2"
+    assert done.stdout.strip() == "[4, 3, -1, -1, 2] 2"
+    late = "import jax; jax.devices(); from common import replicas; replicas.use_cores(10); print(len(jax.devices()))"
+    done = subprocess.run([sys.executable, "-c", late], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
 
 
 # --- Runs --------------------------------------------------------------------------------------------------------
@@ -492,6 +509,17 @@ def test_a_signal_that_nobody_acted_on_acts_at_the_end():
             pass
         signal.raise_signal(signal.SIGINT)
         pytest.fail("the second was noted only")
+
+
+def test_a_signal_is_noted_where_nobody_reads_what_is_said(monkeypatch: pytest.MonkeyPatch):
+    def write(*_):
+        raise BrokenPipeError
+
+    with pytest.raises(KeyboardInterrupt), Signals() as signals:
+        with monkeypatch.context() as unread:
+            unread.setattr(os, "write", write)
+            signal.raise_signal(signal.SIGINT)
+        assert signals.number == signal.SIGINT
 
 
 def test_ignored_signals_stay_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
