@@ -91,11 +91,11 @@ def _lossy_output() -> Iterator[None]:
     try:
         yield
     finally:
-        _drop_unread_output(lossy)
+        _end_output(lossy)
         sys.stdout, sys.stderr = before
 
 
-def _drop_unread_output(streams: Sequence[Any]) -> None:
+def _end_output(streams: Sequence[Any]) -> None:
     """What is left for a pipe that nobody reads any more, or for a full disk, goes nowhere: else Python, which writes
     it at the end of the process, would say so and change the exit status."""
     streams = [stream for stream in streams if stream is not None]

@@ -18,7 +18,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import gymnasium
@@ -73,7 +72,7 @@ class EpisodeRunner(gymnasium.Env):
         horizon: int,
         seed: int,
         make: Callable[[str], gymnasium.Env] = make_env,
-        specs: Mapping[str, gymnasium.envs.registration.EnvSpec] = MappingProxyType({}),
+        specs: Mapping[str, gymnasium.envs.registration.EnvSpec] | None = None,
         probe: Callable[[dict[str, Any]], float] | None = None,
     ):
         """`slots` are this process' environments of each replica; slot s runs the episodes s, s + num_slots, ...
@@ -83,7 +82,7 @@ class EpisodeRunner(gymnasium.Env):
         self.gym_ids, self.slots, self.num_slots = gym_ids, slots, num_slots
         self.num_episodes, self.horizon, self.seed, self.probe = num_episodes, horizon, seed, probe
         self.make = make
-        for gym_id, spec in specs.items():
+        for gym_id, spec in (specs or {}).items():
             if not is_registered(gym_id):
                 gymnasium.registry[spec.id] = spec
         self.envs: list[list[gymnasium.Env]] = []

@@ -111,6 +111,7 @@ def use_cores(replicas: int) -> None:
     hardly faster than one at the small products of one replica.
 
     Nothing changes where JAX has looked at its devices before, or is told how many there are (JAX_NUM_CPU_DEVICES).
+    With `--distributed` the processes share the replicas instead.
     """
     told = jax.config.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     most = min(num_cores(), replicas)

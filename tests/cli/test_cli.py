@@ -343,6 +343,18 @@ run_cli(main, Args)
 """
 
 
+def check_what_is_done(
+    tmp_path: Path, words: list[str], code: int, said: str | None, *, unbuffered: str, **streams: Any
+) -> None:
+    """Runs PRINTS; `said` on stderr is not looked at where it is None."""
+    (tmp_path / "script.py").write_text(PRINTS)
+    command = [sys.executable, str(tmp_path / "script.py"), *words]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, env=env, text=True, **streams)
+    assert done.returncode == code and (tmp_path / "done").exists() == (code == 0 and words != ["--help"])
+    assert said is None or done.stderr == said
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -360,19 +372,11 @@ def test_nobody_reads_what_is_printed(
 ):
     """As after `| head` and `2>&1 | head`: not a word of it, neither ours nor Python's at the end of the process, and
     what is to be done is done. Without a buffer it shows at the first word."""
-    (tmp_path / "script.py").write_text(PRINTS)
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py"), *words],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered},
-        stdout=writer,
-        stderr=writer if both else subprocess.PIPE,
-        text=True,
-    )
+    streams = dict(stdout=writer, stderr=writer if both else subprocess.PIPE)
+    check_what_is_done(tmp_path, words, code, None if both else said, unbuffered=unbuffered, **streams)
     os.close(writer)
-    assert done.returncode == code and (tmp_path / "done").exists() == (code == 0 and words != ["--help"])
-    assert both or done.stderr == said
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is always full is Linux's")
@@ -383,18 +387,11 @@ def test_the_disk_that_takes_what_is_printed_is_full(
     tmp_path: Path, words: list[str], code: int, unbuffered: str, both: bool
 ):
     """What is to be done is done, and a mistake has its status; a warning says that output is lost."""
-    (tmp_path / "script.py").write_text(PRINTS)
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, str(tmp_path / "script.py"), *words],
-            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered},
-            stdout=full,
-            stderr=full if both else subprocess.PIPE,
-            text=True,
-        )
-    assert done.returncode == code and (tmp_path / "done").exists() == (code == 0 and words != ["--help"])
     mistake = "error: wrong: mend it.\n" if code else ""
-    assert both or done.stderr == mistake + "warning: some of the output is lost (No space left on device).\n"
+    said = None if both else f"{mistake}warning: some of the output is lost (No space left on device).\n"
+    with open("/dev/full", "w") as full:
+        streams = dict(stdout=full, stderr=full if both else subprocess.PIPE)
+        check_what_is_done(tmp_path, words, code, said, unbuffered=unbuffered, **streams)
 
 
 NO_CUDA = (

@@ -97,6 +97,16 @@ def test_what_an_agent_is_evaluated_in(tmp_path: Path, monkeypatch: pytest.Monke
         environments.evaluation_id("no_such_module:Mine-v0", 0)
 
 
+def test_a_program_that_is_no_file_is_told_so_before_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its worker processes could not import it, hours later."""
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "<stdin>", raising=False)
+    data = tiny_dataset(tmp_path / "data.npz", action_dim=1)
+    args = evor_value.Args(env="Pendulum-v1", dataset=data, run_dir=tmp_path / "run", eval_episodes=1)
+    with pytest.raises(UserError, match="read from stdin"):
+        evor_value.main(args)
+    assert not (tmp_path / "run" / "bc").exists()
+
+
 BROKEN = {
     "Reset": dict(reset=RuntimeError("no robot")),
     "Step": dict(step=RuntimeError("no robot")),
