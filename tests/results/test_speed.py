@@ -1,6 +1,7 @@
 """The speed benchmark's own arithmetic: its FLOPs are those XLA counts, its table and figure hold what was measured."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,21 @@ import evor_value
 from baselines import critics, qc
 from benchmarks import inference, speed
 from common import flops
+from common.files import read_csv
 from common.networks import FlowCritic, FlowPolicy, Sizes
 from common.problem import Dataset, Replica
 from common.returns import affine_axis
 
+PAGE = Path(__file__).parents[2] / "results" / "speed" / "README.md"
 ARGS = speed.Args(rounds=1, width=32, rows=500, steps=2, replicas=(1, 2))
+
+
+def test_the_pages_table_of_replicas_is_that_of_its_rows():
+    files = [read_csv(PAGE.with_name(name)) for name in ("one_device.csv", "cores.csv")]
+    for case in ("BC, 10 replicas", "value paper, trunk, 10 replicas"):
+        one, cores = (next(float(row["ms"]) for row in rows if row["case"] == case) for rows in files)
+        assert f"| {case} | {one:.1f} | {cores:.1f} |" in PAGE.read_text()
+        assert 1.6 <= round(one / cores, 1) <= 2.0  # docs/running.md
 
 
 def counted(function, *arguments) -> float:
