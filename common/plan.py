@@ -25,16 +25,17 @@ class Stage(NamedTuple):
     seconds: float
 
 
-def product_rate() -> float:
-    """FLOPs per second of a chain of matrix products of the networks' shape: the best of three."""
-    x, w, length = jnp.ones((256, 512)), jnp.eye(512), 50
+def product_rate(width: int) -> float:
+    """FLOPs per second of chains of matrix products of the networks' shape, one on each device: the best of three."""
+    devices, length = jax.local_devices(), 50 * max(1, 512 // width) ** 2
     chain = jax.jit(lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, length=length)[0])
+    arrays = [jax.device_put((jnp.ones((256, width)), jnp.eye(width)), device) for device in devices]
     taken = []
     for _ in range(4):  # the first one compiles it
         began = time.perf_counter()
-        jax.block_until_ready(chain(x, w))
+        jax.block_until_ready([chain(x, w) for x, w in arrays])
         taken.append(time.perf_counter() - began)
-    return 2.0 * length * x.size * 512 / min(taken)
+    return 2.0 * length * 256 * width**2 * len(devices) / min(taken)
 
 
 def policy_stage(args: Any, sizes: Sizes, rate: float) -> Stage:
@@ -81,10 +82,9 @@ def print_plan(
         policy_args: the `Args` of stage 1 for those of stage 2.
         is_trained: whether a base policy stands at a path.
     """
-    rate = product_rate()
 
     def stages(of: Any, horizon: int) -> list[Stage]:
-        of_sizes = sizes._replace(horizon=horizon)
+        of_sizes, rate = sizes._replace(horizon=horizon), product_rate(of.width)
         path = (of.policy_run_dir or of.directory) / "bc" / "model.eqx"
         first = [] if is_trained(path) else [policy_stage(policy_args(of), of_sizes, rate)]
         return [*first, *value_stages(of, of_sizes, rate)]

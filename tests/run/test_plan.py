@@ -54,7 +54,7 @@ def test_the_plan_is_said_and_what_preview_would_take(
     short = dataclasses.replace(ARGS, preview=True, steps=10, horizon=5, num_next_actions=1)
 
     def said(args: evor_value.Args, rate: float, is_trained: bool = False) -> list[str]:
-        monkeypatch.setattr(plan, "product_rate", lambda: rate)
+        monkeypatch.setattr(plan, "product_rate", lambda width: rate)
         plan.print_plan(args, short, SIZES, policy_args=evor_bc.args_for, is_trained=lambda path: is_trained)
         return capsys.readouterr().out.splitlines()
 
@@ -72,4 +72,4 @@ def test_the_plan_is_said_and_what_preview_would_take(
 
 def test_the_rate_is_one():
     """Between a hundredth of a GFLOP and a PFLOP per second."""
-    assert 1e7 < plan.product_rate() < 1e15
+    assert all(1e7 < plan.product_rate(width) < 1e15 for width in (16, 512))
