@@ -41,7 +41,8 @@ from experiments import (
 from experiments.rows import Place
 
 # The module of each table. It has FILES, the names of its row files, and `draw`; and, where rows are made of runs,
-# `gather_all`, and maybe `refuse` and KEY, the columns that tell whether two rows are of the same run.
+# `gather_all`, and maybe `refuse` and KEY, the columns that tell whether two rows are of the same run. ROWS names the
+# table whose rows it draws, where it has none of its own.
 DRAWN: dict[str, ModuleType] = {
     "thirty-tasks": thirty,
     **dict.fromkeys([f"thirty-tasks/{part}" for part in ("num_actions", "tau_q", "tau_r")], relative),
@@ -120,7 +121,7 @@ def draw(name: str, args: Args) -> str:
     place = Place(rows.RESULTS if args.update else rows.TABLES, name, args.rows or rows.RESULTS)
     frames = None
     if args.append or not args.runs:
-        paths = [place.beside(name, file) for file in kind.FILES]
+        paths = [place.beside(getattr(kind, "ROWS", name), file) for file in kind.FILES]
         if not paths[0].is_file():
             raise UserError(f"there is no {paths[0]}: name run directories with --runs.")
         frames = [rows.read(path) for path in paths]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from common.errors import UserError
 from common.files import write_csv
 from common.statistics import mean_interval
 
@@ -83,12 +84,18 @@ def complete(frame: Frame, names: Iterable[str]) -> Frame:
 
 
 def rate(episodes: Frame) -> tuple[float, float, float]:
-    """Mean success over tasks with the ends of its 95% interval over seeds and episodes."""
+    """Mean success over tasks with the ends of its 95% interval over seeds and episodes.
+
+    Raises:
+        UserError: the tasks have not the same number of seeds.
+    """
     solved = numbers(episodes, real=["success"])
     groups = [
         np.stack([of_seed.to_numpy() for _, of_seed in task.groupby("seed")["success"]])
         for _, task in solved.groupby("task")
     ]
+    if len(set(map(len, groups))) > 1:
+        raise UserError("some tasks have more seeds than others: name runs of the same seeds.")
     return float(np.mean([group.mean() for group in groups])), *mean_interval(groups)
 
 

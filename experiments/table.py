@@ -35,15 +35,6 @@ VALUES = "0 0.03 0.1 0.2 0.3 0.5 1 3 inf"
 SCHEDULES = {"cosine": "", "constant": "--schedule constant --learning-rate 3e-4"}  # the preset's, and the paper's
 SIZES = ("--width 64", "--width 128", "--width 256", "--depth 2")  # beside 4 x 512
 MAZES = (f"softmax/{MAZE}", *(f"softmax-{task}/{MAZE}" for task in (2, 3, 4, 5)))  # tasks 1 to 5
-AXES = {  # what the return axis is compared with, and the one before
-    "quantiles": "",
-    "std": "--return-axis std",
-    "bounds": "--return-axis bounds --solver euler --flow-steps 10",
-}
-AXES_ON = {  # flags, and how long the range of the possible returns is
-    SCENE: ("--reward sparse --tasks 1 2 3 4 5", 100),
-    **{env: ("", 200 if env == CUBE else 100) for env in PREVIEW},
-}
 
 
 def policy(env: str, flags: str) -> str:
@@ -98,37 +89,14 @@ def sweep(table: str, flags: str, *runs: str, tasks: str = "") -> list[str]:
     return [*commands, draw(table, *(f"{run}/{out}" for run in runs))]
 
 
-def readout(env: str, run: str, name: str, flags: str = "") -> str:
-    return (
-        f"evor_infer.py --env {env} --run-dir runs/{run}/{env} "
-        f"--num-actions 16 --num-returns 8 --eval-episodes {25 if env == SCENE else 50} {flags} --out {name}"
-    )
-
-
 def draw(name: str, *runs: str) -> str:
     """Makes rows of runs, and a table of them in runs/tables/."""
     return f"experiments.draw {name} --runs {' '.join(f'runs/{run}' for run in runs)}"
 
 
-def axes(env: str) -> list[str]:
-    flags, returns = AXES_ON[env]
-    before = (
-        "--absolute --solver euler --flow-steps 10 "
-        f"--return-temperature {0.03 * returns:g} --action-temperature {0.003 * returns:g}"
-    )
-    return [
-        *(
-            preview(env, f"axis-{name}", f"{flags} {axis} --seeds 2 --policy-seed 0 --eval-episodes 0")
-            for name, axis in AXES.items()
-        ),
-        readout(env, "axis-quantiles", "after"),
-        readout(env, "axis-bounds", "before", before),
-    ]
-
-
 def axis_temperatures(env: str, table: str) -> list[str]:
     """On 400 episodes, with the steps of the presets: a reward model for each task and two seeds, and its sweep."""
-    run, flags = f"episodes-400/{env}", AXES_ON[env][0]
+    run, flags = f"episodes-400/{env}", "--reward sparse --tasks 1 2 3 4 5" if env == SCENE else ""
     about = f"--env {env} --run-dir runs/{run}"
     readout = f"--num-actions 16 --num-returns 8 --eval-episodes {25 if env == SCENE else 100}"
     of_tau_r = [
@@ -164,17 +132,18 @@ def beyond_ogbench(env: str) -> list[str]:
     ]
 
 
-COMPARED = ("thirty", "thirty-base", "thirty-paper", "thirty-scalar", "thirty-qc", "thirty-h1")
+COMPARED = ("thirty", "thirty-base", "thirty-paper", "thirty-bounds", "thirty-scalar", "thirty-qc", "thirty-h1")
 
 
 def thirty(env: str) -> list[str]:
     """Two seeds on one base policy: the default on all tasks, then each method that changes one thing, on the default
-    task; in mazes the `base` backup on all tasks, too."""
+    task. All tasks as well: the `base` backup in mazes, the axis of the possible returns on scene-play."""
     all_tasks = "--tasks 1 2 3 4 5"
     about, run = f"--env {env} --preview --seeds 2 --policy-seed 0", f"runs/thirty/{env}"
     methods = {
         "base": f"evor_value.py {all_tasks if env.startswith('pointmaze') else ''} --next-action base",
         "paper": "evor_value.py --td-target paper",
+        "bounds": f"evor_value.py {all_tasks if env == SCENE else ''} --return-axis bounds",
         "scalar": "baselines.critics --critic scalar",
         "qc": "baselines.qc",
     }
@@ -270,6 +239,7 @@ EXPERIMENTS: dict[str, list[str]] = {
     "thirty-tasks": [
         *(command for env in THIRTY for command in thirty(env)),
         draw("thirty-tasks", *(f"{name}/{env}" for name in COMPARED for env in THIRTY)),
+        "experiments.draw axes --rows runs/tables",
     ],
     "thirty-sweeps": [command for env in THIRTY for command in thirty_sweeps(env)],
     "policies": [policy(env, f"--preview --steps {200 if env == CUBE else 100}000") for env in PREVIEW],
@@ -292,10 +262,6 @@ EXPERIMENTS: dict[str, list[str]] = {
         ),
     ],
     "scene_policy": [policy(SCENE, "--preview --steps 100000")],
-    "axes": [
-        *(command for env in AXES_ON for command in axes(env)),
-        draw("axes", *(f"axis-{name}/{env}" for name in AXES for env in AXES_ON)),
-    ],
     "axis_temperatures": [
         *axis_temperatures(SINGLE, "single_data"),
         *axis_temperatures(SCENE, "scene_data"),

@@ -1,9 +1,9 @@
 """The thirty tasks: one line per environment, the methods beside each other, and the highest success that is known.
 
 A line is of the default: what `--preview` trains for the environment. The others change one thing: the backup, the TD
-target, the critic, or the method (QC). They stand beside each other on the environment's default task, and those that
-ran all five tasks on the five. Means are over tasks, intervals by bootstrap over seeds and episodes. Runs of one
-environment that differ in data or in the steps of the value are refused.
+target, the return axis, the critic, or the method (QC). They stand beside each other on the environment's default task,
+and those that ran all five tasks on the five. Means are over tasks, intervals by bootstrap over seeds and episodes.
+Runs of one environment that differ in data or in the steps of the value are refused.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,9 @@ OF_AN_EPISODE = ["run", "task", "seed", "num_actions", "episode", "success", "le
 KEY = ("run",)
 DEFAULT = "EVOR"
 ALONE = "base policy alone"
-SETTINGS = ("policy", "critic", "td_target", "next_action", "horizon", "reward", "policy_seconds", "train_seconds")
+BOUNDS = "axis of the possible returns"
+SETTINGS = ("policy", "critic", "td_target", "return_axis", "next_action", "horizon", "reward")
+SETTINGS += ("policy_seconds", "train_seconds")
 HIDDEN = (*tasks.ALIKE, "discount", "return_temperature", "action_temperature")
 LINES = "data | task 1 | task 2 | task 3 | task 4 | task 5 | mean | base policy alone | highest known | steps | minutes"
 
@@ -40,6 +42,8 @@ def method(row: dict[str, str]) -> str:
         return "scalar critic"
     if row["td_target"] == "paper":
         return "published target"
+    if row["return_axis"] == "bounds":
+        return BOUNDS
     return DEFAULT if row["next_action"] == "softmax" else f"`{row['next_action']}` backup"
 
 
@@ -78,14 +82,18 @@ def mean_of_all(episodes: Frame) -> tuple[str, ...]:
     return f"all {number} tasks", *of_tasks, f"**{cell(episodes[~alone])}**", cell(episodes[alone]), "", "", ""
 
 
+def named(frames: Sequence[Frame]) -> tuple[Frame, Frame]:
+    """Runs and episodes with the line of the table that they are of, in the order of these, and with their method."""
+    runs = complete(frames[0], SETTINGS)
+    lines = [tasks.named(row) for row in runs.to_dict("records")]
+    runs = runs.assign(line=lines, method=methods_of(runs)).sort_values("line", kind="stable")
+    told = runs[["run", "task", "seed", "env", "line", "method"]]
+    return runs, told.merge(frames[1], on=["run", "task", "seed"])
+
+
 def draw(frames: Sequence[Frame], place: Place) -> str:
     """Markdown, and two figures: the default on each task, and the methods' means on each environment."""
-    runs, episodes = complete(frames[0], SETTINGS), frames[1]
-    runs = runs.assign(
-        line=[tasks.named(row) for row in runs.to_dict("records")],
-        method=methods_of(runs),
-    )
-    episodes = episodes.merge(runs[["run", "task", "seed", "env", "line", "method"]], on=["run", "task", "seed"])
+    runs, episodes = named(frames)
     extracted = episodes[episodes["num_actions"] != "1"]
     default, lines = episodes[episodes["method"] == DEFAULT], []
     for env in default["line"].unique():
