@@ -6,10 +6,10 @@ The base policy `pi_base(a | x)` imitates the data. It is a velocity field `v_ph
 to actions, trained on straight paths between the two:
 
     a_0 ~ N(0, I),   a_1 = a (data),   t ~ U[0, 1],   a_t = (1 - t) a_0 + t a_1
-    L(phi) = E || v_phi(a_t, t | x) - (a_1 - a_0) ||^2
+    L(phi) = E || v_phi(a_t, t | x) - (a_1 - a_0) ||^2 / d,   d coordinates
     sampling: a_0 ~ N(0, I), integrate da/dt = v_phi(a, t | x) from t = 0 to 1, clip to [-1, 1]
 
-With `--horizon h` an action is a chunk of the next h actions, executed open loop (Q-chunking, arXiv 2507.07969).
+With `--horizon H` an action is a chunk of the next H actions, executed open loop (Q-chunking, arXiv 2507.07969).
 No reward is used. The policy is never trained on the value: stage 2 and 3 keep it as it is.
 
 | symbol | here                | symbol | here          |
@@ -129,7 +129,7 @@ train_chunk = chunked(train_step)
 
 def init_state(args: Args, sizes: Sizes, *, key: PRNGKeyArray) -> TrainState:
     """A fresh training state of one replica."""
-    policy = FlowPolicy(sizes.observation, sizes.chunk, width=args.width, depth=args.depth, key=key)
+    policy = make_policy(PolicySpec(sizes.observation, sizes.chunk, args.width, args.depth), key=key)
     return TrainState(policy, make_optimizer(args).init(policy), jnp.zeros((), jnp.int32))
 
 

@@ -21,12 +21,14 @@ L(theta) = E( s_theta(z_t, t | x, a) - target )^2 where
 psi_bar is taken in (x', a'). z_0' is fresh noise. u is uniform over the places of the possible returns on the axis, cut
 at `FARTHEST`. The last three regress on the velocity of a random path from N(0, 1) to the bootstrapped return, so their
 fixed point is the law of h(Z). That of `paper` is N(h(Q), 1), where Q is the mean of Z: docs/td-targets.md has both
-arguments. `paper` and `velocity` need an affine h, for which f(z') = f(0) + g z'.
+arguments. `paper` and `velocity` need an affine h, for which f(z') = f(0) + g z'. What is bootstrapped is clipped to
+the possible returns, widened by `--clip-margin`, which the table leaves out.
 
 The policy is frozen, so next actions are drawn once, K for each transition (the bank). `--next-action base` takes one
 of them: the law is that of pi_base, at the bank's lambda (`--noise-scale`). `dataset` takes the action that was taken.
-`softmax` picks among the K by stage 3's score, with the `--backup-*` settings; the default takes the best. The trained
-network chooses, the target network gives the value, and the law is that of a policy extracted from K.
+`softmax` picks among the K by stage 3's score, with `--return-temperature` and the `--backup-*` settings; the default
+takes the best. The trained network chooses, the target network gives the value, and the law is that of a policy
+extracted from K.
 
 Source: EVOR, arXiv 2510.08218, stage 2. *Ours*, not disclosed there: discount, Polyak rate, batch size, LayerNorm, flow
 steps. docs/differences.md lists what differs.
@@ -64,7 +66,7 @@ from common.cli import parse_args, run_cli
 from common.data.names import NUM_TASKS
 from common.evaluation import Evaluation
 from common.flow import Ode, Solver, integrate
-from common.networks import Critic, CriticSpec, FlowCritic, Sizes, make_critic, stratified_normal
+from common.networks import Critic, CriticSpec, Sizes, make_critic, stratified_normal
 from common.plan import print_plan
 from common.problem import BasePolicy, Batch, Dataset, Replica, ValueProblem, action_chunks, sample_batch
 from common.replicas import chunked, in_blocks
@@ -122,7 +124,8 @@ class Args(TrainArgs):
     backup_returns: Count = 4
     """Return draws per banked action in the softmax backup."""
     backup_steps: Count = 1
-    """Euler steps of these draws. One gives `z_0 + s(z_0, 0 | x, a)`, the mean of what starts at z_0."""
+    """Euler steps of these draws. One gives `z_0 + s(z_0, 0 | x, a)`: the mean of the returns whose paths start at z_0.
+    With `--td-target independent-noise` that is the mean of all, and the draws are alike."""
     critic: Literal["mlp", "trunk"] = "trunk"
     """Features of (x, a) with a small flow head, or the paper's MLP, which takes longer."""
     head_width: Width = 128
@@ -137,8 +140,8 @@ class Args(TrainArgs):
     clip_margin: Annotated[float, not_negative] = 0.1
     """How far beyond the possible returns bootstrapped ones may go, as a fraction of the return range (ours)."""
     flow_steps: Draws = Extraction.flow_steps
-    """Steps of the flows: the target's, whose error the bootstrap multiplies by 1 / (1 - discount^horizon), the next
-    actions', and at evaluation (ours). The softmax backup chooses with `--backup-steps`."""
+    """Steps of the flow in the target, in the bank and at evaluation (ours). The bootstrap multiplies the error of the
+    target's by 1 / (1 - discount^horizon). The softmax backup chooses with `--backup-steps`."""
     solver: Solver = Extraction.solver
     """Their solver: midpoint takes two evaluations a step, euler one (ours)."""
     tau: Annotated[float, within(0, 1, brackets="(]")] = 0.005
@@ -243,7 +246,7 @@ def td_target(
     next_flow: Callable[[Array, Array | float], Array],
     axis: ReturnAxis,
     *,
-    margin: float = 0.0,
+    margin: float,
 ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
     """Path point `z_t` and regression target, the table at the top of the file; both on the return axis.
 
@@ -253,7 +256,8 @@ def td_target(
         next_flow: `(z_0, t) -> psi_bar_t(z_0 | x', a')`, of the target network.
         axis: the map h. With `paper` and `velocity` it has to be affine.
         margin: how far beyond the possible returns bootstrapped ones may go, as a fraction of their range.
-            `velocity` clips on the axis to [low - z_0, high - z_0], `paper` to [low, high].
+            `paper` clips the next velocity to [h(low), h(high)], `velocity` to [h(low) - z_0, h(high) - z_0], and z'_t
+            to the paths that end there.
 
     No gradient flows into either result.
     """
@@ -282,7 +286,7 @@ def td_target(
 
 
 def value_loss_one(
-    critic: FlowCritic,
+    critic: Critic,
     observation: Float[Array, " observation"],
     action: Float[Array, " action"],
     z_t: Float[Array, ""],

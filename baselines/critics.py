@@ -3,7 +3,7 @@
     python -m baselines.critics --env cube-double-play --critic scalar
 
 The TD problem of `evor_value.py`, with its data, base policy, next-action bank, backups, checkpoints and evaluation:
-Z(x, a) = r + g Z(x', a'), g = discount * mask, a' by `--next-action`. Only the critic and its loss differ:
+Z(x, a) = r + g Z(x', a'), g = discount^horizon * mask, a' by `--next-action`. Only the critic and its loss differ:
 
     --critic   outputs                          target, made with the target network    loss
     scalar     Q_k(x, a), k = 1..ensemble       y = r + g mean_k Q_bar_k(x', a')        mean_k (Q_k - y)^2

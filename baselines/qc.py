@@ -47,7 +47,7 @@ from baselines import critics
 from common.args import Count, NoiseScale, at_least, not_negative, unread
 from common.cli import run_cli
 from common.evaluation import Evaluation
-from common.networks import DirectCritic, FlowPolicy, Sizes
+from common.networks import DirectCritic, FlowPolicy, PolicySpec, Sizes, make_policy
 from common.problem import Dataset, Replica, ValueProblem, sample_batch
 from common.replicas import chunked, in_blocks
 from common.run import Run
@@ -180,7 +180,7 @@ def init_state(args: Args, sizes: Sizes, *, key: PRNGKeyArray) -> TrainState:
     critic = DirectCritic(
         sizes.observation, sizes.chunk, kind=args.critic, outputs=args.outputs, **shape, key=critic_key
     )
-    policy = FlowPolicy(sizes.observation, sizes.chunk, **shape, key=policy_key)
+    policy = make_policy(PolicySpec(sizes.observation, sizes.chunk, **shape), key=policy_key)
     target = jax.tree.map(jnp.copy, critic)
     opt_state = evor_value.make_optimizer(args).init((critic, policy))
     return TrainState(critic, target, policy, opt_state, jnp.zeros((), jnp.int32))

@@ -20,7 +20,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ from common.networks import Critic, stratified_normal
 from common.provenance import git_revision, package_versions
 from common.returns import AxisKind, ReturnAxis
 
-FLOWS = ("paper", "independent-noise", "shared-noise", "velocity")
+FLOWS = get_args(evor_value.Target)
 METHODS = (*FLOWS, "scalar", "c51", "qr")
 RETURN_TEMPERATURE = 0.1  # of Q*
 NUMBERS = dict.fromkeys(("w1", "w1_to_normal", "mean_error", "q_error", "mflop"), float)

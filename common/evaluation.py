@@ -137,7 +137,9 @@ def calibrate(args: Any, agents: Any, problem: ValueProblem, pairs: Sequence[tup
     `softmax` the predictions should be higher.
     """
     validation = problem.validation
-    rows = transitions.rows_with_complete_returns(validation.terminals, discount=args.discount, horizon=args.horizon)
+    rows = transitions.rows_with_complete_returns(
+        validation.terminals, validation.masks, discount=args.discount, horizon=args.horizon
+    )
     if len(rows) == 0:
         return []
     observations = jnp.asarray(validation.observations[rows])

@@ -6,9 +6,10 @@ nobody asks for. Activations, LayerNorm and Adam are not counted. XLA's own coun
 
 from typing import Any
 
+import equinox as eqx
 import jax
 
-from common.networks import MLP, Critic, DirectCritic, FlowPolicy
+from common.networks import MLP, Critic, DirectCritic, FlowCritic, FlowPolicy
 
 
 def num_parameters(critic: Critic) -> int:
@@ -22,16 +23,25 @@ def mlp_macs(mlp: MLP) -> int:
     return sum(layer.weight.size for layer in (*mlp.hidden, mlp.output))
 
 
-def policy_macs(policy: FlowPolicy) -> tuple[int, int]:
-    """Multiplications of one velocity, and those of its first layer."""
+def matrices(network: Any) -> int:
+    """Elements of all matrices of a network: multiplications of a pass that uses each of them once."""
+    return sum(leaf.size for leaf in jax.tree.leaves(network) if leaf.ndim > 1)
+
+
+def policy_macs(policy: eqx.Module) -> tuple[int, int]:
+    """Multiplications of one velocity, and those of its first layer. Of a class of one's own all matrices count."""
+    if not hasattr(policy, "mlp"):
+        return matrices(policy), 0
     return mlp_macs(policy.mlp), policy.mlp.hidden[0].weight.size
 
 
 def critic_macs(critic: Critic) -> tuple[int, int, int]:
     """Multiplications of `features`, of one `velocity`, and of the first layer; a critic that says the law at once has
-    features only."""
+    features only. Of a class of one's own all matrices count for the velocity."""
     if isinstance(critic, DirectCritic):
         return sum(map(mlp_macs, critic.mlps)), 0, sum(mlp.hidden[0].weight.size for mlp in critic.mlps)
+    if not isinstance(critic, FlowCritic):
+        return 0, matrices(critic), 0
     trunk = [linear.weight.size for linear, _ in critic.trunk]
     split = critic.inputs * critic.head.hidden[0].weight.shape[1]
     first = trunk[0] if trunk else critic.head.hidden[0].weight.size
@@ -49,6 +59,6 @@ def step_flops(args: Any, critic: Critic, policy: FlowPolicy | None = None) -> f
         macs += args.num_next_actions * (features + args.backup_returns * args.backup_steps * velocity)
     if policy is not None:
         whole, first = policy_macs(policy)
-        shared = policy.spec.observation * policy.mlp.hidden[0].weight.shape[1]
+        shared = first * policy.spec.observation // (policy.spec.observation + policy.spec.action + 1)
         macs += 3 * whole - first + shared + args.num_next_actions * solve * (whole - shared)
     return 2.0 * args.batch_size * macs

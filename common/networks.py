@@ -2,7 +2,8 @@
 
 Numerics follow the FQL code base, the lineage of EVOR's paper, not Equinox's defaults: Glorot-uniform kernels, zero
 biases, tanh-approximate GELU, LayerNorm *after* the activation with eps 1e-6 in critics and none in policies, the raw
-time `t` appended to the input. One thing differs: critics start with an output layer a hundred times smaller.
+time `t` appended to the input. Three initialisations differ: critics start with an output layer a hundred times
+smaller, the head of a trunk critic with larger weights for z_t and t, and policies with a wide first layer.
 """
 
 import dataclasses
@@ -223,16 +224,17 @@ class FlowPolicy(eqx.Module):
 
 
 class Critic(eqx.Module):
-    """What stage 3 asks of a critic, in the model's units: its law of the reward-to-go, and draws from it."""
+    """A law of the reward-to-go on the return axis, and draws from it: by a velocity field, for which a subclass needs
+    `features` and `velocity`. A critic that says its law at once overrides `law` and `sample`."""
 
-    def law(
-        self,
-        observation: Float[Array, " observation"],
-        action: Float[Array, " action"],
-        noise: Float[Array, " num"],
-        ode: Ode,
-    ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-        """Values of the return and their probabilities. Only a flow has to sample, and makes use of the noise."""
+    def features(
+        self, observation: Float[Array, " observation"], action: Float[Array, " action"]
+    ) -> Float[Array, " width"]:
+        """What all draws of the return share."""
+        raise NotImplementedError
+
+    def velocity(self, features: Float[Array, " width"], z: Float[Array, ""], t: Float[Array, ""]) -> Float[Array, ""]:
+        """`s(z_t, t | x, a)`."""
         raise NotImplementedError
 
     def sample(
@@ -242,16 +244,26 @@ class Critic(eqx.Module):
         noise: Float[Array, " num"],
         ode: Ode,
     ) -> Float[Array, " num"]:
-        """Draws of the return: the quantiles of the law at `Phi(noise)`."""
-        values, weights = self.law(observation, action, noise, ode)
-        order = jnp.argsort(values)
-        below = jnp.cumsum(weights[order])
-        index = jnp.searchsorted(below, jax.scipy.special.ndtr(noise) * below[-1])
-        return values[order][jnp.minimum(index, len(values) - 1)]
+        """Draws `psi_1(noise | x, a)` of the return."""
+        features = self.features(observation, action)
+        velocity = jax.vmap(self.velocity, (None, 0, None))
+        return integrate(lambda z, t: velocity(features, z, t), noise, ode)
+
+    def law(
+        self,
+        observation: Float[Array, " observation"],
+        action: Float[Array, " action"],
+        noise: Float[Array, " num"],
+        ode: Ode,
+    ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+        """Values of the return and their probabilities: here the draws that the flow makes of the noise, equally
+        probable. A critic that does not sample has no use for the noise."""
+        values = self.sample(observation, action, noise, ode)
+        return values, jnp.full_like(values, 1.0 / len(values))
 
 
 class FlowCritic(Critic):
-    """Velocity field `s(z_t, t | x, a)` of the reward-to-go law, in the model's units.
+    """Velocity field `s(z_t, t | x, a)` of the reward-to-go law.
 
     kind `mlp`: one MLP on `[x, a, z_t, t]`, the paper's. kind `trunk`: hidden layers compute features of `(x, a)` and a
     small MLP, the head, maps `[features, z_t, t]` to the velocity, so that many draws of the return, and many steps
@@ -269,10 +281,10 @@ class FlowCritic(Critic):
         observation: int,
         action: int,
         *,
-        kind: str = "mlp",
+        kind: str = "trunk",
         width: int = 512,
         depth: int = 4,
-        head_width: int = 64,
+        head_width: int = 128,
         head_depth: int = 3,
         key: PRNGKeyArray,
     ):
@@ -317,29 +329,6 @@ class FlowCritic(Critic):
         has_shapes((features, self.head.hidden[0].bias.size), (z, None), (t, None))
         weight = self.head.hidden[0].weight[self.inputs :]
         return self.head.from_first(features + z * weight[0] + t * weight[1])[0]
-
-    def sample(
-        self,
-        observation: Float[Array, " observation"],
-        action: Float[Array, " action"],
-        noise: Float[Array, " num"],
-        ode: Ode,
-    ) -> Float[Array, " num"]:
-        """Returns `psi_1(noise | x, a)` in the model's units."""
-        features = self.features(observation, action)
-        velocity = jax.vmap(self.velocity, (None, 0, None))
-        return integrate(lambda z, t: velocity(features, z, t), noise, ode)
-
-    def law(
-        self,
-        observation: Float[Array, " observation"],
-        action: Float[Array, " action"],
-        noise: Float[Array, " num"],
-        ode: Ode,
-    ) -> tuple[Float[Array, " num"], Float[Array, " num"]]:
-        """The draws that the flow makes of the noise, equally probable."""
-        values = self.sample(observation, action, noise, ode)
-        return values, jnp.full_like(values, 1.0 / len(values))
 
 
 class DirectCritic(Critic):
@@ -408,6 +397,20 @@ class DirectCritic(Critic):
             return self.atoms, jax.nn.softmax(out)
         return out, jnp.full_like(out, 1.0 / len(out))
 
+    def sample(
+        self,
+        observation: Float[Array, " observation"],
+        action: Float[Array, " action"],
+        noise: Float[Array, " num"],
+        ode: Ode,
+    ) -> Float[Array, " num"]:
+        """Draws of the return: the quantiles of the law at `Phi(noise)`."""
+        values, weights = self.law(observation, action, noise, ode)
+        order = jnp.argsort(values)
+        below = jnp.cumsum(weights[order])
+        index = jnp.searchsorted(below, jax.scipy.special.ndtr(noise) * below[-1])
+        return values[order][jnp.minimum(index, len(values) - 1)]
+
 
 def stratified_normal(num: int) -> Float[Array, " num"]:
     """Midpoint quantiles of N(0, 1): `Phi^-1((i + 1/2) / num)`. Deterministic, so shared by all candidates; for a
@@ -420,7 +423,7 @@ def make_policy(spec: PolicySpec, *, key: PRNGKeyArray) -> FlowPolicy:
     return FlowPolicy(**dataclasses.asdict(spec), key=key)
 
 
-def make_critic(spec: CriticSpec, *, key: PRNGKeyArray) -> "FlowCritic | DirectCritic":
+def make_critic(spec: CriticSpec, *, key: PRNGKeyArray) -> Critic:
     """An untrained critic."""
     fields = dataclasses.asdict(spec)
     if spec.kind in ("mlp", "trunk"):

@@ -256,7 +256,7 @@ class ValueProblem(Problem):
 
     @property
     def _beyond(self) -> int:
-        """Those of the data's own next chunk."""
+        """Rows after a chunk that the data's own next chunk needs."""
         return self.args.horizon - 1 if self.args.next_action == "dataset" else 0
 
     def _parse(self, file: Path) -> Trajectories:

@@ -87,10 +87,11 @@ def make_axis(returns: Float[np.ndarray, " n"], bounds: Float[np.ndarray, "2"], 
 
     `std`: affine, the returns have mean 0 and standard deviation 2 on the axis.
 
-    `quantiles`: h^-1 is the mean of that line and of the smoothed quantile function of the returns,
-    `z -> E q(Phi(z / 2 + 0.3 e))` with e ~ N(0, 1), which alone would make the returns N(0, 4). It is finer where many
-    returns lie, at atoms above all. Beyond the data's returns h grows like a logarithm, so that returns far beyond them
-    have a place too: two units further out, one unit of z covers e times as long an interval of returns.
+    `quantiles`: h^-1 is the mean of the line of `std` and of the smoothed quantile function of the returns,
+    `z -> E q(Phi(z / 2 + 0.3 e))` with e ~ N(0, 1) and q(p) the p-quantile of the returns, which alone would make the
+    returns N(0, 4). It is finer where many returns lie, at atoms above all. Beyond the data's returns h grows like a
+    logarithm, so that returns far beyond them have a place too: the interval of returns that one unit of z covers is e
+    times as long every two units.
 
     `bounds`: affine, the mean return is at 0 and the possible returns are 4 long.
 

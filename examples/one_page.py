@@ -8,7 +8,7 @@ discount 0.9
 
     Z(1, a > 0) is -1 or 2        Z(1, a < 0) is 0        Z(0, a) = 0.9 Z(1, a') is 0, 0, -0.9 or 1.8
 
-The three stages learn from 4,000 episodes, with the functions of the scripts, and nothing else.
+The three stages learn from 4,000 episodes, with the functions of the scripts and of `common/`.
 """
 
 from pathlib import Path

@@ -133,7 +133,8 @@ def print_summary(
             totals = np.bincount(episode_of[~terminals], trajectories.rewards[i, ~terminals], minlength=episodes)
             what = f"of an episode, undiscounted, {totals.mean():.4g} on average and {totals.max():.4g} at best; "
             what += f"{ever:,} of {episodes:,} episodes ended by a mask of 0"
-        print(f"  {label}: returns within [{bounds[i, 0]:.4g}, {bounds[i, 1]:.4g}] at discount {discount}; {what}")
+        low, high = bounds[i]
+        print(f"  {label}: possible returns within [{low:.4g}, {high:.4g}] at discount {discount}; {what}")
         if task == 0 and (unused := _unused(trajectories)):
             print(
                 f"  WARNING: {unused:,} last rows have rewards or masks of their own. The last row of a trajectory is "

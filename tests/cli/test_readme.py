@@ -134,7 +134,7 @@ def test_ones_own_data_and_environment(tmp_path: Path, monkeypatch: pytest.Monke
         for n in (6, 4)
     ]
     for episode, reached in zip(episodes, (True, False), strict=True):
-        episode["reached"] = reached
+        episode["terminated"] = reached
     exec(convert, dict(episodes=episodes, low=low, high=high))
     data = load_trajectories(Path("my.npz"), env="my-robot", tasks=(0,))
     assert np.flatnonzero(data.terminals).tolist() == [6, 11] and np.flatnonzero(data.masks[0] == 0).tolist() == [5, 6]

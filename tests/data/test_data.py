@@ -1,5 +1,6 @@
 """Names, files, transitions, returns and rewards, against slow loops and OGBench's own functions."""
 
+import functools
 import io
 import itertools
 import subprocess
@@ -642,7 +643,7 @@ def test_print_summary_counts_success_and_warns(capsys: pytest.CaptureFixture):
     printed = capsys.readouterr().out
     assert "data.npz (source: collected, sha256 0123456789ab)" in printed
     assert "7 transitions in 3 episodes, observations 3-D, actions 2-D" in printed
-    assert "task 1: returns within [-10, -1]" in printed
+    assert "task 1: possible returns within [-10, -1]" in printed
     assert "solved in 42.86% of the transitions, in 2 of 3 episodes" in printed
     assert "WARNING: task 4 is never solved" in printed and "WARNING: task 1" not in printed
 
@@ -656,7 +657,10 @@ def test_success_in_last_rows_alone_is_no_success(capsys: pytest.CaptureFixture)
     )
     describe.print_summary(trajectories, {"name": "a", "source": "file", "sha256": "0" * 64}, tasks=(0,), discount=0.9)
     printed = capsys.readouterr().out
-    assert "returns within [0, 0] at discount 0.9; of an episode, undiscounted, 0 on average and 0 at best" in printed
+    assert (
+        "possible returns within [0, 0] at discount 0.9; of an episode, undiscounted, 0 on average and 0 at best"
+        in printed
+    )
     assert "0 of 2 episodes ended by a mask of 0" in printed
     assert "WARNING: 2 last rows have rewards or masks of their own" in printed
 
@@ -778,10 +782,14 @@ def test_actions_that_hardly_move_are_named(
 def test_rows_with_complete_returns_are_chosen_by_their_place_alone():
     """0.5^7 < 0.01: seven steps after a row are enough; the last seven rows of each trajectory are out."""
     terminals = ends_at([20, 5, 12])
-    rows = transitions.rows_with_complete_returns(terminals, discount=0.5, horizon=1)
-    assert rows.tolist() == [*range(13), *range(25, 30)]
-    assert len(transitions.rows_with_complete_returns(terminals, discount=0.5, horizon=1, most=4)) == 4
-    assert transitions.rows_with_complete_returns(terminals, discount=0.99, horizon=1).tolist() == []
+    masks = np.ones((2, len(terminals)), np.float32)
+    find = functools.partial(transitions.rows_with_complete_returns, terminals)
+    assert find(masks, discount=0.5, horizon=1).tolist() == [*range(13), *range(25, 30)]
+    assert len(find(masks, discount=0.5, horizon=1, most=4)) == 4
+    masks[:, [18, 23]] = 0  # the last steps of two; the third ends by its time
+    assert find(masks, discount=0.99, horizon=1).tolist() == []
+    masks[:, 35] = 0
+    assert find(masks, discount=0.99, horizon=3).tolist() == [*range(17), *range(20, 22), *range(25, 34)]
 
 
 # --- Report ------------------------------------------------------------------------------------------------------

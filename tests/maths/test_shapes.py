@@ -21,7 +21,7 @@ from evor_value import Noise, td_target, value_loss_one
 
 key = jax.random.key(0)
 policy = FlowPolicy(3, 2, width=8, depth=2, key=key)
-flow = FlowCritic(3, 2, width=8, depth=2, key=key)
+flow = FlowCritic(3, 2, kind="mlp", width=8, depth=2, key=key)
 trunk = FlowCritic(3, 2, kind="trunk", width=8, depth=2, head_width=4, key=key)
 normed = MLP(3, 1, width=8, depth=2, layer_norm=True, key=key)
 quantiles = DirectCritic(3, 2, kind="qr", outputs=4, width=8, depth=2, key=key)
@@ -46,7 +46,7 @@ def host(*shape):
 def target(*shape):
     axis = affine_axis(0.0, 1.0, low=-1.0, high=1.0)
     noise = Noise(o(4), o(4), o(4), o(*shape))
-    return td_target("shared-noise", o(4), o(4), noise, lambda z, t: z, lambda z, t: z, axis)
+    return td_target("shared-noise", o(4), o(4), noise, lambda z, t: z, lambda z, t: z, axis, margin=0.0)
 
 
 ends = np.array([False, False, False, False, True])

@@ -54,7 +54,7 @@ def expected(kind):
 def test_target_matches_its_formula(kind):
     """Swapped noises, a missing discount or an unmasked term changes these numbers; the second reward is terminal."""
     reward, bootstrap = jnp.asarray(REWARD, jnp.float32), jnp.asarray(BOOTSTRAP, jnp.float32)
-    found = td_target(kind, reward, bootstrap, noise(), *linear_next(), AXIS)
+    found = td_target(kind, reward, bootstrap, noise(), *linear_next(), AXIS, margin=0.0)
     for a, b in zip(found, expected(kind), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
@@ -81,8 +81,8 @@ def test_sampling_targets_are_right_on_any_axis(kind):
 def test_terminal_transitions_ignore_the_next_state(kind):
     """With mask 0 nothing of (x', a') may enter, not even a NaN-free absurdity; and the path ends at the reward."""
     reward, bootstrap = jnp.array([0.3, -0.2]), jnp.zeros(2)
-    found = td_target(kind, reward, bootstrap, noise(), *linear_next(), AXIS)
-    other = td_target(kind, reward, bootstrap, noise(), *linear_next(-30.0, 99.0), AXIS)
+    found = td_target(kind, reward, bootstrap, noise(), *linear_next(), AXIS, margin=0.0)
+    other = td_target(kind, reward, bootstrap, noise(), *linear_next(-30.0, 99.0), AXIS, margin=0.0)
     for a, b in zip(found, other, strict=True):
         np.testing.assert_array_equal(a, b)
     if kind == "paper":
@@ -96,7 +96,7 @@ def test_terminal_transitions_ignore_the_next_state(kind):
 def test_bootstrapped_returns_are_clipped_to_the_possible_ones(kind):
     reward, bootstrap = jnp.array([0.0, 0.0]), jnp.array([0.9, 0.9])
     wild = (lambda z, t: 1e3 + 0 * z), (lambda z, t: 1e3 + 0 * z)
-    z_t, target = td_target(kind, reward, bootstrap, noise(), *wild, AXIS)
+    z_t, target = td_target(kind, reward, bootstrap, noise(), *wild, AXIS, margin=0.0)
     end = target if kind == "paper" else z_t + (1 - noise().t) * target
     np.testing.assert_allclose(end, jnp.full(2, 1.8), rtol=1e-4)
 
@@ -177,7 +177,7 @@ def test_no_gradient_flows_into_the_target(kind):
     """The gradient of path point and target with respect to the next state's field is zero everywhere."""
 
     def through(scale):
-        z_t, target = td_target(kind, jnp.ones(2), jnp.full(2, 0.9), noise(), *linear_next(scale), AXIS)
+        z_t, target = td_target(kind, jnp.ones(2), jnp.full(2, 0.9), noise(), *linear_next(scale), AXIS, margin=0.0)
         return jnp.sum(z_t) + jnp.sum(target)
 
     assert float(jax.grad(through)(0.5)) == 0.0

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import Array
 
 import evor_value
 from baselines import critics, qc
 from benchmarks import inference, speed
 from common import flops
 from common.files import read_csv
-from common.networks import FlowCritic, FlowPolicy, Sizes
+from common.flow import Ode
+from common.networks import Critic, FlowCritic, FlowPolicy, Sizes
 from common.problem import Dataset, Replica
 from common.returns import affine_axis
 
@@ -58,6 +60,29 @@ def test_critic_macs_are_those_of_the_compiled_functions(kind):
     hidden = jax.vmap(critic.features)(x, a)
     found = counted(lambda c, h, z: jax.vmap(c.velocity)(h, z, z), critic, hidden, z)
     assert found == pytest.approx(2 * 64 * velocity, rel=0.12)
+
+
+class OwnCritic(Critic):
+    """`s(z, t | x, a) = sum(W [x, a]) + t`, for tests."""
+
+    weight: Array
+
+    def features(self, observation, action):
+        return self.weight @ jnp.concatenate([observation, action])
+
+    def velocity(self, features, z, t):
+        return jnp.sum(features) + t
+
+
+def test_networks_of_ones_own_are_sampled_and_counted():
+    """A critic that says its velocity alone, and a policy that has no `mlp`: docs/extending.md."""
+    critic = OwnCritic(jnp.full((4, 5), 0.1))
+    noise = jnp.linspace(-1.0, 1.0, 3)
+    drawn, weights = critic.law(jnp.ones(3), jnp.zeros(2), noise, Ode())
+    np.testing.assert_allclose(drawn, noise + 4 * 0.3 + 0.5, rtol=1e-6)  # midpoint is exact where dz/dt is linear in t
+    np.testing.assert_allclose(weights, 1 / 3, rtol=1e-6)
+    assert flops.critic_macs(critic) == (0, 20, 0)
+    assert flops.policy_macs(critic) == (20, 0)
 
 
 @pytest.mark.parametrize(
