@@ -124,8 +124,8 @@ class Args(TrainArgs):
     backup_returns: Count = 4
     """Return draws per banked action in the softmax backup."""
     backup_steps: Count = 1
-    """Euler steps of these draws. One gives `z_0 + s(z_0, 0 | x, a)`: the mean of the returns whose paths start at z_0.
-    With `--td-target independent-noise` that is the mean of all, and the draws are alike."""
+    """Euler steps of these draws. One gives `z_0 + s(z_0, 0 | x, a)`: the mean, on the return axis, of the returns
+    whose paths start at z_0. With `--td-target independent-noise` that is the mean of all, and the draws are alike."""
     critic: Literal["mlp", "trunk"] = "trunk"
     """Features of (x, a) with a small flow head, or the paper's MLP, which takes longer."""
     head_width: Width = 128
@@ -140,8 +140,8 @@ class Args(TrainArgs):
     clip_margin: Annotated[float, not_negative] = 0.1
     """How far beyond the possible returns bootstrapped ones may go, as a fraction of the return range (ours)."""
     flow_steps: Draws = Extraction.flow_steps
-    """Steps of the flow in the target, in the bank and at evaluation (ours). The bootstrap multiplies the error of the
-    target's by 1 / (1 - discount^horizon). The softmax backup chooses with `--backup-steps`."""
+    """Steps of both flows, in the target, in the bank and at evaluation (ours). The bootstrap multiplies the error of
+    the target's by 1 / (1 - discount^horizon). The softmax backup chooses with `--backup-steps`."""
     solver: Solver = Extraction.solver
     """Their solver: midpoint takes two evaluations a step, euler one (ours)."""
     tau: Annotated[float, within(0, 1, brackets="(]")] = 0.005

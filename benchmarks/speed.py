@@ -257,7 +257,7 @@ def value_data(rows: int, *, tasks: int, seeds: int, num_next_actions: int, hori
 def agent(args: Args, critic: str) -> evor_infer.Agent:
     """An untrained agent."""
     policy = FlowPolicy(OBSERVATION, ACTION, width=args.width, key=jax.random.key(0))
-    network = FlowCritic(OBSERVATION, ACTION, kind=critic, width=args.width, key=jax.random.key(1))
+    network = FlowCritic(OBSERVATION, ACTION, kind=critic, width=args.width, head_width=64, key=jax.random.key(1))
     standardizer = Standardizer(jnp.zeros(OBSERVATION), jnp.ones(OBSERVATION))
     axis = affine_axis(-90.0, 25.0, low=-100.0, high=0.0)
     return evor_infer.Agent(policy, network, standardizer, axis)
@@ -496,7 +496,8 @@ def evaluation(args: Args) -> list[dict[str, Any]]:
     count = cores if args.quick else 4 * cores
     for horizon in (1, 5):
         policy = FlowPolicy(OBSERVATION, ACTION * horizon, width=args.width, key=jax.random.key(0))
-        critic = FlowCritic(OBSERVATION, ACTION * horizon, kind="trunk", width=args.width, key=jax.random.key(1))
+        sizes = dict(kind="trunk", width=args.width, head_width=64)
+        critic = FlowCritic(OBSERVATION, ACTION * horizon, **sizes, key=jax.random.key(1))
         networks = jax.tree.map(lambda x: jnp.stack([x]), dict(policy=policy, critic=critic))
         chunked = dataclasses.replace(agents, **networks, horizon=horizon)
         with Episodes([GYM_ID], num_episodes=count, horizon=horizon) as episodes:

@@ -30,7 +30,7 @@ def matrices(network: Any) -> int:
 
 def policy_macs(policy: eqx.Module) -> tuple[int, int]:
     """Multiplications of one velocity, and those of its first layer. Of a class of one's own all matrices count."""
-    if not hasattr(policy, "mlp"):
+    if not isinstance(getattr(policy, "mlp", None), MLP):
         return matrices(policy), 0
     return mlp_macs(policy.mlp), policy.mlp.hidden[0].weight.size
 

@@ -3,7 +3,8 @@
 Numerics follow the FQL code base, the lineage of EVOR's paper, not Equinox's defaults: Glorot-uniform kernels, zero
 biases, tanh-approximate GELU, LayerNorm *after* the activation with eps 1e-6 in critics and none in policies, the raw
 time `t` appended to the input. Three initialisations differ: critics start with an output layer a hundred times
-smaller, the head of a trunk critic with larger weights for z_t and t, and policies with a wide first layer.
+smaller, the head of a trunk critic with larger weights for z_t and t, and the first layer of policies with larger
+weights and random biases.
 """
 
 import dataclasses
@@ -54,7 +55,7 @@ class CriticSpec:
     kind: Literal["mlp", "trunk", "scalar", "c51", "qr"]
     width: Width
     depth: Depth
-    head_width: Width = 64  # of `trunk`
+    head_width: Width = 128  # of `trunk`
     head_depth: Depth = 3
     outputs: Width = 1  # of a `DirectCritic`
 
@@ -224,7 +225,7 @@ class FlowPolicy(eqx.Module):
 
 
 class Critic(eqx.Module):
-    """A law of the reward-to-go on the return axis, and draws from it: by a velocity field, for which a subclass needs
+    """A law of the reward-to-go, on the return axis. Draws come from a velocity field, for which a subclass has
     `features` and `velocity`. A critic that says its law at once overrides `law` and `sample`."""
 
     def features(

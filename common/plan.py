@@ -1,5 +1,6 @@
 """How long a training will take on this machine: floating-point operations, counted, over the rate of its products."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,9 +26,10 @@ class Stage(NamedTuple):
     seconds: float
 
 
-def product_rate(width: int) -> float:
-    """FLOPs per second of chains of matrix products of the networks' shape, one on each device: the best of three."""
-    devices, length = jax.local_devices(), 50 * max(1, 512 // width) ** 2
+def product_rate(width: int, devices: Sequence[jax.Device]) -> float:
+    """FLOPs per second of one of `devices`, while each does a chain of matrix products of the networks' shape: the best
+    of three."""
+    length = max(1, min(50 * 512**2 // width**2, 50_000))
     chain = jax.jit(lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, length=length)[0])
     arrays = [jax.device_put((jnp.ones((256, width)), jnp.eye(width)), device) for device in devices]
     taken = []
@@ -35,33 +37,40 @@ def product_rate(width: int) -> float:
         began = time.perf_counter()
         jax.block_until_ready([chain(x, w) for x, w in arrays])
         taken.append(time.perf_counter() - began)
-    return 2.0 * length * 256 * width**2 * len(devices) / min(taken)
+    return 2.0 * length * 256 * width**2 / min(taken)
 
 
-def policy_stage(args: Any, sizes: Sizes, rate: float) -> Stage:
+def training_seconds(flops: float, width: int, replicas: int) -> float:
+    """Of replicas of `flops` each, which share the devices."""
+    devices = jax.local_devices()[:replicas]
+    return math.ceil(replicas / len(devices)) * flops / (SHARE * product_rate(width, devices))
+
+
+def policy_stage(args: Any, sizes: Sizes) -> Stage:
     """Stage 1 with its `Args`."""
     spec = PolicySpec(sizes.observation, sizes.chunk, args.width, args.depth)
     macs, first = policy_macs(eqx.filter_eval_shape(make_policy, spec, key=jax.random.key(0)))
-    flops = 2.0 * args.batch_size * (3 * macs - first) * args.steps * args.seeds
-    return Stage(f"base policy, {args.steps:,} steps", flops / (SHARE * rate))
+    flops = 2.0 * args.batch_size * (3 * macs - first) * args.steps
+    return Stage(f"base policy, {args.steps:,} steps", training_seconds(flops, args.width, args.seeds))
 
 
-def value_stages(args: Any, sizes: Sizes, rate: float) -> list[Stage]:
+def value_stages(args: Any, sizes: Sizes) -> list[Stage]:
     """Stage 2 with its `Args`, and its last evaluation, in which an episode may take all the time it has."""
     replicas, heads = args.num_replicas, (args.head_width, args.head_depth)
     spec = CriticSpec(sizes.observation, sizes.chunk, args.critic, args.width, args.depth, *heads)
     critic = eqx.filter_eval_shape(make_critic, spec, key=jax.random.key(0))
     of_policy = PolicySpec(sizes.observation, sizes.chunk, args.width, args.depth)
     policy = eqx.filter_eval_shape(make_policy, of_policy, key=jax.random.key(0))
-    training = step_flops(args, critic) * args.steps * replicas
+    training = training_seconds(step_flops(args, critic) * args.steps, args.width, replicas)
     features, velocity, _ = critic_macs(critic)
     draw, solve = policy_macs(policy)[0], args.ode.evaluations
     decision = 2.0 * args.num_actions * (solve * draw + features + args.num_returns * solve * velocity)
     simulated = 2.0 * args.eval_episodes * replicas * episode_steps(args.environment)  # of the base policy alone, too
-    evaluation = decision * simulated / sizes.horizon / (SHARE * rate) + simulated / (STEPS_PER_SECOND * num_cores())
+    acting = decision * simulated / sizes.horizon / (SHARE * product_rate(args.width, jax.local_devices()[:1]))
+    evaluation = acting + simulated / (STEPS_PER_SECOND * num_cores())
     models = "1 reward model" if replicas == 1 else f"{replicas} reward models"
     return [
-        Stage(f"{models}, {args.steps:,} steps", training / (SHARE * rate)),
+        Stage(f"{models}, {args.steps:,} steps", training),
         Stage("evaluation, at most", evaluation),
     ]
 
@@ -84,10 +93,10 @@ def print_plan(
     """
 
     def stages(of: Any, horizon: int) -> list[Stage]:
-        of_sizes, rate = sizes._replace(horizon=horizon), product_rate(of.width)
+        of_sizes = sizes._replace(horizon=horizon)
         path = (of.policy_run_dir or of.directory) / "bc" / "model.eqx"
-        first = [] if is_trained(path) else [policy_stage(policy_args(of), of_sizes, rate)]
-        return [*first, *value_stages(of, of_sizes, rate)]
+        first = [] if is_trained(path) else [policy_stage(policy_args(of), of_sizes)]
+        return [*first, *value_stages(of, of_sizes)]
 
     here = stages(args, args.horizon)
     print(

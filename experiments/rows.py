@@ -87,7 +87,7 @@ def rate(episodes: Frame) -> tuple[float, float, float]:
     """Mean success over tasks with the ends of its 95% interval over seeds and episodes.
 
     Raises:
-        UserError: the tasks have not the same number of seeds.
+        UserError: the tasks differ in their number of seeds.
     """
     solved = numbers(episodes, real=["success"])
     groups = [

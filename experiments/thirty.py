@@ -21,10 +21,11 @@ OF_AN_EPISODE = ["run", "task", "seed", "num_actions", "episode", "success", "le
 KEY = ("run",)
 DEFAULT = "EVOR"
 ALONE = "base policy alone"
-BOUNDS = "axis of the possible returns"
+BASE = "`base` backup"
+BOUNDS = f"{BASE}, axis of the possible returns"
 SETTINGS = ("policy", "critic", "td_target", "return_axis", "next_action", "horizon", "reward")
 SETTINGS += ("policy_seconds", "train_seconds")
-HIDDEN = (*tasks.ALIKE, "discount", "return_temperature", "action_temperature")
+HIDDEN = (*tasks.ALIKE, "return_axis", "discount", "return_temperature", "action_temperature")
 LINES = "data | task 1 | task 2 | task 3 | task 4 | task 5 | mean | base policy alone | highest known | steps | minutes"
 
 
@@ -42,9 +43,8 @@ def method(row: dict[str, str]) -> str:
         return "scalar critic"
     if row["td_target"] == "paper":
         return "published target"
-    if row["return_axis"] == "bounds":
-        return BOUNDS
-    return DEFAULT if row["next_action"] == "softmax" else f"`{row['next_action']}` backup"
+    backup = DEFAULT if row["next_action"] == "softmax" else f"`{row['next_action']}` backup"
+    return f"{backup}, axis of the possible returns" if row["return_axis"] == "bounds" else backup
 
 
 def methods_of(runs: Frame) -> list[str]:

@@ -99,14 +99,14 @@ def rows_with_complete_returns(
 ) -> Int[np.ndarray, " chosen"]:
     """Rows, `most` of them at random, whose Monte-Carlo return can lack no more than `tolerance` of the return range.
 
-    They are chosen by their place in the episode alone: `log(tolerance) / log(discount)` steps or more come after them.
-    Choosing the rows whose returns happen to be complete would choose the successful ones. Where every episode ends by
-    a mask of 0 all returns are complete.
+    They are chosen by their place in the episode: `log(tolerance) / log(discount)` steps or more come after them.
+    Choosing the rows whose returns happen to be complete would choose the successful ones. If every episode ends by a
+    mask of 0 for every task, all returns are complete, and `horizon` steps are enough.
     """
     steps = int(np.ceil(np.log(tolerance) / np.log(discount))) if discount > 0 else 1
-    if not masks[:, np.flatnonzero(terminals) - 1].any():
-        steps = 1
     left = last_rows(terminals) - np.arange(len(terminals))
+    if not masks[:, left == 1].any():
+        steps = 1
     candidates = np.flatnonzero(left >= max(steps, horizon))
     return np.sort(np.random.default_rng(0).choice(candidates, min(most, len(candidates)), replace=False))
 

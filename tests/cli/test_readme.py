@@ -27,7 +27,6 @@ def commands(text: str) -> list[str]:
     joined = re.sub(r"\\\n\s*", " ", text)
     found = re.findall(r"python3? ((?:-m )?[\w./]+[^\n`|&#;]*)", joined)
     others = ("venv", "pytest", "-c ", "-m tests.fuzz")  # whose flags are not ours
-    # Variables are those of the loop in results/axes/README.md.
     return [f.strip() for f in found if "$" not in f and not any(other in f for other in others)]
 
 

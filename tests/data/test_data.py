@@ -779,16 +779,19 @@ def test_actions_that_hardly_move_are_named(
     assert printed == "" if said is None else f"actions in {tmp_path / 'data.npz'}: {said}: scale them" in printed
 
 
-def test_rows_with_complete_returns_are_chosen_by_their_place_alone():
-    """0.5^7 < 0.01: seven steps after a row are enough; the last seven rows of each trajectory are out."""
-    terminals = ends_at([20, 5, 12])
+def test_rows_with_complete_returns():
+    """0.5^7 < 0.01: seven steps after a row are enough; the last seven rows of each trajectory are out. If all end by a
+    mask of 0, for all tasks, only a chunk has to follow. The last trajectory is a state alone."""
+    terminals = ends_at([20, 5, 12, 1])
     masks = np.ones((2, len(terminals)), np.float32)
     find = functools.partial(transitions.rows_with_complete_returns, terminals)
     assert find(masks, discount=0.5, horizon=1).tolist() == [*range(13), *range(25, 30)]
     assert len(find(masks, discount=0.5, horizon=1, most=4)) == 4
     masks[:, [18, 23]] = 0  # the last steps of two; the third ends by its time
     assert find(masks, discount=0.99, horizon=1).tolist() == []
-    masks[:, 35] = 0
+    masks[0, 35] = 0
+    assert find(masks, discount=0.99, horizon=1).tolist() == []
+    masks[1, 35] = 0
     assert find(masks, discount=0.99, horizon=3).tolist() == [*range(17), *range(20, 22), *range(25, 34)]
 
 

@@ -173,7 +173,7 @@ def test_c51_and_qr_learn_the_law(probe: probes.Probe, changes: dict, bound: flo
 
 
 def test_all_start_from_the_law_of_a_flow():
-    """N(0, 1), in the model's units: its mean and its quantiles, up to the small outputs of an untrained network."""
+    """N(0, 1), on the return axis: its mean and its quantiles, up to the small outputs of an untrained network."""
     noise = jnp.array([-1.0, 0.0, 1.0])
     for kind, outputs in (("scalar", 1), ("c51", 801), ("qr", 400)):
         critic = DirectCritic(3, 2, kind=kind, outputs=outputs, width=16, depth=2, key=jax.random.key(0))

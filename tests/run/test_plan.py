@@ -1,8 +1,10 @@
 """How long a training will take: counted operations over a rate that is known here."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
+import jax
 import pytest
 
 import evor_bc
@@ -17,32 +19,34 @@ ARGS = evor_value.Args(
 )  # fmt: skip
 
 
-def test_a_policy_takes_its_operations_over_the_rate():
-    """Three passes, but for one of the first layer; two seeds take twice as long."""
+def test_a_policy_takes_its_operations_over_the_rate(monkeypatch: pytest.MonkeyPatch):
+    """Three passes, but for one of the first layer. Three seeds on two devices take two rounds."""
+    monkeypatch.setattr(plan, "product_rate", lambda width, devices: 1e6 / len(devices))
     first, whole = 37 * 256, 37 * 256 + 2 * 256 * 256 + 256 * 6
     args = evor_bc.Args(width=256, depth=3, steps=1_000, batch_size=64)
-    stage = plan.policy_stage(args, SIZES, rate=1e6)
+    stage = plan.policy_stage(args, SIZES)
     assert stage.what == "base policy, 1,000 steps"
     assert stage.seconds == pytest.approx(1_000 * 2 * 64 * (3 * whole - first) / (plan.SHARE * 1e6))
-    assert plan.policy_stage(dataclasses.replace(args, seeds=2), SIZES, rate=2e6).seconds == pytest.approx(
-        stage.seconds
-    )
+    monkeypatch.setattr(plan.jax, "local_devices", lambda: [None, None])
+    three = plan.policy_stage(dataclasses.replace(args, seeds=3), SIZES)
+    assert three.seconds == pytest.approx(2 * 2 * stage.seconds)
 
 
 def test_an_evaluation_takes_its_decisions_and_its_simulation(monkeypatch: pytest.MonkeyPatch):
     """50 episodes of 750 steps, of the base policy alone too; on two cores."""
     monkeypatch.setattr(plan, "num_cores", lambda: 2)
+    monkeypatch.setattr(plan, "product_rate", lambda width, devices: 1e12)
     critic = 38 * 256 + 2 * 256 * 256 + 256
     features = 36 * 256  # of the first layer
     decision = 2 * 3 * (4 * (37 * 256 + 2 * 256 * 256 + 256 * 6) + features + 2 * 4 * (critic - features))
-    training, evaluation = plan.value_stages(ARGS, SIZES, rate=1e12)
+    training, evaluation = plan.value_stages(ARGS, SIZES)
     steps = 2 * 50 * 750
     assert evaluation.seconds == pytest.approx(steps * (decision / (plan.SHARE * 1e12) + 1 / 1_200))
-    more = plan.value_stages(dataclasses.replace(ARGS, tasks=(1, 2, 3), seeds=2), SIZES, rate=1e12)
+    more = plan.value_stages(dataclasses.replace(ARGS, tasks=(1, 2, 3), seeds=2), SIZES)
     assert [stage.what for stage in more] == ["6 reward models, 1,000 steps", "evaluation, at most"]
     assert [stage.seconds for stage in more] == pytest.approx([6 * training.seconds, 6 * evaluation.seconds])
     nowhere = dataclasses.replace(ARGS, env="my-robot", dataset=Path("x.npz"))
-    assert plan.value_stages(nowhere, SIZES, rate=1.0)[1].seconds == 0
+    assert plan.value_stages(nowhere, SIZES)[1].seconds == 0
 
 
 def test_the_plan_is_said_and_what_preview_would_take(
@@ -54,7 +58,7 @@ def test_the_plan_is_said_and_what_preview_would_take(
     short = dataclasses.replace(ARGS, preview=True, steps=10, horizon=5, num_next_actions=1)
 
     def said(args: evor_value.Args, rate: float, is_trained: bool = False) -> list[str]:
-        monkeypatch.setattr(plan, "product_rate", lambda width: rate)
+        monkeypatch.setattr(plan, "product_rate", lambda width, devices: rate)
         plan.print_plan(args, short, SIZES, policy_args=evor_bc.args_for, is_trained=lambda path: is_trained)
         return capsys.readouterr().out.splitlines()
 
@@ -70,6 +74,11 @@ def test_the_plan_is_said_and_what_preview_would_take(
     assert trained.startswith("plan, without compiling: 1 reward model, 1,000 steps: ")
 
 
-def test_the_rate_is_one():
-    """Between a hundredth of a GFLOP and a PFLOP per second."""
-    assert all(1e7 < plan.product_rate(width) < 1e15 for width in (16, 512))
+def test_the_rate_is_that_of_a_chain_on_one_of_the_devices(monkeypatch: pytest.MonkeyPatch):
+    """All chains take a second together, by this clock: 50 products of 256 x 512 with 512 x 512 each, as much work at
+    another width, and no more than 50,000."""
+    ticks = itertools.count()
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(ticks))
+    devices = jax.local_devices()[:1] * 2
+    for width, length in ((16, 50_000), (512, 50), (3_000, 1)):
+        assert plan.product_rate(width, devices) == 2.0 * length * 256 * width**2
