@@ -116,18 +116,21 @@ def axis_temperatures(env: str, table: str) -> list[str]:
 
 def beyond_ogbench(env: str) -> list[str]:
     """Two seeds of critics on one base policy of data that does not come from OGBench."""
-    run, width = f"beyond/{env}", 128 if env == "Pendulum-v1" else 256
-    data = f"--dataset minari:evor/{env.rpartition('-')[0].lower()}-v0 --env {env} --preview --width {width}"
-    about = f"{data} --steps 20000 --tau 0.02 --policy-run-dir runs/{run} --policy-seed 0 --seeds 2"
+    run, data = f"beyond/{env}", f"--dataset minari:evor/{env.rpartition('-')[0].lower()}-v0 --env {env} --preview"
+    policy = critic = ""
+    if env != "Hopper-v5":  # of which the rows are those of an older `--preview`
+        width = 128 if env == "Pendulum-v1" else 256
+        policy, critic = f"--width {width} --steps 30000", f"--width {width} --steps 20000 --tau 0.02"
+    about = f"{data} {critic} --policy-run-dir runs/{run} --policy-seed 0 --seeds 2"
     critics = {
         "default": "evor_value.py",
         "paper": "evor_value.py --td-target paper",
         "scalar": "baselines.critics --critic scalar",
     }
     return [
-        f"experiments.gym_data --env {env} {'--steps 100000' if env == 'HalfCheetah-v5' else ''} "
+        f"experiments.gym_data --env {env} --steps {150_000 if env == 'Hopper-v5' else 100_000} "
         f"--out runs/tables/beyond-ogbench/{env}.json",
-        f"evor_bc.py {data} --steps 30000 --run-dir runs/{run}",
+        f"evor_bc.py {data} {policy} --run-dir runs/{run}",
         *(f"{command} {about} --run-dir runs/{run}-{name}" for name, command in critics.items()),
     ]
 
