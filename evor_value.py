@@ -66,7 +66,7 @@ from common.cli import parse_args, run_cli
 from common.data.names import NUM_TASKS
 from common.evaluation import Evaluation
 from common.flow import Ode, Solver, integrate
-from common.networks import Critic, CriticSpec, Sizes, make_critic, stratified_normal
+from common.networks import Critic, CriticSpec, Sizes, VelocityCritic, make_critic, stratified_normal
 from common.plan import print_plan
 from common.problem import BasePolicy, Batch, Dataset, Replica, ValueProblem, action_chunks, sample_batch
 from common.replicas import chunked, in_blocks
@@ -286,7 +286,7 @@ def td_target(
 
 
 def value_loss_one(
-    critic: Critic,
+    critic: VelocityCritic,
     observation: Float[Array, " observation"],
     action: Float[Array, " action"],
     z_t: Float[Array, ""],

@@ -225,8 +225,35 @@ class FlowPolicy(eqx.Module):
 
 
 class Critic(eqx.Module):
-    """A law of the reward-to-go, on the return axis. Draws come from a velocity field, for which a subclass has
-    `features` and `velocity`. A critic that says its law at once overrides `law` and `sample`."""
+    """A law of the reward-to-go, on the return axis, and draws from it. A subclass has a `law`."""
+
+    def law(
+        self,
+        observation: Float[Array, " observation"],
+        action: Float[Array, " action"],
+        noise: Float[Array, " num"],
+        ode: Ode,
+    ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+        """Values of the return and their probabilities. Only a flow has to sample, and makes use of the noise."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        observation: Float[Array, " observation"],
+        action: Float[Array, " action"],
+        noise: Float[Array, " num"],
+        ode: Ode,
+    ) -> Float[Array, " num"]:
+        """Draws of the return: the quantiles of the law at `Phi(noise)`."""
+        values, weights = self.law(observation, action, noise, ode)
+        order = jnp.argsort(values)
+        below = jnp.cumsum(weights[order])
+        index = jnp.searchsorted(below, jax.scipy.special.ndtr(noise) * below[-1])
+        return values[order][jnp.minimum(index, len(values) - 1)]
+
+
+class VelocityCritic(Critic):
+    """A velocity field `s(z_t, t | x, a)` whose flow draws returns. A subclass has `features` and `velocity`."""
 
     def features(
         self, observation: Float[Array, " observation"], action: Float[Array, " action"]
@@ -235,7 +262,7 @@ class Critic(eqx.Module):
         raise NotImplementedError
 
     def velocity(self, features: Float[Array, " width"], z: Float[Array, ""], t: Float[Array, ""]) -> Float[Array, ""]:
-        """`s(z_t, t | x, a)`."""
+        """`s(z, t | x, a)`."""
         raise NotImplementedError
 
     def sample(
@@ -256,14 +283,13 @@ class Critic(eqx.Module):
         action: Float[Array, " action"],
         noise: Float[Array, " num"],
         ode: Ode,
-    ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-        """Values of the return and their probabilities: here the draws that the flow makes of the noise, equally
-        probable. A critic that does not sample has no use for the noise."""
+    ) -> tuple[Float[Array, " num"], Float[Array, " num"]]:
+        """The draws that the flow makes of the noise, equally probable."""
         values = self.sample(observation, action, noise, ode)
         return values, jnp.full_like(values, 1.0 / len(values))
 
 
-class FlowCritic(Critic):
+class FlowCritic(VelocityCritic):
     """Velocity field `s(z_t, t | x, a)` of the reward-to-go law.
 
     kind `mlp`: one MLP on `[x, a, z_t, t]`, the paper's. kind `trunk`: hidden layers compute features of `(x, a)` and a
@@ -397,20 +423,6 @@ class DirectCritic(Critic):
         if self.kind == "c51":
             return self.atoms, jax.nn.softmax(out)
         return out, jnp.full_like(out, 1.0 / len(out))
-
-    def sample(
-        self,
-        observation: Float[Array, " observation"],
-        action: Float[Array, " action"],
-        noise: Float[Array, " num"],
-        ode: Ode,
-    ) -> Float[Array, " num"]:
-        """Draws of the return: the quantiles of the law at `Phi(noise)`."""
-        values, weights = self.law(observation, action, noise, ode)
-        order = jnp.argsort(values)
-        below = jnp.cumsum(weights[order])
-        index = jnp.searchsorted(below, jax.scipy.special.ndtr(noise) * below[-1])
-        return values[order][jnp.minimum(index, len(values) - 1)]
 
 
 def stratified_normal(num: int) -> Float[Array, " num"]:

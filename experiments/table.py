@@ -243,7 +243,10 @@ def same_data(env: str) -> str:
 EXPERIMENTS: dict[str, list[str]] = {
     "thirty-tasks": [
         *(command for env in THIRTY for command in thirty(env)),
-        draw("thirty-tasks", *(f"{name}/{env}" for name in COMPARED for env in THIRTY)),
+        draw(
+            "thirty-tasks",
+            *(f"{name}/{env}" for name in COMPARED for env in THIRTY if (name, env) != ("thirty-bounds", PUZZLE)),
+        ),
         "experiments.draw axes --rows runs/tables",
     ],
     "thirty-sweeps": [command for env in THIRTY for command in thirty_sweeps(env)],

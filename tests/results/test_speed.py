@@ -15,7 +15,7 @@ from benchmarks import inference, speed
 from common import flops
 from common.files import read_csv
 from common.flow import Ode
-from common.networks import Critic, FlowCritic, FlowPolicy, Sizes
+from common.networks import FlowCritic, FlowPolicy, Sizes, VelocityCritic
 from common.problem import Dataset, Replica
 from common.returns import affine_axis
 
@@ -62,7 +62,7 @@ def test_critic_macs_are_those_of_the_compiled_functions(kind):
     assert found == pytest.approx(2 * 64 * velocity, rel=0.12)
 
 
-class OwnCritic(Critic):
+class OwnCritic(VelocityCritic):
     """`s(z, t | x, a) = sum(W [x, a]) + t`, for tests."""
 
     weight: Array
