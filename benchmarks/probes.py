@@ -5,6 +5,7 @@ Each lists its possible transitions with probabilities and, for some state-actio
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from scipy import stats
 
 import evor_value
@@ -211,12 +212,17 @@ def sample_returns(
 ) -> np.ndarray:
     """Returns of one state-action pair in the probe's units, one row per seed, from normal quantiles."""
     observation = jnp.eye(probe.num_states)[query[0]]
-    action = jnp.array([query[1]])
+    return np.asarray(_sample(critic, axis, observation, jnp.array([query[1]]), stratified_normal(num), ode))
 
+
+@functools.partial(jax.jit, static_argnames="ode")  # compiled once for all queries
+def _sample(
+    critic: Critic, axis: ReturnAxis, observation: Array, action: Array, noise: Array, ode: Ode
+) -> Float[Array, "seeds num"]:
     def one(critic, axis):
-        return axis.to_environment(critic.sample(observation, action, stratified_normal(num), ode))
+        return axis.to_environment(critic.sample(observation, action, noise, ode))
 
-    return np.asarray(jax.vmap(one)(critic, axis))
+    return jax.vmap(one)(critic, axis)
 
 
 def w1(critic: Critic, axis: ReturnAxis, probe: Probe, *, ode: Ode = DEFAULT_ODE, noise_std: float = 0.0) -> np.ndarray:

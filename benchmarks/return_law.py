@@ -17,6 +17,7 @@ seed and step to `--out`, with the table and the figure beside it; `--append` ad
 """
 
 import dataclasses
+import functools
 import math
 import time
 from pathlib import Path
@@ -121,17 +122,15 @@ def training_args(args: Args, method: str, probe: probes.Probe) -> evor_value.Ar
 def q_errors(critic: Critic, axis: ReturnAxis, probe: probes.Probe, ode: Ode) -> np.ndarray:
     """|Q* - exact log-mean-exp|, averaged over the probe's queries; one number per seed."""
     temperature = RETURN_TEMPERATURE * probe.law_range
+    noise = stratified_normal(evor_infer.Extraction().num_returns)
+    score = functools.partial(evor_infer.score_one, temperature=temperature, ode=ode)
+    scores = jax.jit(jax.vmap(score, (0, 0, None, None, None)))
     errors = []
     for (state, action), (values, weights) in probe.laws.items():
-        x, a = jax.nn.one_hot(state, probe.num_states), jax.numpy.array([action])
-        noise = stratified_normal(evor_infer.Extraction().num_returns)
-
-        def score(critic, axis, x=x, a=a, noise=noise):
-            return evor_infer.score_one(critic, axis, x, a, noise, temperature=temperature, ode=ode)
-
+        x, a = jax.nn.one_hot(state, probe.num_states), jnp.array([action])
         largest = max(values)
         exact = largest + temperature * math.log(np.dot(weights, np.exp((np.array(values) - largest) / temperature)))
-        errors.append(np.abs(np.asarray(jax.vmap(score)(critic, axis)) - exact))
+        errors.append(np.abs(np.asarray(scores(critic, axis, x, a, noise)) - exact))
     return np.mean(errors, axis=0)
 
 
