@@ -119,7 +119,7 @@ def test_what_is_to_be_copied_stands_alone():
     """The definitions that docs/extending.md lists, and the packages that their files import: fails if one is missing,
     or if one needs more of this repository. The step below the table learns the returns of two states: the first pays
     1 and leads, at a discount of 0.5, to the second, which pays -1 and ends. Without the bootstrap, or with that of
-    another state or action, they would not be 0.5 and -1."""
+    the same state, they would not be 0.5 and -1."""
     table = EXTENDING.partition("## Copy")[2]
     code = ["Width = Depth = int"]
     for name, take in re.findall(r"^\| `([\w/]+\.py)` \| (.*) \|$", table, re.MULTILINE):

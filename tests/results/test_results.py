@@ -614,6 +614,27 @@ def test_what_is_said_of_the_thirty_tasks_is_in_their_rows():
     assert f"gets {large} with today's preview" in tuning and f"cube-single gets {single} with it" in tuning
 
 
+def test_what_is_said_of_axes_backups_and_laws_is_in_their_rows():
+    runs = rows.complete(rows.read(ROOT / "results" / "thirty-tasks" / "runs.csv"), thirty.SETTINGS)
+    runs = rows.numbers(runs.assign(method=thirty.methods_of(runs)), real=["success"])
+    means = runs.groupby(["env", "method", "task"])["success"].mean()
+    base, softmax = means["scene-play"][thirty.BASE], means["scene-play"][thirty.DEFAULT]
+    assert round(base["1"], 2) == 0.93 and base.drop("1").max() == pytest.approx(0.2)
+    maze = means["pointmaze-medium-navigate"]
+    pairs = (maze[thirty.DEFAULT], maze[thirty.BASE], softmax, base)
+    said = "get {:.0%} and {:.0%} on pointmaze-medium, {:.0%} and {:.0%} on scene-play"
+    tuning = " ".join((ROOT / "docs" / "tuning.md").read_text().split())
+    assert said.format(*(of_method.mean() for of_method in pairs)) in tuning
+    measured = runs[runs["method"].isin([thirty.BASE, thirty.BOUNDS])]
+    crps = rows.numbers(measured[measured["crps"] != ""], real=["crps"])
+    crps = crps.groupby(["env", "task", "method"])["crps"].mean().unstack().dropna()
+    ratio = crps[thirty.BASE] / crps[thirty.BOUNDS]
+    assert len(ratio) == 8 and ratio.max() < 1
+    assert [round(ratio["scene-play"][task], 1) for task in ("2", "4")] == [0.4, 0.6]
+    laws = rows.numbers(rows.read(ROOT / "results" / "laws" / "axes.csv"), real=["w1"])
+    assert len(laws) == 16 and laws["w1"].max() < 0.009
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/td-targets.md"])
 def test_the_distances_of_the_targets_are_those_of_the_rows(page: str):
     """Every cell of the table of W1: a mean over three seeds."""
