@@ -300,7 +300,7 @@ def stages(args: Args) -> list[dict[str, Any]]:
     cases = [value_case(f"value {target}, {critic}", args, td_target=target, critic=critic)
              for critic in ("mlp", "trunk")
              for target in ("paper", "shared-noise", "independent-noise", "velocity")]  # fmt: skip
-    cases += [value_case("value shared-noise, mlp, 3 flow steps", args, flow_steps=3)]
+    cases += [value_case("value shared-noise, mlp, 3 flow steps", args, flow_steps=3, critic="mlp")]
     cases += [value_case("value shared-noise, trunk, 3 flow steps", args, flow_steps=3, critic="trunk")]
     cases += [
         value_case(f"value shared-noise, {critic}, {backup} backup", args, critic=critic, next_action=backup)
