@@ -1,5 +1,6 @@
 """How long a training will take on this machine: floating-point operations, counted, over the rate of its products."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -26,10 +27,11 @@ class Stage(NamedTuple):
     seconds: float
 
 
-def product_rate(width: int, devices: Sequence[jax.Device]) -> float:
+@functools.cache
+def product_rate(width: int, devices: tuple[jax.Device, ...]) -> float:
     """FLOPs per second of one of `devices`, while each does a chain of matrix products of the networks' shape: the best
-    of three."""
-    length = max(1, min(50 * 512**2 // width**2, 50_000))
+    of three. It is measured once in a process."""
+    length = max(1, min(50 * 512**2 // width**2, 5_000))
     chain = jax.jit(lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, length=length)[0])
     arrays = [jax.device_put((jnp.ones((256, width)), jnp.eye(width)), device) for device in devices]
     taken = []
@@ -42,7 +44,7 @@ def product_rate(width: int, devices: Sequence[jax.Device]) -> float:
 
 def training_seconds(flops: float, width: int, replicas: int) -> float:
     """Of replicas of `flops` each, which share the devices."""
-    devices = jax.local_devices()[:replicas]
+    devices = tuple(jax.local_devices()[:replicas])
     return math.ceil(replicas / len(devices)) * flops / (SHARE * product_rate(width, devices))
 
 
@@ -66,7 +68,7 @@ def value_stages(args: Any, sizes: Sizes) -> list[Stage]:
     draw, solve = policy_macs(policy)[0], args.ode.evaluations
     decision = 2.0 * args.num_actions * (solve * draw + features + args.num_returns * solve * velocity)
     simulated = 2.0 * args.eval_episodes * replicas * episode_steps(args.environment)  # of the base policy alone, too
-    acting = decision * simulated / sizes.horizon / (SHARE * product_rate(args.width, jax.local_devices()[:1]))
+    acting = decision * simulated / sizes.horizon / (SHARE * product_rate(args.width, (jax.local_devices()[0],)))
     evaluation = acting + simulated / (STEPS_PER_SECOND * num_cores())
     models = "1 reward model" if replicas == 1 else f"{replicas} reward models"
     return [
