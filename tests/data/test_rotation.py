@@ -97,6 +97,7 @@ def train(tmp_path: Path, dataset: Path, name: str, *, next_action: str = "base"
     return {stage: losses(tmp_path / name, stage) for stage in ("bc", "value")}
 
 
+@pytest.mark.slow
 def test_copies_of_one_file_train_as_that_file_does(tmp_path: Path):
     """Fails if the turns, the filling up or the banks of files change anything but the data."""
     for name in ("a", "b"):
@@ -108,6 +109,7 @@ def test_copies_of_one_file_train_as_that_file_does(tmp_path: Path):
     assert banks == ["bank-2-seeds-0-a.eqx", "bank-2-seeds-0-b.eqx"]
 
 
+@pytest.mark.slow
 def test_files_of_different_lengths_share_one_program_and_every_row(tmp_path: Path):
     """The second file is three times as long. In the turn of the first one, training is that on it alone: its filling
     is never drawn. (With the next actions of the data: the base policies of the two runs differ.)"""

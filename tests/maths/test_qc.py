@@ -180,6 +180,7 @@ def settings(tmp_path: Path) -> dict:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_frozen_is_a_scalar_ensemble_with_the_greedy_backup(tmp_path: Path):
     """`baselines.critics` with the flags that the top of qc.py names: the same parameters, bit for bit."""
     common = settings(tmp_path)
@@ -195,6 +196,7 @@ def test_frozen_is_a_scalar_ensemble_with_the_greedy_backup(tmp_path: Path):
     assert agent.critic.kind == "scalar"
 
 
+@pytest.mark.slow
 def test_joint_needs_no_stage_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The policy of each replica lies beside its critic; a resumed run ends where the whole one does."""
     common = settings(tmp_path) | dict(num_next_actions=3)

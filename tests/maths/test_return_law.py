@@ -40,6 +40,7 @@ def test_errors_of_a_critic_that_is_known():
     np.testing.assert_allclose(found["q_error"], [0.0, (wrong - exact) / 2, exact / 2], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_table_and_figure_of_a_small_comparison(tmp_path: Path):
     """Over training, then another size appended; the last measurements stand in the table, all of them in the rows."""
     args = return_law.Args(

@@ -220,6 +220,7 @@ run.main(run.Args(only=("toy",)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv of util-linux")
 def test_a_training_does_not_outlive_the_script_that_started_it(tmp_path: Path):
     """Not even where that was killed."""

@@ -52,6 +52,7 @@ def test_a_frame_for_every_second_step_and_one_decision_a_chunk(tmp_path: Path):
         assert 5 <= found.n_frames <= 19 and found.size == (512, 256)
 
 
+@pytest.mark.slow
 def test_an_agent_is_filmed_with_what_it_does(tmp_path: Path, capsys: pytest.CaptureFixture):
     """Chunks of three actions: the film shows the law and eight other actions, in the environment's units, of the
     action that is executed; the environment is closed after it."""

@@ -247,6 +247,7 @@ def test_a_file_of_d4rl_is_trained_on_and_evaluated_in_its_environment(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of what a description could say
 def test_a_minari_dataset_is_trained_on_and_evaluated_in_the_environment_that_it_describes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -251,6 +251,7 @@ def test_an_agent_takes_no_settings_of_another_unit_and_no_senseless_ones(tmp_pa
             evor_infer.load_agent(tmp_path / "r")
 
 
+@pytest.mark.slow
 def test_the_bank_is_drawn_anew_when_asked(tmp_path, dataset, monkeypatch):
     """60 steps with a new bank each 20: draws 0, 1 and 2, with other actions, and only the first is kept; a run resumed
     at step 40 goes on with draw 2 and ends as the uninterrupted one did."""
@@ -595,6 +596,7 @@ def test_evaluations_of_a_resumed_run_are_those_of_one_that_never_stopped(tmp_pa
     assert json.loads((tmp_path / "whole" / "value" / "config.json").read_text())["args"]["num_returns"] == 3
 
 
+@pytest.mark.slow
 def test_a_replica_that_diverges_is_not_evaluated(tmp_path, maze, monkeypatch, capsys):
     """Seed 1, from step 30 on: the other seed is evaluated with the numbers that it has without it, also by a run that
     is resumed."""
@@ -651,6 +653,7 @@ def test_evaluations_lie_between_the_first_and_the_last_step(tmp_path, changes, 
     assert [step for step in range(0, 70, 10) if evaluation.is_due(step)] == due
 
 
+@pytest.mark.slow
 def test_the_main_job_on_collected_data_with_chunks(tmp_path, monkeypatch, capsys):
     """Everything from nothing, offline: collection, base policy, reward model, evaluation, figures, then a sweep."""
     monkeypatch.setenv("HOME", str(tmp_path))
