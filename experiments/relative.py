@@ -27,19 +27,20 @@ def gather_all(folders: Sequence[Path]) -> list[Frame]:
 
 
 def swept_setting(rows: Frame) -> str:
-    """The one setting that differs.
+    """The one setting that differs within an environment.
 
     Raises:
         UserError: none does, or several do.
     """
-    found = [name for name in SWEPT if complete(rows, SWEPT)[name].nunique() > 1]
+    of_envs = complete(rows, SWEPT).groupby(rows["env"])
+    found = [name for name in SWEPT if of_envs[name].nunique().max() > 1]
     if len(found) != 1:
         raise UserError(f"one of {', '.join(SWEPT)} must be swept, not {', '.join(found) or 'none'}.")
     return found[0]
 
 
 def draw(frames: Sequence[Frame], place: Place) -> str:
-    """Markdown, and the figure: a line for each environment."""
+    """Markdown, and the figure: a line for each environment, and in the table one of their mean."""
     rows = frames[0]
     name = swept_setting(rows)
     rows = numbers(rows, real=[name, "solved", "episodes"])
@@ -52,5 +53,7 @@ def draw(frames: Sequence[Frame], place: Place) -> str:
     axes[0, 0].set_xticklabels([f"{value:g}" for value in success])
     axes[0, 0].legend(fontsize=7)
     figures.save(figure, place.path("figure.png"))
+    if len(success) > 1:
+        success.loc["mean of all"] = success.mean()
     lines = ((env, *(f"{rate:.0%}" for rate in of_env)) for env, of_env in success.iterrows())
     return table(f"success at {figures.SAYS[name]} | {' | '.join(f'{value:g}' for value in success)}", lines)

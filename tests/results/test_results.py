@@ -781,8 +781,11 @@ def test_success_of_one_setting_in_all_environments(here: Path):
     )
     place = rows.Place(here, "thirty-tasks/num_actions", here)
     text = relative.draw([frame], place)
-    assert text.splitlines()[2:] == ["| a | 12% | 100% |", "| b | 75% | 50% |"]
+    lines = ["| a | 12% | 100% |", "| b | 75% | 50% |", "| mean of all | 44% | 75% |"]
+    assert text.splitlines()[2:] == lines
     assert place.path("figure.png").stat().st_size > 0
+    of_environments = frame.assign(noise_scale=frame["env"])  # may have lambdas of their own
+    assert relative.draw([of_environments], place).splitlines()[2:] == lines
     lambdas = frame.assign(noise_scale=["0.3", "1"] * 3)
     with pytest.raises(UserError, match="must be swept, not num_actions, noise_scale"):
         relative.draw([lambdas], place)
