@@ -51,7 +51,7 @@ class Args:
     """Validation states."""
     num_actions: int = 32
     """Candidates per state."""
-    return_temperature: float = 0.1
+    return_temperature: float = evor_infer.Extraction().return_temperature
     """tau_R, in standard deviations of the data's returns."""
     draws: int = 16
     """Repetitions of the independent draws."""

@@ -50,27 +50,7 @@ DRAWN: dict[str, ModuleType] = {
     **dict.fromkeys(("targets", "target_steps", "next_actions", "critics"), targets),
     **dict.fromkeys(("baselines", "backups"), baselines),
     **dict.fromkeys(("schedule", "capacity"), training),
-    **dict.fromkeys(("num_actions", "action_noise", "temperatures"), sweeps),
-    **dict.fromkeys([f"return_temperature/{part}" for part in ("tau_r", "tasks", "tasks_single")], sweeps),
-    **dict.fromkeys(
-        [f"action_temperature/{part}" for part in ("tau_q", "tasks", "tasks_single", "seeds", "seeds_single", "maze")],
-        sweeps,
-    ),
-    **dict.fromkeys(
-        [
-            f"axis_temperatures/{part}"
-            for part in (
-                "double",
-                "single",
-                "single_absolute",
-                "single_data",
-                "scene_data",
-                "double_data",
-                "double_data_tau_r",
-            )
-        ],
-        sweeps,
-    ),
+    **dict.fromkeys(("num_actions", "action_noise"), sweeps),
     "axes": axes,
     "beyond-ogbench": returns,
     "base_policy": base_policy,

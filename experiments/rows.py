@@ -1,7 +1,7 @@
 """Rows of results: where they stand, how they are read and written, and the cell that all tables share.
 
 Stored rows stand in `results/QUESTION/`. Drawing writes to `runs/tables/QUESTION/`, and to the stored place only with
-`--update`. A question with several tables has names such as `return_temperature/tau_r`.
+`--update`. A question with several tables has names such as `thirty-tasks/tau_r`.
 """
 
 import dataclasses

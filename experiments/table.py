@@ -23,15 +23,12 @@ GYMNASIUM = ("Pendulum-v1", "Hopper-v5", "HalfCheetah-v5")
 FULL = (LARGE, SINGLE, CUBE, SCENE, PUZZLE)
 ENVIRONMENTS = tuple(dict.fromkeys((*PREVIEW, *FULL, *GYMNASIUM)))
 # What the experiments before `thirty-tasks` set instead of the recipes and presets of today.
-HORIZON = {env: f"--horizon {5 if env in (CUBE, SCENE, PUZZLE) else 1}" for env in ENVIRONMENTS}
-POLICY = dict.fromkeys(ENVIRONMENTS, "--ignore-observations")
-POLICY |= dict.fromkeys((CUBE, SCENE), "--ignore-observations 6 7 8 9 10 11")
+HORIZON = {env: f"--horizon {5 if env == CUBE else 1}" for env in PREVIEW}
+POLICY = {env: f"--ignore-observations{' 6 7 8 9 10 11' * (env == CUBE)}" for env in PREVIEW}
 BASE = "--width 512 --tau 0.02 --next-action base --discount 0.99 --reward default --noise-scale 1 --num-actions 16"
 IMPROVED = "--next-action softmax --discount 0.995"  # what mazes need, see docs/tuning.md
 CHANCE = "--action-temperature 0.003"  # a later flag beats an earlier one
 GREEDY = "--action-temperature 0"  # the best candidate
-BEST = "--num-actions 16"
-VALUES = "0 0.03 0.1 0.2 0.3 0.5 1 3 inf"
 SCHEDULES = {"cosine": "", "constant": "--schedule constant --learning-rate 3e-4"}  # the preset's, and the paper's
 SIZES = ("--width 64", "--width 128", "--width 256", "--depth 2")  # beside 4 x 512
 MAZES = (f"softmax/{MAZE}", *(f"softmax-{task}/{MAZE}" for task in (2, 3, 4, 5)))  # tasks 1 to 5
@@ -79,39 +76,15 @@ def full(env: str, name: str, flags: str = "") -> str:
     )
 
 
-def sweep(table: str, flags: str, *runs: str, tasks: str = "") -> list[str]:
-    """Sweeps of runs, of all their tasks by default, and their table."""
-    out = table.replace("/", "-")
-    about = f"--tasks {tasks} --num-returns 8" if tasks else "--num-returns 8"
-    commands = [
-        f"evor_infer.py --env {run.partition('/')[2]} --run-dir runs/{run} {about} {flags} --out {out}" for run in runs
-    ]
-    return [*commands, draw(table, *(f"{run}/{out}" for run in runs))]
+def sweep(table: str, flags: str) -> list[str]:
+    """A sweep of the reward models of `tasks` on cube-double, and its table."""
+    about = f"evor_infer.py --env {CUBE} --run-dir runs/tasks/{CUBE} --num-returns 8"
+    return [f"{about} {flags} --out {table}", draw(table, f"tasks/{CUBE}/{table}")]
 
 
 def draw(name: str, *runs: str) -> str:
     """Makes rows of runs, and a table of them in runs/tables/."""
     return f"experiments.draw {name} --runs {' '.join(f'runs/{run}' for run in runs)}"
-
-
-def axis_temperatures(env: str, table: str) -> list[str]:
-    """On 400 episodes, with the steps of the presets: a reward model for each task and two seeds, and its sweep."""
-    run, flags = f"episodes-400/{env}", "--reward sparse --tasks 1 2 3 4 5" if env == SCENE else ""
-    about = f"--env {env} --run-dir runs/{run}"
-    readout = f"--num-actions 16 --num-returns 8 --eval-episodes {25 if env == SCENE else 100}"
-    of_tau_r = [
-        f"evor_infer.py {about} {readout} --return-temperature 0.03 0.1 0.3 1 --out tau_r",
-        draw(f"axis_temperatures/{table}_tau_r", f"{run}/tau_r"),
-    ]
-    return [
-        policy(env, f"--preview --steps 100000 --episodes 400 --run-dir runs/{run}"),
-        f"evor_value.py {about} --preview --steps 20000 --episodes 400 {HORIZON[env]} {POLICY[env]} {BASE} {flags} "
-        f"--seeds 2 --policy-seed 0 "
-        f"--policy-run-dir runs/{run} --eval-episodes 0",
-        f"evor_infer.py {about} {readout} --action-temperature 0.003 0 0.03 0.01 --out tau_q",
-        draw(f"axis_temperatures/{table}", f"{run}/tau_q"),
-        *(of_tau_r if env == CUBE else []),
-    ]
 
 
 def beyond_ogbench(env: str) -> list[str]:
@@ -164,15 +137,17 @@ def thirty(env: str) -> list[str]:
     ]
 
 
+SWEPT = {
+    "num_actions": "--num-actions 1 2 4 8 16 32 64",
+    "tau_q": "--action-temperature 0 0.003 0.03 0.3 3 inf",
+    "tau_r": "--return-temperature 0 0.03 0.1 0.3 1 3 inf",
+}
+
+
 def thirty_sweeps(env: str) -> list[str]:
     """What the paper's figures sweep, on the reward models of `thirty`."""
     about = f"evor_infer.py --env {env} --run-dir runs/thirty/{env} --eval-episodes 5"
-    swept = {
-        "num_actions": "--num-actions 1 2 4 8 16 32 64",
-        "tau_q": "--action-temperature 0 0.003 0.03 0.3 3 inf",
-        "tau_r": "--return-temperature 0 0.03 0.1 0.3 1 3 inf",
-    }
-    return [f"{about} {flags} --out {name}" for name, flags in swept.items()]
+    return [f"{about} {flags} --out {name}" for name, flags in SWEPT.items()]
 
 
 def targets() -> list[str]:
@@ -249,7 +224,10 @@ EXPERIMENTS: dict[str, list[str]] = {
         ),
         "experiments.draw axes --rows runs/tables",
     ],
-    "thirty-sweeps": [command for env in THIRTY for command in thirty_sweeps(env)],
+    "thirty-sweeps": [
+        *(command for env in THIRTY for command in thirty_sweeps(env)),
+        *(draw(f"thirty-tasks/{name}", *(f"thirty/{env}/{name}" for env in THIRTY)) for name in SWEPT),
+    ],
     "policies": [policy(env, f"--preview --steps {200 if env == CUBE else 100}000") for env in PREVIEW],
     "tasks": [preview(env, "tasks", f"--tasks 1 2 3 4 5 {GREEDY * (env == MAZE)}") for env in PREVIEW],
     "seeds": [preview(env, "seeds", f"--first-seed 1 --policy-seed 0 {GREEDY * (env == MAZE)}") for env in PREVIEW],
@@ -268,12 +246,6 @@ EXPERIMENTS: dict[str, list[str]] = {
             *(f"{name}/{MAZE}" for name in ("tasks", "seeds", "discount", "softmax-seed")),
             *MAZES,
         ),
-    ],
-    "scene_policy": [policy(SCENE, "--preview --steps 100000")],
-    "axis_temperatures": [
-        *axis_temperatures(SINGLE, "single_data"),
-        *axis_temperatures(SCENE, "scene_data"),
-        *axis_temperatures(CUBE, "double_data"),
     ],
     "beyond-ogbench": [
         *(command for env in GYMNASIUM for command in beyond_ogbench(env)),
@@ -304,43 +276,8 @@ EXPERIMENTS: dict[str, list[str]] = {
         *(preview(CUBE, "capacity" + flags[1:].replace(" ", "-"), f"{flags} {GREEDY}") for flags in SIZES),
         draw("capacity", f"cosine/{CUBE}", *(f"capacity{flags[1:].replace(' ', '-')}/{CUBE}" for flags in SIZES)),
     ],
-    "num_actions": sweep("num_actions", "--num-actions 1 2 4 8 16 32 64", f"tasks/{CUBE}", tasks="1 2"),
-    "tau_q": sweep(
-        "action_temperature/tau_q",
-        f"{BEST} --action-temperature 0 0.003 0.01 0.03 0.1 0.3 1 inf",
-        f"tasks/{CUBE}",
-        tasks="2",
-    ),
-    "tau_r": sweep(
-        "return_temperature/tau_r",
-        f"{BEST} --return-temperature {VALUES} {GREEDY}",
-        f"tasks/{CUBE}",
-        f"paper/{CUBE}",
-        tasks="2",
-    ),
-    "tau_r_tasks": [
-        command
-        for table, env in (("return_temperature/tasks", CUBE), ("return_temperature/tasks_single", SINGLE))
-        for command in sweep(table, f"{BEST} --return-temperature 0.1 0.3 1 {GREEDY}", f"tasks/{env}")
-    ],
-    "tau_q_tasks": [
-        command
-        for name in ("tasks", "seeds")
-        for table, env in ((f"action_temperature/{name}", CUBE), (f"action_temperature/{name}_single", SINGLE))
-        for command in sweep(table, f"{BEST} --action-temperature 0 0.003 0.01 0.03", f"{name}/{env}")
-    ],
-    "tau_q_maze": sweep(
-        "action_temperature/maze", f"{BEST} --return-temperature 0.3 1 --action-temperature 0 0.01 0.03", *MAZES
-    ),
-    "temperatures": sweep(
-        "temperatures",
-        f"{BEST} --return-temperature 0 0.1 0.3 1 inf --action-temperature 0 0.003 0.01 0.03 0.1",
-        f"tasks/{CUBE}",
-        tasks="2",
-    ),
-    "action_noise": sweep(
-        "action_noise", "--num-actions 1 16 --action-noise 0 0.1 0.2 0.4", f"tasks/{CUBE}", tasks="2"
-    ),
+    "num_actions": sweep("num_actions", "--tasks 1 2 --num-actions 1 2 4 8 16 32 64"),
+    "action_noise": sweep("action_noise", "--tasks 2 --num-actions 1 16 --action-noise 0 0.1 0.2 0.4"),
     "candidates": [
         f"benchmarks.candidates --run-dir runs/tasks/{CUBE}",
         f"benchmarks.saturation --run-dir runs/tasks/{CUBE} --other runs/seeds/{CUBE}",

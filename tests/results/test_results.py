@@ -288,7 +288,7 @@ def test_temperatures_of_different_units_share_no_figure():
 
 def test_a_sweep_is_drawn_again_from_its_rows(here: Path):
     """Two targets at two temperatures: four lines of the table, which does not need the runs any more."""
-    name = "return_temperature/tau_r"
+    name = "action_noise"
     folders = []
     for target, solved in (("paper", 1), ("shared-noise", 3)):
         folder = here / target / "tau_r"
@@ -321,7 +321,7 @@ def test_a_sweep_is_drawn_again_from_its_rows(here: Path):
         stored(name, folders[0], append=True)
     with pytest.raises(UserError, match="two of the folders are of one target, task and seed"):
         stored(name, *folders, folders[0])
-    assert ",a GPU," in (here / "results" / "return_temperature" / "tau_r_episodes.csv").read_text()
+    assert ",a GPU," in (here / "results" / "action_noise" / "episodes.csv").read_text()
     config = json.loads((folders[0] / "config.json").read_text())
     (folders[0] / "config.json").write_text(json.dumps(config | dict(critic_sha256="another")))
     with pytest.raises(UserError, match=r"is not what .* evaluated"):
@@ -344,7 +344,7 @@ def test_a_sweep_is_drawn_again_from_its_rows(here: Path):
         stored(name, *folders)
     for folder in folders:
         shutil.rmtree(folder.parent)
-    figure = here / "results" / "return_temperature" / "tau_r_figure.png"
+    figure = here / "results" / "action_noise" / "figure.png"
     figure.unlink()
     assert stored(name) == text and figure.stat().st_size > 0
     with pytest.raises(UserError, match="holds no finished sweep"):
@@ -614,6 +614,23 @@ def test_what_is_said_of_the_thirty_tasks_is_in_their_rows():
     assert f"gets {large} with today's preview" in tuning and f"cube-single gets {single} with it" in tuning
 
 
+def test_what_is_said_of_the_extraction_is_in_its_rows():
+    page = " ".join((ROOT / "results" / "thirty-tasks" / "README.md").read_text().split())
+    means = {}
+    columns = dict(num_actions="num_actions", tau_q="action_temperature", tau_r="return_temperature")
+    for name, column in columns.items():
+        stored_rows = rows.read(ROOT / "results" / "thirty-tasks" / f"{name}_rows.csv")
+        counts = rows.numbers(stored_rows, real=[column, "solved", "episodes"])
+        of_envs = counts.groupby(["env", column])[["solved", "episodes"]].sum()
+        rates = (of_envs["solved"] / of_envs["episodes"]).groupby(column).mean()
+        assert len(of_envs) == 6 * len(rates) and (name != "tau_q" or rates[3.0] < 0.1)
+        means[name] = {value: f"{rate:.0%}" for value, rate in rates.items()}
+    n, q, r = means.values()
+    assert f"from {n[1]} (the base policy alone) to {n[8]}, and 64 candidates get {n[64]}" in page
+    assert f"0.3 gets {q[0.3]}, and 3 loses nearly everything" in page
+    assert f"{r[0]} with the largest of eight returns (0), {r[0.3]} with the default 0.3, and {r[np.inf]}" in page
+
+
 def test_what_is_said_of_axes_backups_and_laws_is_in_their_rows():
     runs = rows.complete(rows.read(ROOT / "results" / "thirty-tasks" / "runs.csv"), thirty.SETTINGS)
     runs = rows.numbers(runs.assign(method=thirty.methods_of(runs)), real=["success"])
@@ -693,17 +710,11 @@ def test_the_numbers_of_the_pages_are_those_of_the_rows():
             schedules.setdefault(row["label"].rpartition(" ")[2], []).append(float(row["success"]))
     cosine, constant = (f"{np.mean(schedules[name]):.0%}" for name in ("cosine", "constant"))
     noise = rates("action_noise/episodes.csv", "action_noise", num_actions="16").values()
-    tau_r = rates("return_temperature/tasks_episodes.csv", "return_temperature")
-    single, double = (rates(f"action_temperature/tasks{name}_episodes.csv", "action_temperature")
-                      for name in ("_single", ""))  # fmt: skip
     sentences = {
         "saturation": f"confirms {others / own:.0%} of the value",
         "schedule": f"gets {cosine} over the last three evaluations, and a constant 3e-4 gets {constant}.",
         "capacity": f"64 gets {rates('capacity/episodes.csv', 'label', step='50000')['width 64, depth 4']:.0%}.",
         "action_noise": "task 2 gets {:.0%}, {:.0%}, {:.0%} and {:.0%}.".format(*noise),
-        "return_temperature": f"a mean of {tau_r['0.03']:.0%} on cube-double, and 0.1 gets {tau_r['0.1']:.0%}.",
-        "action_temperature": f"gets {single['0.003']:.0%} on cube-single where the best candidate gets "
-        f"{single['0.0']:.0%}. On cube-double they get {double['0.003']:.0%} and {double['0.0']:.0%},",
     }
     for name, sentence in sentences.items():
         assert sentence in " ".join((folder / name / "README.md").read_text().split()), sentence
