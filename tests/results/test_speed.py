@@ -31,6 +31,14 @@ def test_the_pages_table_of_replicas_is_that_of_its_rows():
         assert 1.6 <= round(one / cores, 1) <= 2.0  # docs/running.md
 
 
+def test_the_pages_table_of_steps_is_that_of_its_rows():
+    files = [read_csv(PAGE.with_name(name)) for name in ("stages_90dd10a.csv", "stages.csv")]
+    for case in ("mlp", "trunk", "mlp, softmax backup", "trunk, softmax backup"):
+        name = f"shared-noise, {case}"
+        then, now = (next(float(row["to_bc"]) for row in rows if row["case"] == f"value {name}") for rows in files)
+        assert f"| {name} | {then:.1f} | {now:.1f} |" in PAGE.read_text()
+
+
 def counted(function, *arguments) -> float:
     """FLOPs of a compiled function as XLA counts them."""
     return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
