@@ -61,6 +61,7 @@ def test_each_change_has_a_command():
     assert DIFFS.keys() == FLAGS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -117,6 +118,7 @@ def test_the_array_script_of_a_cluster(tmp_path: Path):
     assert all(words[-1] == "--resume" and "cube-double-play" in words for words in called)
 
 
+@pytest.mark.slow
 def test_what_is_to_be_copied_stands_alone():
     """The definitions that docs/extending.md lists, and the packages that their files import: fails if one is missing,
     or if one needs more of this repository. The step below the table learns the returns of two states: the first pays

@@ -105,6 +105,7 @@ def test_links_lead_to_files():
     assert len(links) > 40 and [link for link in links if not link.exists()] == []
 
 
+@pytest.mark.slow
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """On two steps of training, in the place that it names: fails if a name or an argument in it is made up."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
@@ -122,6 +123,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert names["actions"].shape == (3, 1, 5) and names["returns"].shape == (3, 64)
 
 
+@pytest.mark.slow
 def test_ones_own_data_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The two programs of docs/data.md: one writes two episodes, of six and four steps, as their table says; the other
     acts, in an episode that ends within a chunk, with actions in the environment's units."""

@@ -149,6 +149,7 @@ def test_what_a_later_file_lacks_is_found_out_at_the_start(tmp_path: Path, capsy
     assert expected in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_resuming_in_the_middle_of_a_turn_changes_nothing(tmp_path: Path):
     folder = tmp_path / "folder"
     tiny_dataset(folder / "a.npz")

@@ -152,6 +152,7 @@ def test_the_best_is_that_of_the_mean_of_the_critics():
     assert len({int(np.argmax(v)) for v in (each.mean(1), each[:, 0], each[:, 1], each.min(1))}) > 1
 
 
+@pytest.mark.slow
 def test_joint_training_learns_the_greedy_value():
     """In state 1 an action pays what it is, -1 or 1 with equal frequency; state 0 leads there: the policy that is
     extracted earns 0.9 from state 0, the data's policy 0. Fails with a backup that does not maximise, and with a policy

@@ -135,6 +135,7 @@ def test_what_was_stopped_goes_on_and_what_is_done_is_skipped(
     assert run.progress(command) == "not begun"
 
 
+@pytest.mark.slow
 def test_a_default_that_the_command_chooses_is_no_other_argument(tmp_path: Path):
     """QC takes N from another flag; what it ran with stands in config.json."""
     dataset = tiny_dataset(tmp_path / "data.npz")
@@ -159,6 +160,7 @@ def test_a_sweep_is_done_where_its_agent_stands(tmp_path: Path):
     assert run.progress(command) == "not begun"
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_other_settings_is_not_the_one_that_was_asked_for(tmp_path: Path):
     """Rows of another temperature stand where an evaluation anew was stopped before its end."""
     dataset = tiny_dataset(tmp_path / "data.npz")

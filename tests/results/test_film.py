@@ -86,6 +86,7 @@ def test_an_agent_is_filmed_with_what_it_does(tmp_path: Path, capsys: pytest.Cap
         assert named["bounds"] == (-10.0, 0.0)
 
 
+@pytest.mark.slow
 def test_a_film_shows_candidates_of_the_lambda_that_is_filmed(tmp_path: Path):
     """At lambda = 0 all candidates are one action. Fails if the agent's own lambda is taken, which is 1."""
     agent = Agent(

@@ -609,6 +609,10 @@ def test_what_is_said_of_the_thirty_tasks_is_in_their_rows():
     beside = "its {:.0%} stand beside {} of the `base` backup, {} of the published target and {} of the scalar critic"
     assert beside.format(of_method[thirty.DEFAULT], *others) in page
     assert f"On scene-play it gets {scene}." in page
+    second = runs[(runs["env"] == "scene-play") & (runs["task"] == "2")]
+    of_method = second.groupby(thirty.methods_of(rows.complete(second, thirty.SETTINGS)))["success"].mean()
+    others = {f"{of_method[name]:.0%}" for name in ("published target", "scalar critic")}
+    assert f"get {others.pop()} each, and EVOR {of_method[thirty.DEFAULT]:.0%}:" in page and not others
     tuning = " ".join((ROOT / "docs" / "tuning.md").read_text().split())
     large = mean["pointmaze-large-navigate"]
     assert f"gets {large} with today's preview" in tuning and f"cube-single gets {single} with it" in tuning

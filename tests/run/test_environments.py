@@ -207,6 +207,7 @@ def test_without_success_returns_are_summarised():
     assert solved.keys() == {"success", "low", "high"} and score_text(solved) == "success 50% [9%, 91%]"
 
 
+@pytest.mark.slow
 def test_a_file_of_d4rl_is_trained_on_and_evaluated_in_its_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

@@ -83,6 +83,7 @@ def test_a_second_run_gives_the_same_rows(make_episodes, rows: list[dict]):
     assert make_episodes(2).run(scripted_act) == rows
 
 
+@pytest.mark.slow
 def test_number_of_processes_changes_nothing(make_episodes, rows: list[dict]):
     assert make_episodes(1).run(scripted_act) == rows
 
@@ -137,6 +138,7 @@ def test_noise_in_the_actions():
     assert not np.array_equal(executed[1], first[0])
 
 
+@pytest.mark.slow
 def test_noise_is_asked_for(make_episodes, rows: list[dict]):
     settings = dict(num_episodes=NUM_EPISODES, horizon=HORIZON, seed=7, probe=positions, workers=1)
     with Episodes(GYM_IDS, **settings, action_noise=0.3) as episodes:
@@ -280,6 +282,7 @@ def test_no_exit_leaves_processes_behind(tmp_path: Path, number: int):
         assert "Traceback" not in processes.said(tmp_path) or number == signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_program_that_evaluates_when_it_is_imported_is_told_so(tmp_path: Path):
     with processes.start(SCRIPT.replace('if __name__ == "__main__":\n    run_cli', "run_cli"), tmp_path) as process:
         assert process.wait(120) == 2

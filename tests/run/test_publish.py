@@ -114,6 +114,7 @@ def call(code: str, env: dict[str, str]) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_an_agent_goes_to_the_hub_and_comes_back(run: Path, hub: dict[str, str]):
     command = [sys.executable, "-m", "common.publish", str(run), "--to", "me/robot", "--private"]
     done = subprocess.run(command, cwd=ROOT, env=hub, capture_output=True, text=True)

@@ -111,6 +111,7 @@ def test_run_directory_of_own_data(tmp_path, dataset):
     assert returns.shape == (5, 7) and np.isfinite(returns).all()
 
 
+@pytest.mark.slow
 def test_seeds_can_share_one_base_policy(tmp_path, dataset):
     """Seeds 0, 1 and 2 on the policy of seed 1: each with a critic of its own, seed 1 with the one it has alone."""
     settings = dict(env="robot", dataset=dataset, **SMALL)
