@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from common import figures
 from common.data.names import NUM_TASKS, parse_env
 from experiments import gather, tasks
-from experiments.rows import Frame, Place, cell, complete, percent, rate, read, table
+from experiments.rows import Frame, Place, cell, complete, numbers, rate, read, table
 
 FILES = ("runs.csv", "episodes.csv")
 OF_AN_EPISODE = ["run", "task", "seed", "num_actions", "episode", "success", "length", "total"]
@@ -116,10 +117,14 @@ def draw(frames: Sequence[Frame], place: Place) -> str:
 def line_of(runs: Frame, episodes: Frame) -> tuple[str, ...]:
     """The table's line of an environment, of the default's runs and episodes."""
     env, alone = episodes["line"].iloc[0], episodes["num_actions"] == "1"
-    of_tasks = [episodes[~alone & (episodes["task"] == str(task))] for task in range(1, NUM_TASKS + 1)]
-    each = (percent(*rate(rows)).partition(" ")[0] if len(rows) else "" for rows in of_tasks)
+    means = of_each_task(episodes[~alone])
+    each = (f"{means[task]:.0%}" if task in means else "" for task in map(str, range(1, NUM_TASKS + 1)))
     steps = f"{int(float(runs['steps'].iloc[0])):,}"
     return env, *each, f"**{cell(episodes[~alone])}**", cell(episodes[alone]), known(env), steps, minutes(runs)
+
+
+def of_each_task(episodes: Frame) -> pd.Series:
+    return numbers(episodes, real=["success"]).groupby("task")["success"].mean()
 
 
 def beside_each_other(episodes: Frame, what: str) -> str:
@@ -151,7 +156,7 @@ def draw_bars(episodes: Frame, path: Path, *, ylabel: str) -> None:
         ends = 100 * np.abs([height - low, high - height])
         axis.bar(where + place, 100 * height, 0.9 * width, yerr=ends, label=name)
         for j, rows in present:
-            of_tasks = [100 * rate(of_task)[0] for _, of_task in rows.groupby("task")]
+            of_tasks = 100 * of_each_task(rows)
             if len(of_tasks) > 1:
                 axis.plot(j + place + width * np.linspace(-0.3, 0.3, len(of_tasks)), of_tasks, "k.", ms=4)
     axis.set(ylabel=ylabel, ylim=(0, 105), xticks=range(len(environments)))
