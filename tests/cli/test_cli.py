@@ -38,7 +38,7 @@ from common.run import STATE_FILES
 from experiments.run import parse
 from experiments.table import MAZE
 from recipes import recipe_of
-from tests.helpers import contents, rewrite, tiny_dataset
+from tests.helpers import contents, mostly_slow, rewrite, tiny_dataset
 
 SCRIPTS = (evor_bc, evor_value, evor_infer)
 ROOT = Path(evor_bc.__file__).parent
@@ -400,7 +400,7 @@ NO_CUDA = (
 
 
 @pytest.mark.parametrize("platform", ["no_such_platform", *["cuda"] * NO_CUDA])
-@pytest.mark.parametrize("script", ["evor_bc.py", "evor_infer.py"])
+@pytest.mark.parametrize("script", mostly_slow(["evor_bc.py", "evor_infer.py"], but=["evor_infer.py"]))
 def test_an_accelerator_that_is_not_there(script: str, platform: str, tmp_path: Path):
     """The real command line, with the real JAX."""
     settings = dict(capture_output=True, text=True, cwd=tmp_path, env=os.environ | dict(JAX_PLATFORMS=platform))

@@ -126,6 +126,7 @@ def test_files_of_different_lengths_share_one_program_and_every_row(tmp_path: Pa
         assert mixed[stage][2:4] != first[stage][2:4]
 
 
+@pytest.mark.slow
 def test_what_a_later_file_lacks_is_found_out_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture):
     """Its turn would come after 20 steps. Fails if a run directory is made before."""
     folder = tmp_path / "folder"

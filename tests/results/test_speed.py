@@ -18,6 +18,7 @@ from common.flow import Ode
 from common.networks import FlowCritic, FlowPolicy, Sizes, VelocityCritic
 from common.problem import Dataset, Replica
 from common.returns import affine_axis
+from tests.helpers import mostly_slow
 
 PAGE = Path(__file__).parents[2] / "results" / "speed" / "README.md"
 ARGS = speed.Args(rounds=1, width=32, rows=500, steps=2, replicas=(1, 2))
@@ -93,17 +94,17 @@ def test_networks_of_ones_own_are_sampled_and_counted():
     assert flops.policy_macs(critic) == (20, 0)
 
 
-@pytest.mark.parametrize(
-    ("learner", "changes"),
-    [
-        (evor_value, dict(td_target="paper")),
-        (evor_value, dict(td_target="shared-noise", critic="trunk", flow_steps=1, solver="euler")),
-        (evor_value, dict(critic="trunk", flow_steps=1, solver="euler", next_action="softmax", backup_returns=2)),
-        (critics, dict(critic="scalar", ensemble=2)),
-        (critics, dict(critic="c51", next_action="softmax")),
-        (qc, dict(flow_steps=1, solver="euler")),
-    ],
-)
+COUNTED = [
+    (evor_value, dict(critic="trunk", flow_steps=1, solver="euler", next_action="softmax", backup_returns=2)),
+    (evor_value, dict(td_target="shared-noise", critic="trunk", flow_steps=1, solver="euler")),
+    (evor_value, dict(td_target="paper")),
+    (critics, dict(critic="scalar", ensemble=2)),
+    (critics, dict(critic="c51", next_action="softmax")),
+    (qc, dict(flow_steps=1, solver="euler")),
+]
+
+
+@pytest.mark.parametrize(("learner", "changes"), mostly_slow(COUNTED, but=COUNTED[:1]))
 def test_step_flops_are_those_of_the_compiled_step(learner, changes):
     """Within 9%: XLA counts activations and Adam too. (And the round of a loop once: one Euler step each.) The first
     layers are a sixth of the networks: leaving out what is saved there would show."""
@@ -121,6 +122,7 @@ def test_step_flops_are_those_of_the_compiled_step(learner, changes):
     assert found == pytest.approx(expected, rel=0.09)
 
 
+@pytest.mark.slow
 def test_rows_relate_a_case_to_the_first_and_to_bc(monkeypatch):
     """Times that are given: the product 1 s, BC 10 s, the cases 20 and 50 s; medians over three rounds of which one ran
     on a machine twice as slow, and one had a hiccup in the last case."""

@@ -386,6 +386,7 @@ def first_worker_dies(info: dict) -> float:
     return 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Python 3.13 on a pipe that ends
 def test_a_worker_that_dies_while_another_has_answered():
     """Fails if closing waits for the answers of a step: one of them never comes, and the others would be left."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import jax
@@ -59,6 +60,31 @@ def dataset(tmp_path):
     return path
 
 
+SETTINGS = dict(env="robot", seeds=2, **SMALL)
+SHORT = dict(td_target="velocity", discount=0.5, eval_every=20)  # returns are complete after seven steps
+
+
+class Trained(NamedTuple):
+    """Both stages of two seeds; no test changes them."""
+
+    run_dir: Path
+    dataset: Path
+    programs: int  # of the training step, that stage 2 compiled
+    result: list
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Trained:
+    folder = tmp_path_factory.mktemp("trained")
+    dataset = tiny_dataset(folder / "robot.npz")
+    tiny_dataset(validation_path(dataset), seed=1)
+    settings = dict(dataset=dataset, run_dir=folder / "run", **SETTINGS)
+    evor_bc.main(evor_bc.Args(**settings))
+    before = evor_value.train_chunk._cache_size()
+    result = evor_value.main(evor_value.Args(**settings, **SHORT))
+    return Trained(folder / "run", dataset, evor_value.train_chunk._cache_size() - before, result)
+
+
 def files(run_dir, stage):
     """What equal runs have alike."""
     return {
@@ -67,43 +93,38 @@ def files(run_dir, stage):
     }
 
 
-def test_resumed_stages_equal_uninterrupted_ones(tmp_path, dataset, monkeypatch):
+def test_resumed_stages_equal_uninterrupted_ones(tmp_path, trained, monkeypatch):
     """Stopped at step 50, resumed from the checkpoint of step 40: the same parameters and metrics.csv, in which
     the predictions are compared with returns at steps 20, 40 (before the stop and after it) and 60, once each."""
     monkeypatch.setattr("common.run.SAVING_SHARE", 0.0)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    tiny_dataset(validation_path(dataset), seed=1)
-    short = dict(td_target="velocity", discount=0.5, eval_every=20)  # returns are complete after seven steps
-    for module, stage, extra in ((evor_bc, "bc", {}), (evor_value, "value", short)):
-        settings = dict(env="robot", dataset=dataset, seeds=2, **SMALL, **extra)
-        module.main(module.Args(run_dir=whole, **settings))
+    parts = tmp_path / "parts"
+    for module, stage, extra in ((evor_bc, "bc", {}), (evor_value, "value", SHORT)):
+        settings = dict(dataset=trained.dataset, **SETTINGS, **extra)
         with monkeypatch.context() as patch:
             interrupt_at(patch, 50)
             with pytest.raises(Interrupted):
                 module.main(module.Args(run_dir=parts, **settings))
         assert json.loads((parts / stage / "train_state.eqx").read_bytes().split(b"\n")[0])["step"] == 40
         module.main(module.Args(run_dir=parts, resume=True, **settings))
-        expected, found = files(whole, stage), files(parts, stage)
+        expected, found = files(trained.run_dir, stage), files(parts, stage)
         assert expected["metrics.csv"] == found["metrics.csv"]
         assert expected["model.eqx"] == found["model.eqx"]
     assert found["metrics.csv"].count(b"crps") == found["metrics.csv"].count(b"bias") == 3 * 2
 
 
-def test_run_directory_of_own_data(tmp_path, dataset):
-    """One row per seed, step and metric; provenance in config.json; no environment is asked for anything."""
-    settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "run", seeds=2, **SMALL)
-    evor_bc.main(evor_bc.Args(**settings))
-    args = evor_value.Args(**settings)
-    assert evor_value.main(args) == []
-    directory = tmp_path / "run" / "value"
+def test_run_directory_of_own_data(trained):
+    """One row per seed, step and metric; provenance in config.json; no environment is asked for anything. The training
+    step is compiled once."""
+    assert trained.result == [] and trained.programs == 1
+    directory = trained.run_dir / "value"
     with open(directory / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 6 * 2 * 3
+    assert len(rows) == 6 * 2 * 3 + 3 * 2 * 2  # three of the training, two of a comparison with returns
     assert {row["seed"] for row in rows} == {"0", "1"} and {row["task"] for row in rows} == {"0"}
     config = json.loads((directory / "config.json").read_text())
     assert config["data"]["source"] == "file" and len(config["data"]["sha256"]) == 64
-    assert config["versions"]["jax"] == jax.__version__ and config["args"]["discount"] == 0.99
-    agent = evor_infer.load_agent(tmp_path / "run", seed=1)
+    assert config["versions"]["jax"] == jax.__version__ and config["args"]["discount"] == 0.5
+    agent = evor_infer.load_agent(trained.run_dir, seed=1)
     observations = np.zeros((5, 3), np.float32)
     actions = agent.act(observations, key=jax.random.key(0), num_actions=4, num_returns=2)
     assert actions.shape == (5, 1, 2) and np.abs(actions).max() <= 1.0
@@ -134,11 +155,10 @@ def test_seeds_can_share_one_base_policy(tmp_path, dataset):
     assert np.abs(returns[0] - returns[1]).min() > 1e-3 and np.abs(returns[2] - returns[1]).min() > 1e-3
 
 
-def test_replicas_that_diverged_are_left_out(tmp_path, dataset, capsys):
+def test_replicas_that_diverged_are_left_out(tmp_path, trained, capsys):
     """The other seed is loaded and acts as it did; the one that diverged is refused, also as a base policy."""
-    settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "run", seeds=2, **SMALL)
-    evor_bc.main(evor_bc.Args(**settings))
-    evor_value.main(evor_value.Args(**settings))
+    shutil.copytree(trained.run_dir, tmp_path / "run")
+    settings = dict(dataset=trained.dataset, run_dir=tmp_path / "run", **SETTINGS, **SHORT)
     x, act = np.ones((4, 3), np.float32), dict(key=jax.random.key(0), num_actions=4)
     expected = evor_infer.load_agent(tmp_path / "run", seed=1).act(x, **act)
     rewrite(tmp_path / "run" / "value" / "model.eqx", diverged=[[0, 0]])
@@ -179,14 +199,6 @@ def test_an_agent_needs_nothing_but_its_own_file(tmp_path, dataset):
     np.testing.assert_array_equal(evor_infer.load_agent(tmp_path / "sent", seed=7).act(x, **act), expected)
     with pytest.raises(UserError, match=r"sent/value has no seed 0: it has \[7\]"):
         evor_infer.load_agent(tmp_path / "sent", seed=0)
-
-
-def test_a_run_compiles_its_training_step_once(tmp_path, dataset):
-    settings = dict(env="robot", dataset=dataset, run_dir=tmp_path / "r", **SMALL | {"width": 8})
-    evor_bc.main(evor_bc.Args(**settings))
-    before = evor_value.train_chunk._cache_size()
-    evor_value.main(evor_value.Args(**settings))
-    assert evor_value.train_chunk._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("script", [evor_bc, evor_value, critics, qc], ids=lambda script: script.__name__)
