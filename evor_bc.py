@@ -5,17 +5,17 @@
 The base policy `pi_base(a | x)` imitates the data. It is a velocity field `v_phi(a_t, t | x)` that moves Gaussian noise
 to actions, trained on straight paths between the two:
 
-    a_0 ~ N(0, I),   a_1 = a (data),   t ~ U[0, 1],   a_t = (1 - t) a_0 + t a_1
+    a_0 ~ N(0, I),   a_1 = a (data),   t ~ U[0, 1),   a_t = (1 - t) a_0 + t a_1
     L(phi) = E || v_phi(a_t, t | x) - (a_1 - a_0) ||^2 / d,   d coordinates
     sampling: a_0 ~ N(0, I), integrate da/dt = v_phi(a, t | x) from t = 0 to 1, clip to [-1, 1]
 
 With `--horizon H` an action is a chunk of the next H actions, executed open loop (Q-chunking, arXiv 2507.07969).
-No reward is used. The policy is never trained on the value: stage 2 and 3 keep it as it is.
+No reward is used. The policy is never trained on the value: stages 2 and 3 keep it as it is.
 
-| symbol | here                | symbol | here          |
-|--------|---------------------|--------|---------------|
-| x      | observation         | v_phi  | policy        |
-| a_1    | action (chunk)      | t      | t             |
+| symbol | here           | symbol | here              |
+|--------|----------------|--------|-------------------|
+| x      | observation    | v_phi  | `policy.velocity` |
+| a_1    | action (chunk) | a_0, t | noise, t          |
 
 Reads a dataset; writes `runs/ENV/bc/{config.json, metrics.csv, model.eqx, train_state.eqx,
 train_state.previous.eqx}`.
@@ -54,7 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Args(TrainArgs):
-    """Stage 1: train the base policy by flow-matching behaviour cloning."""
+    """Stage 1: train the base policy by flow-matching behaviour cloning. Its arguments are those of every training."""
 
 
 class TrainState(NamedTuple):
@@ -170,8 +170,8 @@ def load(path: Path) -> tuple[dict[str, Any], TrainedPolicy]:
 
 
 def args_for(args: Any) -> Args:
-    """The arguments with which a missing base policy is trained: the preset, data, seeds and horizon of stage 2's, and
-    its `policy_steps`."""
+    """The arguments with which a missing base policy is trained: the preset of stage 2, its `policy_seeds` and
+    `policy_steps`, and what `shared` names."""
     preset = "quick" if args.quick else "preview" if args.preview else None
     changes = dict(PRESETS[preset], **{preset: True}) if preset else {}
     unit = changes.get("steps_per_call", Args.steps_per_call)
@@ -201,7 +201,7 @@ def load_or_train(args: Any, *, sizes: Sizes, data_sha256: str) -> BasePolicy:
     Where none stand in stage 2's own run directory they are trained; a training that was interrupted is continued.
 
     Raises:
-        UserError: what stands there was trained for something else, or not for these seeds.
+        UserError: those that stand there are of another environment, horizon or dataset, or not of these seeds.
     """
     path = (args.policy_run_dir or args.directory) / "bc" / "model.eqx"
     header = checkpoint.read_header(path, stage="bc", remedy="train it anew.") if path.is_file() else None

@@ -5,7 +5,7 @@
 Given the base policy (stage 1) and the reward-to-go law (stage 2), in an observation x:
 
     a^(i) = psi_1(lambda e_i | x),  e_i ~ N(0, I),  i = 1..N_pi     candidates, by the flow psi of stage 1
-    Z^(i,1..N)  ~ law of Z(x, a^(i))                                its returns, by the flow of stage 2
+    Z^(i,j) = h^-1(psi_1(z_j | x, a^(i))),  j = 1..N                its returns, by the flow psi of stage 2
     Q*(x, a^(i)) = T log( (1/N) sum_j exp(Z^(i,j) / T) )            log-mean-exp, T = tau_R sigma
     a ~ softmax_i( Q*(x, a^(i)) / (tau_Q sigma) )                   tau_Q = 0: the best candidate
 
@@ -15,13 +15,15 @@ Given the base policy (stage 1) and the reward-to-go law (stage 2), in an observ
 | N      | `num_returns`        | tau_Q   | `action_temperature` |
 | lambda | `noise_scale`        |         |                      |
 
-sigma is the standard deviation of the data's returns, over all its states. So temperatures do not depend on the units
-of the rewards. With `--absolute` sigma is 1, as in the paper: temperatures are in the environment's units.
+z_j are N quantiles of N(0, 1), the same for all candidates; with `--independent-noise` they are draws. h is the return
+axis of stage 2. sigma is the standard deviation of the data's returns, over all its states, so temperatures do not
+depend on the units of the rewards. With `--absolute` sigma is 1, as in the paper: temperatures are in the environment's
+units.
 With lambda = 1 candidates are draws of the base policy, and `num_actions = 1` is that policy. A smaller lambda keeps to
 what it does most, and leaves out its rare actions, whose value is a guess.
 
-Lists on the command line are a sweep: every combination is evaluated on the same episodes, without retraining. What is
-not given is what stage 2 was trained with.
+Lists on the command line are a sweep: every combination is evaluated on the same episodes, without retraining. A
+setting of the extraction that is not given is the one that stage 2 was trained with.
 Reads `runs/ENV/value/model.eqx`; writes `runs/ENV/infer/{config.json, episodes.csv, summary.csv, sweep.png}`.
 
 Source: EVOR, arXiv 2510.08218, stage 3 and equation 22, with log-*mean*-exp in the place of log-sum-exp and one set of
@@ -86,7 +88,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-IN_UNITS = "needs the temperatures, too: those of stage 2 are in standard deviations of the data's returns."
+NEEDS_BOTH = "needs the temperatures, too: those of stage 2 are in standard deviations of the data's returns."
 
 
 class Extraction(eqx.Module):
@@ -136,7 +138,7 @@ class Args(Paths):
 
     # --- experiment ---
     env: str = "cube-double-play"
-    """What --env of stage 2 was: OGBench's name, an environment of Gymnasium, or the name of a run."""
+    """The --env of stage 2: OGBench's name, an environment of Gymnasium, or a name of your own."""
     tasks: tuple[int, ...] = ()
     """Tasks to evaluate; all that stage 2 trained by default."""
     seeds: Annotated[int | None, at_least(1)] = None
@@ -187,7 +189,7 @@ class Args(Paths):
 
     def conflicts(self) -> Iterator[str]:
         if self.absolute and None in (self.return_temperature, self.action_temperature):
-            yield f"--absolute {IN_UNITS}"
+            yield f"--absolute {NEEDS_BOTH}"
 
     @property
     def directory(self) -> Path:
@@ -196,8 +198,8 @@ class Args(Paths):
 
     @property
     def name(self) -> str:
-        """Of the run."""
-        return run_name(self.env, Path(self.env))  # there, a name may be anything
+        """Name of the run."""
+        return run_name(self.env, Path(self.env))  # stage 2 may have had a --dataset, and --env any name
 
 
 # --- Maths -------------------------------------------------------------------------------------------------------
@@ -208,13 +210,13 @@ def log_mean_exp(
     temperature: Float[ArrayLike, ""],
     weights: Float[Array, "*batch num"] | None = None,
 ) -> Float[Array, "*batch"]:
-    """`tau log( (1/N) sum_j exp(r_j / tau) )` over the last axis; tau = inf is the mean, tau = 0 the maximum.
+    """`T log( (1/N) sum_j exp(Z_j / T) )` over the last axis; T = inf is the mean, T = 0 the maximum.
 
-    With `weights`, the probabilities of the returns: `tau log( sum_j w_j exp(r_j / tau) )`, the same of a law that is
-    known. (At tau = 0 that is the largest value, even if its probability is tiny.)
+    With `weights`, the probabilities of the returns: `T log( sum_j w_j exp(Z_j / T) )`, the same of a law that is
+    known. (At T = 0 that is the largest value, even if its probability is tiny.)
 
-    Written as `max + tau log1p(mean(expm1((r - max) / tau)))`, which neither overflows at a small tau nor loses its
-    digits at a large one. Increasing in every return, decreasing in tau, between mean and maximum.
+    Written as `max + T log1p(mean(expm1((Z - max) / T)))`, which neither overflows at a small T nor loses its
+    digits at a large one. Increasing in every return, decreasing in T, between mean and maximum.
     """
     if jnp.ndim(temperature):
         raise ValueError(f"the temperature must be a number, not of the shape {jnp.shape(temperature)}.")
@@ -250,7 +252,7 @@ def score_one(
     ode: Ode,
 ) -> Float[Array, ""]:
     """`Q*(x, a)` from the returns that the flow makes of `noise`; it and `temperature` in the environment's units.
-    Exact for critics that say the law at once."""
+    Exact for critics whose law is a list of returns and probabilities, such as C51."""
     returns, weights = critic.law(observation, action, noise, ode)
     return log_mean_exp(axis.to_environment(returns), temperature, weights)
 
@@ -393,7 +395,7 @@ class Agent(eqx.Module):
             return x.item() if on_host else x
 
         if settings.get("absolute") and not set(temperatures) <= settings.keys():
-            raise UserError(f"absolute=True {IN_UNITS}")
+            raise UserError(f"absolute=True {NEEDS_BOTH}")
         numbers = {name: number(x) for name, x in (*settings.items(), *given.items())}
         extraction = dataclasses.replace(self.settings, **numbers)
         check(extraction)
@@ -504,7 +506,7 @@ def load_agents(
         spec = checkpoint.read_spec(AgentSpec, header["model"])
         keys = jax.random.split(jax.random.key(0), len(header["replicas"]))
         agents = eqx.filter_eval_shape(jax.vmap(lambda key: init_agent(spec, key=key)), keys)
-        # Temperatures of revisions that know no lambda have other units. By type: a header says inf in words.
+        # Temperatures of revisions that know no lambda have other units. `type(x)` makes the header's "inf" a number.
         args = header["args"] if "noise_scale" in header["args"] else {}
         given = {name: type(x)(args[name]) for name, x in defaults.items() if name in args}
         return dataclasses.replace(agents, settings=checkpoint.read_spec(Extraction, given))
@@ -512,7 +514,7 @@ def load_agents(
     header, agents = checkpoint.load(path, build, stage="value", remedy="train it with evor_value.py first.")
     chosen = checkpoint.choose(header, path, tasks=tasks, seeds=seeds)
     pairs = [tuple(header["replicas"][i]) for i in chosen]
-    # Told to transfer: JAX_TRANSFER_GUARD=disallow lets a user find out what does so untold.
+    # An explicit transfer, so that it also works under JAX_TRANSFER_GUARD=disallow.
     return header, pairs, jax.tree.map(lambda x: jax.device_put(jax.device_get(x)[np.array(chosen)]), agents)
 
 

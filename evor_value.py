@@ -1,4 +1,4 @@
-"""Stage 2 of EVOR: the reward-to-go law of the base policy, by flow-based temporal differences. The main job.
+"""Stage 2 of EVOR, and the main job: the law of the reward-to-go, by flow-based temporal differences.
 
     python evor_value.py --env cube-double-play
 
@@ -8,7 +8,7 @@ chunk's discounted reward and g = discount^horizon, or 0 if the task was solved,
 return axis, an increasing map made from the data's returns (`common/returns.py`). On it the Bellman equation is
 z = f(z') in law with f(z') = h(r + g h^-1(z')).
 
-The field is regressed on a TD target that is made with a target network s_bar (its flow: psi_bar). With t ~ U[0, 1],
+The field is regressed on a TD target that is made with a target network s_bar. With t ~ U[0, 1],
 L(theta) = E( s_theta(z_t, t | x, a) - target )^2 where
 
     --td-target          path point z_t                               target
@@ -18,17 +18,21 @@ L(theta) = E( s_theta(z_t, t | x, a) - target )^2 where
     velocity             f(z'_t) + (1-t) (z_0 - f(z_0))               g s_bar(z'_t, t | x', a') + f(z_0) - z_0
                          where z'_t = psi_bar_t(z_0)
 
-psi_bar is taken in (x', a'). z_0' is fresh noise. u is uniform over the places of the possible returns on the axis, cut
-at `FARTHEST`. The last three regress on the velocity of a random path from N(0, 1) to the bootstrapped return, so their
-fixed point is the law of h(Z). That of `paper` is N(h(Q), 1), where Q is the mean of Z: docs/td-targets.md has both
-arguments. `paper` and `velocity` need an affine h, for which f(z') = f(0) + g z'. What is bootstrapped is clipped to
-the possible returns, widened by `--clip-margin`, which the table leaves out.
+psi_bar_t(z_0) is where the flow of s_bar(., . | x', a') has moved z_0 at time t. z_0' is fresh noise. In `paper` the
+path goes from z_0 to z_0 + u; u is uniform over the possible returns on the axis, cut at `FARTHEST`. The last three
+regress on the velocity of a random path from N(0, 1) to the bootstrapped return, so their fixed point is the law of
+h(Z). That of `paper` is N(h(Q), 1), where Q is the mean of Z: docs/td-targets.md has both arguments. `paper` and
+`velocity` need an affine h, for which f(z') = f(0) + g z'. What is bootstrapped is clipped to the possible returns,
+widened by `--clip-margin`; the table leaves out the clip.
 
 The policy is frozen, so next actions are drawn once, K for each transition (the bank). `--next-action base` takes one
-of them: the law is that of pi_base, at the bank's lambda (`--noise-scale`). `dataset` takes the action that was taken.
-`softmax` picks among the K by stage 3's score, with `--return-temperature` and the `--backup-*` settings; the default
-takes the best. The trained network chooses, the target network gives the value, and the law is that of a policy
-extracted from K.
+of them: the law is that of pi_base with its noise scaled by lambda (`--noise-scale`). `dataset` takes the action that
+was taken. `softmax` picks among the K by the score of `evor_infer.py`, with `--return-temperature` and the `--backup-*`
+settings; at its default `--backup-temperature`, 0, it takes the best. The trained network chooses, the target network
+gives the value, and the law is that of a policy extracted from K.
+
+Reads a dataset and the base policy (trained first where it is missing); writes `runs/ENV/value/{config.json,
+metrics.csv, model.eqx, train_state.eqx, ...}`, with rows and figures of its evaluations.
 
 Source: EVOR, arXiv 2510.08218, stage 2. *Ours*, not disclosed there: discount, Polyak rate, batch size, LayerNorm, flow
 steps. docs/differences.md lists what differs.
@@ -70,14 +74,14 @@ from common.networks import Critic, CriticSpec, Sizes, VelocityCritic, make_crit
 from common.plan import print_plan
 from common.problem import BasePolicy, Batch, Dataset, Replica, ValueProblem, action_chunks, sample_batch
 from common.replicas import chunked, in_blocks
-from common.returns import WIDTH, AxisKind, ReturnAxis
+from common.returns import SPREAD, AxisKind, ReturnAxis
 from common.run import Run
 from evor_infer import Agent, Extraction
 from recipes import recipe_of
 
 Target = Literal["paper", "shared-noise", "independent-noise", "velocity"]
 SAMPLING_TARGETS = ("shared-noise", "independent-noise")  # bootstrap a sample: right on any return axis
-FARTHEST = 5 * WIDTH  # largest |u| of the `paper` target: five standard deviations of the returns
+FARTHEST = 5 * SPREAD  # largest |u| of the `paper` target
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
@@ -116,7 +120,7 @@ class Args(TrainArgs):
     """K: banked next actions per transition."""
     noise_scale: NoiseScale = unread(1.0)
     """lambda: standard deviation of the noise that actions of the base policy start from, in the bank and at
-    evaluation. 1 is the learned policy, less keeps to what it does most."""
+    evaluation. At 1 they are draws of the learned policy; at less, of what it does most often."""
     redraw_bank: Annotated[int, not_negative, multiple_of("steps_per_call")] = unread(0)
     """Gradient steps after which the bank is drawn anew; 0 keeps the first."""
     backup_temperature: Annotated[float, not_negative] = 0.0
@@ -135,21 +139,22 @@ class Args(TrainArgs):
     discount: Annotated[float, within(0, 1, brackets="[)")] = unread(0.99)
     """Discount per environment step (ours)."""
     return_axis: AxisKind | None = unread(None)
-    """The axis that the law is learned on: the data's quantiles, an affine one of their standard deviation, or the one
-    of the possible returns (ours); quantiles by default, std for targets that need an affine axis."""
+    """The axis that the law is learned on (ours): made from the quantiles of the data's returns, or affine, from their
+    standard deviation or from the possible returns. By default quantiles; std for targets that need an affine axis."""
     clip_margin: Annotated[float, not_negative] = 0.1
     """How far beyond the possible returns bootstrapped ones may go, as a fraction of the return range (ours)."""
     flow_steps: Draws = Extraction.flow_steps
-    """Steps of both flows, in the target, in the bank and at evaluation (ours). The bootstrap multiplies the error of
-    the target's by 1 / (1 - discount^horizon). The softmax backup chooses with `--backup-steps`."""
+    """Steps of the flows of policy and critic, in the target, in the bank and at evaluation (ours). The bootstrap
+    multiplies the error of the target's flow by 1 / (1 - discount^horizon). The softmax backup chooses with
+    `--backup-steps`."""
     solver: Solver = Extraction.solver
-    """Their solver: midpoint takes two evaluations a step, euler one (ours)."""
+    """Solver of both flows: midpoint takes two evaluations a step, euler one (ours)."""
     tau: Annotated[float, within(0, 1, brackets="(]")] = 0.005
     """Polyak rate of the target network (ours)."""
 
     # --- evaluation ---
     eval_every: Annotated[int, not_negative, multiple_of("steps_per_call")] = unread(100_000)
-    """Gradient steps between evaluations; one always ends the run, 0 leaves out the others."""
+    """Gradient steps between evaluations. The end of the run is always evaluated; 0: nothing else is."""
     eval_episodes: Annotated[int, not_negative] = unread(50)
     """Episodes per task and seed (OGBench: 50); 0 skips evaluation."""
     num_actions: Draws = unread(Extraction.num_actions)
@@ -217,7 +222,7 @@ class Args(TrainArgs):
 
 
 class TrainState(NamedTuple):
-    """Arrays only; with replicas, each leaf has a leading axis."""
+    """Arrays only. A run trains several replicas, one for each task and seed: each leaf then has a leading axis."""
 
     critic: Critic
     target: Critic
@@ -231,7 +236,7 @@ class Noise(NamedTuple):
     z_0: Float[Array, " batch"]  # N(0, 1): start of the path
     z_next: Float[Array, " batch"]  # N(0, 1): start of the bootstrap where it is not shared
     t: Float[Array, " batch"]  # U[0, 1)
-    u: Float[Array, " batch"]  # uniform: where the `paper` target's path goes
+    u: Float[Array, " batch"]  # uniform: how far the `paper` target's path goes
 
 
 # --- Maths -------------------------------------------------------------------------------------------------------
@@ -270,7 +275,7 @@ def td_target(
         y = axis.to_model(r + g * jnp.clip(axis.to_environment(next_z), low, high))
         z_t, target = (1.0 - t) * z_0 + t * y, y - z_0
     else:
-        # With an affine h, f(z) = f(0) + g z.
+        # With an affine h, f(z) = f(0) + g z, so f(z') + (1-t) (z_0 - f(z_0)) = t f(0) + g z' + (1-t) (1-g) z_0.
         f_0 = axis.to_model(r + g * axis.to_environment(jnp.zeros_like(r)))
         z_low, z_high = axis.to_model(low), axis.to_model(high)
         if kind == "paper":
@@ -327,8 +332,9 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
 def draw_noise(batch_size: int, axis: ReturnAxis, *, key: PRNGKeyArray) -> Noise:
     """Fresh noise for one batch.
 
-    The pairs (t, z_0) are the R2 sequence with a random shift, z_0 taken through the inverse normal distribution. Each
-    pair is distributed as if drawn alone, and together they lie evenly, so that the gradient is less noisy.
+    The pairs (t, z_0) are the R2 sequence (M. Roberts, 2018) with a random shift, z_0 taken through the inverse normal
+    distribution. Each pair is distributed as if drawn alone, and together they lie evenly, so that the gradient is
+    less noisy.
     """
     shift_key, next_key, place_key = jax.random.split(key, 3)
     lattice = np.outer([0.7548776662466927, 0.5698402909980532], np.arange(batch_size)) % 1.0
@@ -410,7 +416,7 @@ def train_step(
     critic = optax.apply_updates(state.critic, updates)
     # The average takes the parameters after this update, so the target network is not one step late.
     target_critic = optax.incremental_update(critic, state.target, args.tau)
-    # The end of the path from z_t is the bootstrapped return; nearly, for `velocity`.
+    # The end of a straight path from z_t is the bootstrapped return. The path of `velocity` is only nearly straight.
     drawn = target if args.td_target == "paper" else z_t + (1.0 - noise.t) * target
     metrics = {
         "loss": loss,
@@ -433,12 +439,13 @@ def init_state(args: Args, sizes: Sizes, *, key: PRNGKeyArray) -> TrainState:
 
 
 def load_policy(args: Args, *, sizes: Sizes, data_sha256: str) -> BasePolicy:
-    """The base policies, trained where there are none. Says before what is about to be done, and how long it takes."""
+    """The base policies, trained where there are none. On a CPU it first prints the stages to come and their minutes,
+    and beside them those of `--preview`."""
     if jax.default_backend() == "cpu":
-        with_preview = parse_args(Args, PRESETS, ["--env", args.env, "--preview"], recipe_of=recipe_of)
-        same = ("dataset", "tasks", "seeds", "policy_seed", "run_dir", "policy_run_dir", "eval_episodes")
-        short = dataclasses.replace(with_preview, **{name: getattr(args, name) for name in same})
-        print_plan(args, short, sizes, policy_args=evor_bc.args_for, is_trained=evor_bc.is_trained)
+        preview = parse_args(Args, PRESETS, ["--env", args.env, "--preview"], recipe_of=recipe_of)
+        kept = ("dataset", "tasks", "seeds", "policy_seed", "run_dir", "policy_run_dir", "eval_episodes")
+        preview = dataclasses.replace(preview, **{name: getattr(args, name) for name in kept})
+        print_plan(args, preview, sizes, policy_args=evor_bc.args_for, is_trained=evor_bc.is_trained)
     return evor_bc.load_or_train(args, sizes=sizes, data_sha256=data_sha256)
 
 

@@ -99,7 +99,7 @@ def _read_header(file: BinaryIO, path: Path, stage: str) -> dict[str, Any]:
             raise UserError(f"{path} has no {field}, as those of an older revision: use that one, or train again.")
     for field, value in header.items():
         if not _makes_sense(field, value, stage):
-            raise unusable(path, f"{field} is {value!r:.50}")
+            raise unusable(path, f"{field} is {value!r:.300}")
     return header
 
 

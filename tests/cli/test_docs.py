@@ -137,7 +137,7 @@ def test_what_is_to_be_copied_stands_alone():
     made: dict = dict(
         returns=np.linspace(-3.0, 1.0, 50), bounds=np.array([-4.0, 2.0]), num_observations=4, num_actions=2
     )
-    exec("\n".join(code), made)
+    exec("\n".join(code).replace("evor_infer.", ""), made)
     (program,) = re.findall(r"```python\n(.*?)```", table, re.DOTALL)
     exec(program.replace("3e-4", "3e-3").replace("0.005", "0.1"), made)
     jax, jnp, axis = made["jax"], made["jnp"], made["axis"]
@@ -152,6 +152,17 @@ def test_what_is_to_be_copied_stands_alone():
         axis.to_environment(state[0].sample(x, a[0], jnp.linspace(-1.0, 1.0, 5), made["ode"])) for x in jnp.eye(4)[:2]
     ]
     np.testing.assert_allclose(np.mean(drawn, axis=1), [0.5, -1.0], atol=0.15)
+
+    candidates, noise = jnp.array([[0.0, 0.0], [0.5, -0.5]]), made["stratified_normal"](4)
+    of_action = dict(temperature=0.3 * axis.spread, ode=made["ode"])
+    scores = [made["score_one"](state[0], axis, x[0], each, noise, **of_action) for each in candidates]
+    chosen = made["choose_next_action"](
+        state[0], axis, x[0], candidates, noise, return_temperature=0.3, action_temperature=0.0, ode=made["ode"],
+        key=jax.random.key(0),
+    )  # fmt: skip
+    np.testing.assert_array_equal(chosen, candidates[int(np.argmax(scores))])
+    policy = made["FlowPolicy"](4, 2, key=jax.random.key(0))
+    assert made["bc_loss"](policy, x, a, key=jax.random.key(1)) > 0
 
 
 def defined_names(node: ast.stmt) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,14 @@ from common.returns import ReturnAxis, affine_axis
 from evor_value import Noise, td_target
 from tests.helpers import mostly_slow
 
-TARGETS = ("paper", "shared-noise", "independent-noise", "velocity")
+TARGETS = get_args(evor_value.Target)
+STARTS = {"shared-noise": lambda z_0, z_next: z_0, "independent-noise": lambda z_0, z_next: z_next}  # of the bootstrap
 AXIS = affine_axis(0.0, 1.0, low=-2.0, high=2.0)  # the environment's units
 
 
 def noise():
-    return Noise(jnp.array([0.5, -1.0]), jnp.array([1.5, 0.25]), jnp.array([0.25, 0.75]), jnp.array([1.0, -2.0]))
+    rows = [0.5, -1.0, -1.1], [1.5, 0.25, -0.6], [0.25, 0.75, 0.6], [1.0, -2.0, 0.7]
+    return Noise(*(jnp.array(row) for row in rows))
 
 
 def linear_next(scale=0.5, offset=0.1):
@@ -32,7 +35,7 @@ def linear_next(scale=0.5, offset=0.1):
     return (lambda z, t: scale * z + offset * t), (lambda z, t: z * jnp.exp(scale * t) + offset)
 
 
-REWARD, BOOTSTRAP = np.array([0.3, -0.2]), np.array([0.9, 0.0])
+REWARD, BOOTSTRAP = np.array([0.3, -0.2, 0.1]), np.array([0.9, 0.0, 0.5])  # the second one is terminal
 
 
 def expected(kind):
@@ -46,13 +49,13 @@ def expected(kind):
     if kind == "velocity":
         following = flow(z_0, t)
         return t * r + g * following + (1 - t) * (1 - g) * z_0, r + g * velocity(following, t) - (1 - g) * z_0
-    y = r + g * np.clip(flow(z_0 if kind == "shared-noise" else z_next, 1.0), -2.0, 2.0)
+    y = r + g * np.clip(flow(STARTS[kind](z_0, z_next), 1.0), -2.0, 2.0)
     return (1 - t) * z_0 + t * y, y - z_0
 
 
 @pytest.mark.parametrize("kind", TARGETS)
 def test_target_matches_its_formula(kind):
-    """Swapped noises, a missing discount or an unmasked term changes these numbers; the second reward is terminal."""
+    """Swapped noises, a missing discount or an unmasked term changes these numbers."""
     reward, bootstrap = jnp.asarray(REWARD, jnp.float32), jnp.asarray(BOOTSTRAP, jnp.float32)
     found = td_target(kind, reward, bootstrap, noise(), *linear_next(), AXIS, margin=0.0)
     for a, b in zip(found, expected(kind), strict=True):
@@ -62,15 +65,14 @@ def test_target_matches_its_formula(kind):
 @pytest.mark.parametrize("kind", evor_value.SAMPLING_TARGETS)
 def test_sampling_targets_are_right_on_any_axis(kind):
     """`y = h(r + g h^-1(psi_bar_1))` in NumPy, with a bent h. The Bellman equation on the axis would give other
-    numbers, and so would one that forgets the clip (the first) or the mask (the second)."""
+    numbers, and so would one that forgets the clip (the first), the mask (the second) or the noise (the third)."""
     returns, places = np.array([-100.0, -90.0, 0.0, 50.0]), np.array([-2.0, 0.0, 1.0, 3.0])
     axis = ReturnAxis(*(jnp.asarray(a, jnp.float32) for a in (returns, places, -100.0, 0.0, 10.0)))
-    reward, bootstrap = np.array([-1.0, -2.0]), np.array([0.5, 0.0])
+    reward, bootstrap = np.array([-1.0, -2.0, -3.0]), np.array([0.5, 0.0, 0.5])
     z_0, z_next, t, _ = (np.asarray(x, np.float64) for x in noise())
-    start = z_0 if kind == "shared-noise" else z_next
-    following = np.interp(start * np.exp(0.5) + 1.0, places, returns)
+    following = np.interp(STARTS[kind](z_0, z_next) * np.exp(0.5) + 1.0, places, returns)
     y = np.interp(reward + bootstrap * np.clip(following, -110.0, 10.0), returns, places)
-    assert following[0] > 10.0
+    assert following[0] > 10.0 and -110.0 < following[2] < 10.0
     in_float32 = (jnp.asarray(x, jnp.float32) for x in (reward, bootstrap))
     z_t, target = td_target(kind, *in_float32, noise(), *linear_next(0.5, 1.0), axis, margin=0.1)
     np.testing.assert_allclose(z_t, (1 - t) * z_0 + t * y, rtol=1e-5)
@@ -80,7 +82,7 @@ def test_sampling_targets_are_right_on_any_axis(kind):
 @pytest.mark.parametrize("kind", TARGETS)
 def test_terminal_transitions_ignore_the_next_state(kind):
     """With mask 0 nothing of (x', a') may enter, not even a NaN-free absurdity; and the path ends at the reward."""
-    reward, bootstrap = jnp.array([0.3, -0.2]), jnp.zeros(2)
+    reward, bootstrap = jnp.asarray(REWARD, jnp.float32), jnp.zeros(3)
     found = td_target(kind, reward, bootstrap, noise(), *linear_next(), AXIS, margin=0.0)
     other = td_target(kind, reward, bootstrap, noise(), *linear_next(-30.0, 99.0), AXIS, margin=0.0)
     for a, b in zip(found, other, strict=True):
@@ -94,11 +96,11 @@ def test_terminal_transitions_ignore_the_next_state(kind):
 
 @pytest.mark.parametrize("kind", TARGETS)
 def test_bootstrapped_returns_are_clipped_to_the_possible_ones(kind):
-    reward, bootstrap = jnp.array([0.0, 0.0]), jnp.array([0.9, 0.9])
+    reward, bootstrap = jnp.zeros(3), jnp.full(3, 0.9)
     wild = (lambda z, t: 1e3 + 0 * z), (lambda z, t: 1e3 + 0 * z)
     z_t, target = td_target(kind, reward, bootstrap, noise(), *wild, AXIS, margin=0.0)
     end = target if kind == "paper" else z_t + (1 - noise().t) * target
-    np.testing.assert_allclose(end, jnp.full(2, 1.8), rtol=1e-4)
+    np.testing.assert_allclose(end, jnp.full(3, 1.8), rtol=1e-4)
 
 
 def test_the_noise_of_a_batch_has_the_right_laws_and_is_spread_evenly():
@@ -177,7 +179,7 @@ def test_no_gradient_flows_into_the_target(kind):
     """The gradient of path point and target with respect to the next state's field is zero everywhere."""
 
     def through(scale):
-        z_t, target = td_target(kind, jnp.ones(2), jnp.full(2, 0.9), noise(), *linear_next(scale), AXIS, margin=0.0)
+        z_t, target = td_target(kind, jnp.ones(3), jnp.full(3, 0.9), noise(), *linear_next(scale), AXIS, margin=0.0)
         return jnp.sum(z_t) + jnp.sum(target)
 
     assert float(jax.grad(through)(0.5)) == 0.0
