@@ -17,7 +17,7 @@ from common.data.names import default_run_dir
 from common.errors import UserError
 from common.files import read_json, sha256, write_csv, write_json
 from common.run import Run
-from experiments import draw, rows, run
+from experiments import draw, rows, run, thirty
 from tests import processes
 from tests.helpers import tiny_dataset
 
@@ -64,13 +64,17 @@ def test_the_minutes_are_those_of_the_rows():
         trained = [seconds.get(str(args.run_dir)) for module, args in parsed if module == "evor_value"]
         if trained and all(trained):
             minutes[name] = round(sum(trained) / 60)
+    of_thirty = rows.complete(rows.read(rows.RESULTS / "thirty-tasks" / "runs.csv"), thirty.SETTINGS)
+    ours = of_thirty[[method == thirty.DEFAULT for method in thirty.methods_of(of_thirty)]].drop_duplicates("env")
+    spent = rows.numbers(ours, real=["policy_seconds", "train_seconds"])[["policy_seconds", "train_seconds"]]
+    minutes["thirty-tasks"] = round(spent.to_numpy().sum() / 60)
     for name in ("schedule", "capacity"):
         labels = rows.read(rows.RESULTS / name / "episodes.csv").drop_duplicates("label")
         if name == "capacity":
             labels = labels[labels["label"] != "width 512, depth 4"]  # that of `schedule`
         minutes[name] = round(labels["train_seconds"].astype(float).sum() / 60)
     assert minutes == run.MINUTES
-    for name in ("tasks", "schedule", "capacity"):
+    for name in ("thirty-tasks", "tasks", "schedule", "capacity"):
         text = (rows.RESULTS / name / "README.md").read_text().partition("**Minutes.**")[2]
         assert f" {minutes[name]}" in text
 
@@ -81,7 +85,9 @@ def test_the_commands_about_one_environment_are_printed(capsys: pytest.CaptureFi
     assert [line.split()[:4] for line in lines] == [
         ["python", "evor_bc.py", "--env", "cube-single-play"],
         *[["python", "evor_infer.py", "--env", "cube-single-play"]] * 3,
+        *[["python", "-m", "experiments.draw", f"thirty-tasks/{name}"] for name in ("num_actions", "tau_q", "tau_r")],
     ]
+    assert lines[-1].endswith("--runs runs/thirty/cube-single-play/tau_r")
     assert not run.about(
         "experiments.draw tasks --runs runs/tasks/cube-single-play runs/tasks/cube-double-play", "cube-single-play"
     )
