@@ -605,10 +605,17 @@ def test_what_is_said_of_the_thirty_tasks_is_in_their_rows():
     assert f"On puzzle-3x3 it gets {puzzle}." in page
     on_default = runs[(runs["env"] == "cube-double-play") & (runs["task"] == "2")]
     of_method = on_default.groupby(thirty.methods_of(rows.complete(on_default, thirty.SETTINGS)))["success"].mean()
-    others = (f"{of_method[name]:.0%}" for name in ("`base` backup", "published target", "scalar critic"))
+    others = (
+        f"{of_method[name]:.0%}" for name in (thirty.BASE, "published target", "scalar critic", "QC, chunks of 5")
+    )
     beside = "its {:.0%} stand beside {} of the `base` backup, {} of the published target and {} of the scalar critic"
+    beside += ", and {} of QC"
     assert beside.format(of_method[thirty.DEFAULT], *others) in page
     assert f"On scene-play it gets {scene}." in page
+    mazes = runs[runs["env"].str.startswith("pointmaze")]
+    mazes = mazes.assign(method=thirty.methods_of(rows.complete(mazes, thirty.SETTINGS)))
+    alike = mazes[mazes["method"].isin(["published target", "scalar critic"])]
+    assert len(alike) == 8 and set(alike["success"]) == {1.0}
     second = runs[(runs["env"] == "scene-play") & (runs["task"] == "2")]
     of_method = second.groupby(thirty.methods_of(rows.complete(second, thirty.SETTINGS)))["success"].mean()
     others = {f"{of_method[name]:.0%}" for name in ("published target", "scalar critic")}
@@ -630,7 +637,8 @@ def test_what_is_said_of_the_extraction_is_in_its_rows():
         assert len(of_envs) == 6 * len(rates) and (name != "tau_q" or rates[3.0] < 0.1)
         means[name] = {value: f"{rate:.0%}" for value, rate in rates.items()}
     n, q, r = means.values()
-    assert f"from {n[1]} (the base policy alone) to {n[8]}, and 64 candidates get {n[64]}" in page
+    assert f"With one it is {n[1]} (the base policy at the recipe's lambda;" in page
+    assert f"with eight {n[8]}, and 64 candidates get {n[64]}" in page
     assert f"0.3 gets {q[0.3]}, and 3 loses nearly everything" in page
     assert f"{r[0]} with the largest of eight returns (0), {r[0.3]} with the default 0.3, and {r[np.inf]}" in page
 
