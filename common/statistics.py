@@ -58,7 +58,7 @@ def bootstrap_interval(
         seeds = rng.integers(len(groups[0]), size=len(groups[0]))
         for group in groups:
             episodes = rng.integers(group.shape[1], size=(len(seeds), group.shape[1]))
-            means[i] += np.take_along_axis(group[seeds], episodes, axis=1).mean() / len(groups)
+            means[i] += group[seeds[:, None], episodes].mean() / len(groups)
     tail = (1.0 - confidence) / 2
     low, high = np.quantile(means, [tail, 1.0 - tail])
     return float(low), float(high)

@@ -180,6 +180,7 @@ def test_resuming_in_the_middle_of_a_turn_changes_nothing(tmp_path: Path):
         assert losses(tmp_path / "resumed", stage) == whole[stage]
 
 
+@pytest.mark.slow
 def test_a_bad_file_is_found_before_training_and_before_an_old_run_is_deleted(tmp_path: Path):
     """Also the tenth of them: fails if a run has to come to its turn to find out, or if `--overwrite` is too quick."""
     folder = tmp_path / "folder"
