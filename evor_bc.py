@@ -40,7 +40,7 @@ from common.args import TrainArgs, learning_rate
 from common.cli import run_cli
 from common.errors import UserError
 from common.files import sha256
-from common.networks import FlowPolicy, PolicySpec, Sizes, Standardizer, make_policy
+from common.networks import PolicySpec, Sizes, Standardizer, VelocityPolicy, make_policy
 from common.problem import BasePolicy, Dataset, Problem, Replica, sample_batch
 from common.replicas import chunked
 from common.run import STATE_FILES, Run, differences
@@ -60,7 +60,7 @@ class Args(TrainArgs):
 class TrainState(NamedTuple):
     """Arrays only; with replicas, each leaf has a leading axis."""
 
-    policy: FlowPolicy
+    policy: VelocityPolicy
     opt_state: optax.OptState
     step: Int[Array, ""]
 
@@ -68,7 +68,7 @@ class TrainState(NamedTuple):
 class TrainedPolicy(NamedTuple):
     """What `model.eqx` keeps: the policies of all seeds (leading axis), and what scales their inputs."""
 
-    policy: FlowPolicy
+    policy: VelocityPolicy
     standardizer: Standardizer
 
     def spec(self) -> PolicySpec:
@@ -79,7 +79,7 @@ class TrainedPolicy(NamedTuple):
 
 
 def bc_loss_one(
-    policy: FlowPolicy,
+    policy: VelocityPolicy,
     observation: Float[Array, " observation"],
     a_1: Float[Array, " action"],
     a_0: Float[Array, " action"],
@@ -94,13 +94,13 @@ def bc_loss_one(
 
 
 def bc_loss(
-    policy: FlowPolicy,
+    policy: VelocityPolicy,
     observations: Float[Array, "batch observation"],
     actions: Float[Array, "batch action"],
     *,
     key: PRNGKeyArray,
 ) -> Float[Array, ""]:
-    """Mean of `bc_loss_one` over a batch, with fresh `a_0 ~ N(0, I)` and `t ~ U[0, 1]`."""
+    """Mean of `bc_loss_one` over a batch, with fresh `a_0 ~ N(0, I)` and `t ~ U[0, 1)`."""
     noise_key, time_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, actions.shape)
     t = jax.random.uniform(time_key, actions.shape[:1])
@@ -201,7 +201,8 @@ def load_or_train(args: Any, *, sizes: Sizes, data_sha256: str) -> BasePolicy:
     Where none stand in stage 2's own run directory they are trained; a training that was interrupted is continued.
 
     Raises:
-        UserError: those that stand there are of another environment, horizon or dataset, or not of these seeds.
+        UserError: there are none and stage 2 has a `policy_run_dir`; or those that stand there are of another
+            environment, horizon or seed, ignore other coordinates, or are not trained to their end.
     """
     path = (args.policy_run_dir or args.directory) / "bc" / "model.eqx"
     header = checkpoint.read_header(path, stage="bc", remedy="train it anew.") if path.is_file() else None

@@ -69,9 +69,9 @@ from common.networks import (
     Critic,
     CriticSpec,
     Depth,
-    FlowPolicy,
     PolicySpec,
     Standardizer,
+    VelocityPolicy,
     Width,
     make_critic,
     make_policy,
@@ -319,7 +319,7 @@ class Agent(eqx.Module):
     Many agents are one `Agent` whose leaves have a leading axis of replicas, as in a checkpoint; `decide` takes those.
     """
 
-    policy: FlowPolicy
+    policy: VelocityPolicy
     critic: Critic
     standardizer: Standardizer
     axis: ReturnAxis

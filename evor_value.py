@@ -8,7 +8,7 @@ chunk's discounted reward and g = discount^horizon, or 0 if the task was solved,
 return axis, an increasing map made from the data's returns (`common/returns.py`). On it the Bellman equation is
 z = f(z') in law with f(z') = h(r + g h^-1(z')).
 
-The field is regressed on a TD target that is made with a target network s_bar. With t ~ U[0, 1],
+The field is regressed on a TD target that is made with a target network s_bar. With t ~ U[0, 1),
 L(theta) = E( s_theta(z_t, t | x, a) - target )^2 where
 
     --td-target          path point z_t                               target
@@ -74,14 +74,14 @@ from common.networks import Critic, CriticSpec, Sizes, VelocityCritic, make_crit
 from common.plan import print_plan
 from common.problem import BasePolicy, Batch, Dataset, Replica, ValueProblem, action_chunks, sample_batch
 from common.replicas import chunked, in_blocks
-from common.returns import SPREAD, AxisKind, ReturnAxis
+from common.returns import STD_ON_AXIS, AxisKind, ReturnAxis
 from common.run import Run
 from evor_infer import Agent, Extraction
 from recipes import recipe_of
 
 Target = Literal["paper", "shared-noise", "independent-noise", "velocity"]
 SAMPLING_TARGETS = ("shared-noise", "independent-noise")  # bootstrap a sample: right on any return axis
-FARTHEST = 5 * SPREAD  # largest |u| of the `paper` target
+FARTHEST = 5 * STD_ON_AXIS  # largest |u| of the `paper` target
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
@@ -120,7 +120,7 @@ class Args(TrainArgs):
     """K: banked next actions per transition."""
     noise_scale: NoiseScale = unread(1.0)
     """lambda: standard deviation of the noise that actions of the base policy start from, in the bank and at
-    evaluation. At 1 they are draws of the learned policy; at less, of what it does most often."""
+    evaluation. At 1 they are draws of the learned policy; a smaller one keeps to what it does most often."""
     redraw_bank: Annotated[int, not_negative, multiple_of("steps_per_call")] = unread(0)
     """Gradient steps after which the bank is drawn anew; 0 keeps the first."""
     backup_temperature: Annotated[float, not_negative] = 0.0
@@ -154,7 +154,7 @@ class Args(TrainArgs):
 
     # --- evaluation ---
     eval_every: Annotated[int, not_negative, multiple_of("steps_per_call")] = unread(100_000)
-    """Gradient steps between evaluations. The end of the run is always evaluated; 0: nothing else is."""
+    """Gradient steps between evaluations; 0: only at the end, which is always evaluated."""
     eval_episodes: Annotated[int, not_negative] = unread(50)
     """Episodes per task and seed (OGBench: 50); 0 skips evaluation."""
     num_actions: Draws = unread(Extraction.num_actions)
@@ -440,7 +440,7 @@ def init_state(args: Args, sizes: Sizes, *, key: PRNGKeyArray) -> TrainState:
 
 def load_policy(args: Args, *, sizes: Sizes, data_sha256: str) -> BasePolicy:
     """The base policies, trained where there are none. On a CPU it first prints the stages to come and their minutes,
-    and beside them those of `--preview`."""
+    and where they are more than an hour those of `--preview`."""
     if jax.default_backend() == "cpu":
         preview = parse_args(Args, PRESETS, ["--env", args.env, "--preview"], recipe_of=recipe_of)
         kept = ("dataset", "tasks", "seeds", "policy_seed", "run_dir", "policy_run_dir", "eval_episodes")

@@ -47,7 +47,7 @@ from baselines import critics
 from common.args import Count, NoiseScale, at_least, not_negative, unread
 from common.cli import run_cli
 from common.evaluation import Evaluation
-from common.networks import DirectCritic, FlowPolicy, PolicySpec, Sizes, make_policy
+from common.networks import DirectCritic, PolicySpec, Sizes, VelocityPolicy, make_policy
 from common.problem import Dataset, Replica, ValueProblem, sample_batch
 from common.replicas import chunked, in_blocks
 from common.run import Run
@@ -110,7 +110,7 @@ class TrainState(NamedTuple):
 
     critic: DirectCritic
     target: DirectCritic
-    policy: FlowPolicy
+    policy: VelocityPolicy
     opt_state: optax.OptState
     step: Int[Array, ""]
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.flow import Ode
-from common.networks import FlowPolicy
+from common.networks import VelocityPolicy
 from common.progress import progress
 
 CPU_ROWS, ROWS = 4096, 131_072  # actions per call: a CPU is faster where the activations stay in its cache
@@ -25,7 +25,7 @@ CPU_ROWS, ROWS = 4096, 131_072  # actions per call: a CPU is faster where the ac
 
 @functools.partial(jax.jit, static_argnames=("num_actions", "ode"))
 def sample_actions(
-    policy: FlowPolicy,
+    policy: VelocityPolicy,
     observations: Float[Array, "batch observation"],
     index: Int[Array, " batch"],
     num_actions: int,
@@ -44,7 +44,7 @@ def sample_actions(
 
 
 def make_bank(
-    policies: FlowPolicy,
+    policies: VelocityPolicy,
     observations: Float[Array, "rows observation"],
     states: Int[np.ndarray, " n"],
     *,
@@ -86,7 +86,7 @@ def make_bank(
 
 
 def draw_bank(
-    policies: FlowPolicy,
+    policies: VelocityPolicy,
     observations: Float[Array, "rows observation"],
     states: Int[np.ndarray, " n"],
     *,

@@ -9,7 +9,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from common.networks import MLP, Critic, DirectCritic, FlowCritic, FlowPolicy
+from common.networks import MLP, Critic, DirectCritic, FlowCritic, VelocityPolicy
 
 
 def num_parameters(critic: Critic) -> int:
@@ -48,7 +48,7 @@ def critic_macs(critic: Critic) -> tuple[int, int, int]:
     return sum(trunk) + split, mlp_macs(critic.head) - split, first
 
 
-def step_flops(args: Any, critic: Critic, policy: FlowPolicy | None = None) -> float:
+def step_flops(args: Any, critic: Critic, policy: VelocityPolicy | None = None) -> float:
     """FLOPs of one gradient step of stage 2, or of a baseline: forward and backward, the target, the choice of the next
     action. With a policy that is trained beside the critic, also that one's step and its draws."""
     features, velocity, first = critic_macs(critic)

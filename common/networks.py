@@ -177,8 +177,35 @@ class MLP(eqx.Module):
         return self.from_first(self.hidden[0](x))
 
 
-class FlowPolicy(eqx.Module):
-    """Velocity field `v(a_t, t | x)` over (chunks of) actions.
+class VelocityPolicy(eqx.Module):
+    """A velocity field `v(a_t, t | x)` whose flow draws (chunks of) actions. A subclass has `features`, `velocity` and
+    a static `spec`."""
+
+    def features(self, observation: Float[Array, " observation"]) -> Float[Array, " width"]:
+        """What all actions in an observation share."""
+        raise NotImplementedError
+
+    def velocity(
+        self, features: Float[Array, " width"], action: Float[Array, " action"], t: Float[Array, ""]
+    ) -> Float[Array, " action"]:
+        """`v(a_t, t | x)`."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        observation: Float[Array, " observation"],
+        noise: Float[Array, "num action"],
+        ode: Ode,
+    ) -> Float[Array, "num action"]:
+        """Actions `psi_1(noise | x)`, clipped to [-1, 1]."""
+        features = self.features(observation)
+        velocity = jax.vmap(self.velocity, (None, 0, None))
+        actions = integrate(lambda a, t: velocity(features, a, t), noise, ode)
+        return jnp.clip(actions, -1.0, 1.0)
+
+
+class FlowPolicy(VelocityPolicy):
+    """Velocity field `v(a_t, t | x)`, an MLP.
 
     `features` holds the part of the first layer that depends on the observation alone, so that an ODE solve computes
     it once; the function is the same as an MLP on the concatenation `[x, a_t, t]`.
@@ -210,18 +237,6 @@ class FlowPolicy(eqx.Module):
         has_shapes((features, self.spec.width), (action, self.spec.action), (t, None))
         weight = self.mlp.hidden[0].weight[self.spec.observation :]
         return self.mlp.from_first(features + jnp.append(action, t) @ weight)
-
-    def sample(
-        self,
-        observation: Float[Array, " observation"],
-        noise: Float[Array, "num action"],
-        ode: Ode,
-    ) -> Float[Array, "num action"]:
-        """Actions `psi_1(noise | x)`, clipped to [-1, 1]."""
-        features = self.features(observation)
-        velocity = jax.vmap(self.velocity, (None, 0, None))
-        actions = integrate(lambda a, t: velocity(features, a, t), noise, ode)
-        return jnp.clip(actions, -1.0, 1.0)
 
 
 class Critic(eqx.Module):
@@ -431,7 +446,7 @@ def stratified_normal(num: int) -> Float[Array, " num"]:
     return jax.scipy.special.ndtri(jnp.arange(0.5, num) / num)
 
 
-def make_policy(spec: PolicySpec, *, key: PRNGKeyArray) -> FlowPolicy:
+def make_policy(spec: PolicySpec, *, key: PRNGKeyArray) -> VelocityPolicy:
     """An untrained policy."""
     return FlowPolicy(**dataclasses.asdict(spec), key=key)
 

@@ -24,7 +24,7 @@ from common.environments import check_sizes, evaluation_id, settings_of
 from common.episodes import check_program
 from common.errors import UserError
 from common.machine import free_memory
-from common.networks import FlowPolicy, Sizes, Standardizer
+from common.networks import Sizes, Standardizer, VelocityPolicy
 from common.replicas import copy_to_devices, first_host_first, spread
 from common.returns import ReturnAxis, make_axis
 from common.rotation import Rotation, pad
@@ -66,7 +66,7 @@ class Replica(NamedTuple):
 class BasePolicy(NamedTuple):
     """Stage 1's policies of some seeds, and the file that they come from."""
 
-    policies: FlowPolicy  # leading axis of seeds
+    policies: VelocityPolicy  # leading axis of seeds
     standardizer: Standardizer
     path: Path
     sha256: str
@@ -306,7 +306,7 @@ class ValueProblem(Problem):
         self._set_replicas(Replica(jnp.asarray(task), jnp.asarray(policy), self.axis, train_keys), init_keys)
 
     @property
-    def policies(self) -> FlowPolicy:
+    def policies(self) -> VelocityPolicy:
         """The base policy of each replica (leading axis)."""
         return jax.tree.map(lambda x: x[self._policy_index], self.base.policies)
 

@@ -28,8 +28,8 @@ from scipy import stats
 
 AxisKind = Literal["quantiles", "std", "bounds"]
 
-SPREAD = 2.0  # standard deviation of all the data's returns on the axis; the law of one (x, a) is narrower
-# In units of z / SPREAD:
+STD_ON_AXIS = 2.0  # standard deviation of all the data's returns on the axis; the law of one (x, a) is narrower
+# In units of z / STD_ON_AXIS:
 KNOTS = np.linspace(-4.5, 4.5, 91)  # normal quantiles: all levels but 3 in a million on each side
 TAIL = np.linspace(0.5, 6.0, 12)  # knots further out, on each side
 SMOOTHING = 0.3  # standard deviation of the Gaussian that smooths the quantiles
@@ -105,7 +105,7 @@ def make_axis(returns: Float[np.ndarray, " n"], bounds: Float[np.ndarray, "2"], 
     # Single precision has to tell the knots apart, and the possible returns have to be within reach.
     std = max(std, 1e-4 * abs(mean), 1e-3 * (high - low)) or 1.0
     if kind != "quantiles":
-        scale = std / SPREAD if kind == "std" or low == high else (high - low) / 4
+        scale = std / STD_ON_AXIS if kind == "std" or low == high else (high - low) / 4
         return eqx.tree_at(lambda a: a.spread, affine_axis(mean, scale, low=low, high=high), jnp.float32(std))
     smoothing = SMOOTHING * stats.norm.ppf((np.arange(64) + 0.5) / 64)
     levels = stats.norm.cdf(KNOTS[:, None] + smoothing)
@@ -113,6 +113,6 @@ def make_axis(returns: Float[np.ndarray, " n"], bounds: Float[np.ndarray, "2"], 
     inner = (1 - LINE) * quantiles + LINE * (mean + std * KNOTS)
     first, last = np.diff(inner)[[0, -1]] / (KNOTS[1] - KNOTS[0])
     below, above = inner[0] - first * np.expm1(TAIL)[::-1], inner[-1] + last * np.expm1(TAIL)
-    places = SPREAD * np.concatenate([KNOTS[0] - TAIL[::-1], KNOTS, KNOTS[-1] + TAIL])
+    places = STD_ON_AXIS * np.concatenate([KNOTS[0] - TAIL[::-1], KNOTS, KNOTS[-1] + TAIL])
     arrays = np.concatenate([below, inner, above]), places, low, high, std
     return ReturnAxis(*(jnp.asarray(a, jnp.float32) for a in arrays))

@@ -43,7 +43,7 @@ class Args:
     only: tuple[str, ...] = ()
     """Experiments; by default all that two CPU cores can do."""
     env: str | None = None
-    """Only the commands about this environment alone, and its part of the tables; all by default."""
+    """Only the commands about this environment alone, which draws no table; all by default."""
     list: bool = False
     """Only say how far each command is."""
     print: bool = False
@@ -70,14 +70,6 @@ def shell(command: str) -> str:
 def about(command: str, env: str) -> bool:
     """Whether the command names this environment and no other."""
     return {name for name in ENVIRONMENTS if name in re.split(r"[\s/]", command)} == {env}
-
-
-def of_env(command: str, env: str) -> str:
-    """The command; what draws a table draws the runs of this environment alone."""
-    words = command.split()
-    if words[0] == "experiments.draw":
-        words = [word for word in words if not word.startswith("runs/") or {env, "tables"} & {*word.split("/")}]
-    return " ".join(words)
 
 
 def progress(command: str) -> str:
@@ -161,8 +153,7 @@ def chosen(args: Args) -> list[tuple[str, str]]:
     names = args.only or [name for name in EXPERIMENTS if name not in NAMED_ONLY]
     commands = [(name, command.strip()) for name in names for command in EXPERIMENTS[name]]
     if args.env is not None:
-        of_one = [(name, of_env(command, args.env)) for name, command in commands]
-        commands = [pair for pair in of_one if about(pair[1], args.env)]
+        commands = [pair for pair in commands if about(pair[1], args.env)]
         if not commands:
             raise UserError(f"no command is about {args.env!r} alone: choose among {', '.join(ENVIRONMENTS)}.")
     return commands

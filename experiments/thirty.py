@@ -1,8 +1,9 @@
 """The thirty tasks: one line per environment, the methods beside each other, and the highest success that is known.
 
 A line is of the default: what `--preview` trains for the environment. The others change one thing: the backup, the TD
-target, the return axis, the critic, or the method (QC). They stand beside each other on the environment's default task,
-and those that ran all five tasks on the five. Means are over tasks, intervals by bootstrap over seeds and episodes.
+target (`paper` also needs the axis `std`), the return axis, the critic; or the whole method (QC). They stand beside
+each other on the environment's default task, and those that ran all five tasks on the five. Means are over tasks,
+intervals by bootstrap over seeds and episodes.
 Runs of one environment that differ in data or in the steps of the value are refused.
 """
 

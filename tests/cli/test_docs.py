@@ -14,9 +14,10 @@ import jax
 import numpy as np
 import pytest
 
+import evor_bc
 import evor_infer
 from common import checkpoint
-from common.networks import CriticSpec, PolicySpec
+from common.networks import CriticSpec, FlowPolicy, PolicySpec
 from examples import one_page
 from tests.helpers import tiny_dataset
 
@@ -125,19 +126,20 @@ def test_what_is_to_be_copied_stands_alone():
     1 and leads, at a discount of 0.5, to the second, which pays -1 and ends. Without the bootstrap, or with that of
     the same state, they would not be 0.5 and -1."""
     table = EXTENDING.partition("## Copy")[2]
-    code = ["Width = Depth = int"]
+    parts = ["Width = Depth = int"]
     for name, take in re.findall(r"^\| `([\w/]+\.py)` \| (.*) \|$", table, re.MULTILINE):
         text, wanted = (ROOT / name).read_text(), re.findall(r"`(\w+)`", take)
         nodes = ast.parse(text).body
         lines = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
-        code += [line for line in lines if not re.match(r"(from|import) (common|evor_)", line)]
+        code = [line for line in lines if not re.match(r"(from|import) (common|evor_)", line)]
         named = [(ast.unparse(node), defined_names(node)) for node in nodes]
         assert set(wanted) <= {each for _, names in named for each in names}, name
-        code += [line for line, names in named if (names if "whole file" in take else set(names) & set(wanted))]
+        code += [line for line, names in named if (names if "whole file" in take else {*names} & {*wanted})]
+        parts.append("\n".join(code))
     made: dict = dict(
         returns=np.linspace(-3.0, 1.0, 50), bounds=np.array([-4.0, 2.0]), num_observations=4, num_actions=2
     )
-    exec("\n".join(code).replace("evor_infer.", ""), made)
+    exec("\n".join(parts[:5]), made)  # the first four rows are the reward model's
     (program,) = re.findall(r"```python\n(.*?)```", table, re.DOTALL)
     exec(program.replace("3e-4", "3e-3").replace("0.005", "0.1"), made)
     jax, jnp, axis = made["jax"], made["jnp"], made["axis"]
@@ -153,6 +155,7 @@ def test_what_is_to_be_copied_stands_alone():
     ]
     np.testing.assert_allclose(np.mean(drawn, axis=1), [0.5, -1.0], atol=0.15)
 
+    exec("\n".join(parts[5:]).replace("evor_infer.", ""), made)
     candidates, noise = jnp.array([[0.0, 0.0], [0.5, -0.5]]), made["stratified_normal"](4)
     of_action = dict(temperature=0.3 * axis.spread, ode=made["ode"])
     scores = [made["score_one"](state[0], axis, x[0], each, noise, **of_action) for each in candidates]
@@ -162,7 +165,8 @@ def test_what_is_to_be_copied_stands_alone():
     )  # fmt: skip
     np.testing.assert_array_equal(chosen, candidates[int(np.argmax(scores))])
     policy = made["FlowPolicy"](4, 2, key=jax.random.key(0))
-    assert made["bc_loss"](policy, x, a, key=jax.random.key(1)) > 0
+    ours = FlowPolicy(4, 2, key=jax.random.key(0))
+    assert made["bc_loss"](policy, x, a, key=jax.random.key(1)) == evor_bc.bc_loss(ours, x, a, key=jax.random.key(1))
 
 
 def defined_names(node: ast.stmt) -> list[str]:

@@ -181,6 +181,8 @@ def test_an_agent_needs_nothing_but_its_own_file(tmp_path, dataset):
     args = evor_value.Args(**settings, run_dir=tmp_path / "run", policy_run_dir=tmp_path / "bc")
     evor_bc.main(base)
     evor_value.main(args)
+    with open(tmp_path / "run" / "value" / "metrics.csv", newline="") as file:  # no return is complete at 0.99
+        assert len(list(csv.DictReader(file))) == 6 * 3
     header, _, _ = evor_infer.load_agents(tmp_path / "run")
     assert header["policy_run_dir"] == str((tmp_path / "bc").resolve())
     x, act = np.ones((4, 3), np.float32), dict(key=jax.random.key(0), num_actions=4)
