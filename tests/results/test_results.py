@@ -622,7 +622,7 @@ def test_what_is_said_of_the_thirty_tasks_is_in_their_rows():
     others = {f"{of_method[name]:.0%}" for name in ("published target", "scalar critic")}
     qc, own = (f"{of_method[name]:.0%}" for name in ("QC, chunks of 5", thirty.DEFAULT))
     assert f"get {others.pop()} each, QC {qc}, and EVOR {own}:" in page and not others
-    of_single = runs[(runs["env"] == "cube-of_single-play") & (runs["task"] == "2")]
+    of_single = runs[(runs["env"] == "cube-single-play") & (runs["task"] == "2")]
     of_method = of_single.groupby(thirty.methods_of(rows.complete(of_single, thirty.SETTINGS)))["success"].mean()
     assert of_method.idxmin() == "QC, chunks of 5" and of_method.max() == 1.0
     assert f"they get {of_method.min():.0%} (QC) to 100%" in page
