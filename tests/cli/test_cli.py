@@ -418,6 +418,7 @@ def test_a_name_that_the_terminal_cannot_show():
     assert (done.returncode, done.stdout, done.stderr) == (0, "gr\\xfc\\xdfe\n", "")
 
 
+@pytest.mark.slow
 def test_a_file_whose_name_is_not_ascii_where_everything_else_is(tmp_path: Path):
     """As in many containers; fails if what is written takes the encoding of the terminal."""
     with h5py.File(tmp_path / "h\u00fchn.hdf5", "w") as file:

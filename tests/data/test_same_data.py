@@ -10,6 +10,7 @@ from benchmarks import same_data
 from common.data.collect import collect
 from common.errors import UserError
 from common.files import read_csv
+from tests.helpers import mostly_slow
 
 
 def test_distance_is_kolmogorov_and_smirnovs():
@@ -70,7 +71,7 @@ def test_subgoals(tmp_path: Path):
     assert same_data.subgoals("pointmaze-medium", tmp_path / "maze.npz", episodes).tolist() == [2, 1]
 
 
-@pytest.mark.parametrize("noise", [0.5, 2.0])
+@pytest.mark.parametrize("noise", mostly_slow([0.5, 2.0], but=[2.0]))
 def test_collected_data_is_told_from_data_with_other_noise(tmp_path: Path, noise: float):
     """With OGBench's noise nothing differs between two seeds; with another one the actions do."""
     files = tmp_path / "reference.npz", tmp_path / "collected.npz"

@@ -22,7 +22,7 @@ from common.flow import Ode
 from common.networks import DirectCritic, Sizes
 from common.problem import Dataset, Replica, action_chunks
 from common.returns import affine_axis
-from tests.helpers import arrays, tiny_dataset
+from tests.helpers import arrays, mostly_slow, tiny_dataset
 from tests.run.test_training import Interrupted, files, interrupt_at
 
 ARGS = qc.Args(
@@ -67,7 +67,7 @@ def start(seed: int = 0) -> qc.TrainState:
     return state._replace(critic=bold(state.critic), target=bold(other.critic))
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("scale", mostly_slow([1.0, 0.5], but=[0.5]))
 def test_the_update_is_the_formula(tmp_path: Path, scale: float):
     """One step against a loop over the batch in NumPy: chunk rewards, masks, N draws of the policy by Euler steps, the
     best by the online critic, its value by the target critic, both losses."""

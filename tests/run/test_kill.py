@@ -9,13 +9,13 @@ import pytest
 
 import evor_bc
 from tests import kill
-from tests.helpers import arrays, mostly_slow, tiny_dataset
+from tests.helpers import arrays, tiny_dataset
 
 ROOT = Path(__file__).parents[2]
-KILLS = [("bc", 4), ("bc", 35), ("value", 10), ("qc", 5)]
 
 
-@pytest.mark.parametrize(("stage", "kills"), mostly_slow(KILLS, but=KILLS[:1]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "kills"), [("bc", 35), ("value", 10), ("qc", 5)])
 def test_killed_at_random_moments(tmp_path: Path, stage: str, kills: int, monkeypatch: pytest.MonkeyPatch):
     """SIGKILL, SIGTERM and Ctrl-C: parameters, training state and metrics are those of a run that was never stopped,
     bit for bit. Fails if a batch is drawn twice or left out, if a row is, if a file is half written or left behind, or
