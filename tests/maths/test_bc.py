@@ -8,7 +8,7 @@ import pytest
 import evor_bc
 from common.args import learning_rate
 from common.flow import Ode
-from common.networks import FlowPolicy, Sizes
+from common.networks import FlowPolicy, Sizes, VelocityPolicy
 from common.problem import Dataset, Replica, action_chunks, sample_batch
 from common.replicas import stack_replicas
 
@@ -131,3 +131,22 @@ def test_learning_rate_schedules(schedule, last):
     assert float(at(100)) == pytest.approx(last, abs=1e-8)
     if schedule == "cosine":
         assert float(at(50)) == pytest.approx(0.05)
+
+
+class OwnPolicy(VelocityPolicy):
+    """`v(a_t, t | x) = x`, for tests."""
+
+    def features(self, observation):
+        return observation
+
+    def velocity(self, features, action, t):
+        return features
+
+
+def test_a_policy_of_ones_own_is_trained_and_sampled():
+    """As docs/extending.md says: it has `features` and `velocity`, and nothing of `FlowPolicy`."""
+    x, a_1, a_0 = jnp.array([0.5, -0.25]), jnp.array([0.2, 0.1]), jnp.array([-0.1, 0.6])
+    loss = evor_bc.bc_loss_one(OwnPolicy(), x, a_1, a_0, jnp.array(0.3))
+    np.testing.assert_allclose(loss, ((0.5 - 0.3) ** 2 + (-0.25 + 0.5) ** 2) / 2, rtol=1e-6)
+    drawn = OwnPolicy().sample(x, jnp.array([[0.1, 0.0], [0.9, -0.9]]), Ode())
+    np.testing.assert_allclose(drawn, [[0.6, -0.25], [1.0, -1.0]], rtol=1e-6)
